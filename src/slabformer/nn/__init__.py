@@ -1,0 +1,6 @@
+"""Modules: the norms and the attention."""
+
+from slabformer.nn.affine import Affine, Folded
+from slabformer.nn.norm import PRepBN, RepBN
+
+__all__ = ["Affine", "Folded", "PRepBN", "RepBN"]

@@ -1,0 +1,83 @@
+"""What is left of a norm once it is fused: an Affine, or nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Affine(nn.Module):
+    """``x * weight + bias`` per channel: a norm in eval mode that could not be folded into a neighbour.
+
+    Args:
+        dim: Channels ``C``.
+        channel_dim: Axis of the channels, -1 or 1.
+        eps: Kept for code that reads it off a norm; not used.
+
+    Shape:
+        ``(B, *, C)``, or ``(B, C, *)`` with ``channel_dim=1``, to the same shape and dtype.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        channel_dim: int = -1,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalized_shape, self.channel_dim, self.eps = (dim,), channel_dim, eps
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One multiply-add per element, in the parameters' dtype or the input's, whichever is wider."""
+        shape = [-1] + [1] * (x.ndim - 2) if self.channel_dim == 1 else [-1]
+        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Channels and their axis."""
+        return f"{self.normalized_shape[0]}, channel_dim={self.channel_dim}"
+
+
+class Folded(nn.Module):
+    """What a norm leaves behind when a neighbour has taken over its work: the identity.
+
+    Exposes ``weight``, ``bias``, ``eps`` and ``normalized_shape`` for code that reads them off a norm; none of them
+    is saved.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalized_shape, self.eps = (dim,), eps
+        self.register_buffer("weight", torch.ones(dim, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("bias", torch.zeros(dim, device=device, dtype=dtype), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` itself."""
+        return x
+
+
+def affine_from(norm: nn.Module) -> Affine:
+    """The eval-mode map of ``norm`` (anything with ``scale_shift()``) as an :class:`Affine`: no name, dtype or mode lost."""
+    scale, shift = norm.scale_shift()
+    affine = Affine(
+        scale.numel(), channel_dim=norm.channel_dim, eps=norm.eps, device=norm.weight.device, dtype=norm.weight.dtype
+    )
+    with torch.no_grad():
+        affine.weight.copy_(scale)
+        affine.bias.copy_(shift)
+    affine.train(norm.training)
+    return affine

@@ -1,0 +1,290 @@
+"""RepBN, and PRepBN that fades into it from the norm it replaces."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from slabformer.nn.affine import Affine, affine_from
+from slabformer.nn.sync import StatisticsSync
+from slabformer.ops.affine import repbn_scale_shift
+from slabformer.ops.moments import Moments, MomentsAccumulator, batch_moments, share_moments
+from slabformer.ops.rep_norm import keep_in_graph, rep_norm
+
+Phase = Literal["warm", "fading", "done"]
+
+
+class RepBN(nn.Module):
+    """BatchNorm with a learnable skip, ``BN(x) + eta * x`` (Guo et al. 2024, RepBN).
+
+    In eval mode it is one scale and shift per channel, so :func:`slabformer.fuse` can remove it. Which tokens count
+    for the statistics is set by :func:`slabformer.token_mask`, which ranks share them by
+    :func:`slabformer.sync_norms_`.
+
+    Args:
+        dim: Channels ``C``.
+        eps: Added to the variance.
+        momentum: Weight of a batch in the running statistics; None averages all batches alike.
+        eta: Initial skip weight: 1 in the paper's vision models, 0 in its language model.
+        channel_dim: Axis of the channels: -1 for tokens, 1 for maps.
+
+    Shape:
+        ``(B, *, C)``, or ``(B, C, *)`` with ``channel_dim=1``, to the same shape and dtype. Statistics run over every
+        axis but the channels'.
+
+    Raises:
+        ValueError: If the channel axis of the input is not ``dim``, the token mask does not fit the tokens, or a
+            training batch holds a single token.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        eta: float = 1.0,
+        channel_dim: int = -1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if channel_dim not in (-1, 1):
+            raise ValueError(f"channel_dim must be -1 (tokens) or 1 (maps), got {channel_dim}")
+        self.normalized_shape, self.channel_dim = (dim,), channel_dim
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+        self.eta = nn.Parameter(torch.full((1,), float(eta), device=device, dtype=dtype))
+        self.register_buffer("running_mean", torch.zeros(dim, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(dim, device=device, dtype=dtype))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
+        #: first batches are averaged alike, so that running statistics forget their start of (0, 1) at once
+        self.warm_statistics = False
+        self.token_mask: Tensor | None = None
+        self.sync: StatisticsSync | None = None
+        #: set while recalibrating: batch statistics go here and the running ones stay
+        self.accumulator: MomentsAccumulator | None = None
+        self._mask_of_forward: Tensor | None = None
+
+    def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor:
+        """RepBN of ``x``, times the scalar tensor ``share`` where one is given."""
+        tokens = self._tokens_last(x)
+        weight, bias, eta = self.weight, self.bias, self.eta
+        if share is not None:
+            weight, bias, eta = weight * share, bias * share, eta * share
+        if self.training or self.accumulator is not None:
+            moments = self.observe(tokens, tokens_last=True)
+            shared = self.sync is not None and self.sync.active
+            group = self.sync.group if self.sync is not None else None
+            y = rep_norm(tokens, weight, bias, eta, moments, self.eps, self.token_mask, shared, group)
+        else:
+            scale = weight * torch.rsqrt(self.running_var + self.eps)
+            shift = torch.addcmul(bias, self.running_mean, scale, value=-1)
+            y = torch.addcmul(shift, tokens, scale + eta).to(x.dtype)
+        return y.movedim(-1, self.channel_dim)
+
+    def observe(self, x: Tensor, tokens_last: bool = False) -> Moments:
+        """Take the batch's statistics into the running ones (or the accumulator) and return them, without gradient."""
+        tokens = x if tokens_last else self._tokens_last(x)
+        self._check_tokens(tokens)
+        with torch.no_grad():
+            dtype = torch.float64 if self.accumulator is not None else None
+            moments = batch_moments(tokens, self.token_mask, dtype)
+            if self.accumulator is not None:
+                self.accumulator.add(moments)
+                return Moments(*(t.to(self.running_mean.dtype) for t in (moments.count, moments.mean, moments.var)))
+            if self.sync is not None and self.sync.active:
+                moments = share_moments(moments, self.sync.group)
+            if not self._is_recomputation():
+                self._update(moments)
+        return moments
+
+    def _update(self, moments: Moments) -> None:
+        """Move the running statistics towards the batch's, the variance unbiased as in ``nn.BatchNorm1d``."""
+        self.num_batches_tracked.add_(1)
+        average = 1.0 / self.num_batches_tracked.to(moments.mean.dtype)
+        if self.momentum is None:
+            rate = average
+        elif self.warm_statistics:
+            rate = average.clamp(min=self.momentum)
+        else:
+            rate = torch.full_like(average, self.momentum)
+        if self.token_mask is not None or self.sync is not None:
+            rate = torch.where(moments.count > 0, rate, 0)  # nothing seen, nothing learnt
+        unbiased = moments.var * (moments.count / (moments.count - 1).clamp(min=1))
+        self.running_mean.lerp_(moments.mean.to(self.running_mean.dtype), rate.to(self.running_mean.dtype))
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate.to(self.running_var.dtype))
+
+    def _is_recomputation(self) -> bool:
+        """Whether activation checkpointing runs this forward again, inside backward: it must not count twice."""
+        if torch.compiler.is_compiling():
+            return False
+        if torch._C._current_graph_task_id() == -1:
+            self._mask_of_forward = self.token_mask
+            return False
+        if self._mask_of_forward is not self.token_mask:
+            raise RuntimeError(
+                "the token mask changed between forward and its recomputation by activation checkpointing; "
+                "keep backward() inside the `with token_mask(...)` block"
+            )
+        return True
+
+    def _tokens_last(self, x: Tensor) -> Tensor:
+        dim = self.normalized_shape[0]
+        if x.ndim < 2 or x.shape[self.channel_dim] != dim:
+            raise ValueError(f"RepBN over {dim} channels on axis {self.channel_dim}, got input of shape {tuple(x.shape)}")
+        return x.movedim(self.channel_dim, -1)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if self.token_mask is not None and self.token_mask.shape != tokens.shape[:-1]:
+            raise ValueError(
+                f"token mask of shape {tuple(self.token_mask.shape)} does not fit tokens of shape "
+                f"{tuple(tokens.shape[:-1])}; give one boolean per token, or set it to None"
+            )
+        if self.training and self.sync is None and tokens.numel() == tokens.shape[-1]:
+            raise ValueError("RepBN needs more than one token to train on; enlarge the batch or call eval()")
+
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
+        """The map of eval mode, ``x * scale + shift``, float64 ``(C,)`` each."""
+        return repbn_scale_shift(self.weight, self.bias, self.running_mean, self.running_var, self.eta, self.eps)
+
+    def fuse(self) -> Affine:
+        """The same map as an :class:`Affine`; timm's ``reparameterize_model`` calls this."""
+        return affine_from(self)
+
+    def extra_repr(self) -> str:
+        """Channels and settings."""
+        return f"{self.normalized_shape[0]}, eps={self.eps}, momentum={self.momentum}, channel_dim={self.channel_dim}"
+
+
+class PRepBN(nn.Module):
+    """``gamma * LN(x) + (1 - gamma) * RepBN(x)`` (Guo et al. 2024, PRepBN): a LayerNorm on its way out.
+
+    ``gamma`` is a buffer that :class:`slabformer.ProgressiveSchedule` writes after an optimizer step. Branches follow
+    the Python attribute ``phase``, arithmetic follows the buffer: "warm" computes the old norm alone, "fading" both,
+    "done" RepBN alone. Eval mode is RepBN whatever ``gamma`` is, as published; ``with slabformer.blended(model)``
+    evaluates the blend.
+
+    Args:
+        dim: Channels ``C``.
+        eps: LayerNorm's, when ``norm`` is None.
+        bn_eps: BatchNorm's.
+        momentum: BatchNorm's.
+        eta: Initial skip weight of RepBN.
+        norm: The norm that fades, any module of the input's shape; ``nn.LayerNorm(dim, eps)`` by default.
+        channel_dim: Axis of the channels: -1 for tokens, 1 for maps (then ``norm`` must take maps too).
+
+    Shape:
+        ``(B, *, C)``, or ``(B, C, *)`` with ``channel_dim=1``, to the same shape and dtype.
+
+    Raises:
+        ValueError: As :class:`RepBN`; and if ``channel_dim`` is 1 and no ``norm`` is given.
+    """
+
+    gamma: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-6,
+        bn_eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        eta: float = 1.0,
+        norm: nn.Module | None = None,
+        channel_dim: int = -1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if norm is None and channel_dim != -1:
+            raise ValueError("PRepBN over maps needs the norm that fades; pass norm=, or use convert_norms_")
+        self.norm = nn.LayerNorm(dim, eps, device=device, dtype=dtype) if norm is None else norm
+        self.rep = RepBN(
+            dim, eps=bn_eps, momentum=momentum, eta=eta, channel_dim=channel_dim, device=device, dtype=dtype
+        )
+        self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device))
+        self.phase: Phase = "warm"
+        self.blend_in_eval = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The branches that ``phase`` calls for; see the class."""
+        if not (self.training or self.blend_in_eval):
+            return self.rep(x)
+        if self.phase == "done":
+            return keep_in_graph(self.rep(x), *self.norm.parameters())
+        if self.phase == "warm":
+            if self.training and self.rep.warm_statistics:
+                self.rep.observe(x)
+            return keep_in_graph(self.norm(x).to(x.dtype), *self.rep.parameters())
+        return torch.addcmul(self.rep(x, 1 - self.gamma), self.norm(x).to(x.dtype), self.gamma.to(x.dtype))
+
+    def set_gamma(self, gamma: float, phase: Phase | None = None) -> None:
+        """Write ``gamma`` in place; the phase follows from it unless given (``gamma`` is 1 at the start of fading too).
+
+        Raises:
+            ValueError: If ``gamma`` is not in [0, 1] or ``phase`` is unknown.
+        """
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma must be in [0, 1], got {gamma}")
+        if phase is not None and phase not in get_args(Phase):
+            raise ValueError(f"phase must be one of {get_args(Phase)}, got {phase!r}")
+        self.gamma.fill_(gamma)
+        self.phase = phase or phase_of(gamma)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.gamma.is_meta:
+            self.phase = phase_of(float(self.gamma))
+
+    @property
+    def normalized_shape(self) -> tuple[int, ...]:
+        """``(C,)``, as on a LayerNorm."""
+        return self.rep.normalized_shape
+
+    @property
+    def eps(self) -> float:
+        """The fading norm's, for code that reads it off a norm."""
+        return getattr(self.norm, "eps", self.rep.eps)
+
+    @property
+    def weight(self) -> Tensor:
+        """RepBN's gain, for code that reads a norm's device or dtype."""
+        return self.rep.weight
+
+    @property
+    def bias(self) -> Tensor:
+        """RepBN's offset."""
+        return self.rep.bias
+
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
+        """The map of eval mode, ``x * scale + shift``, float64 ``(C,)`` each."""
+        return self.rep.scale_shift()
+
+    def fuse(self) -> Affine:
+        """The deployed map as an :class:`Affine`.
+
+        Raises:
+            ValueError: While ``gamma`` is above 0, when dropping the norm would change what was trained.
+        """
+        if self.phase != "done":
+            raise ValueError(
+                f"PRepBN still holds its norm (gamma is {float(self.gamma):.3g}); finish the schedule, or set_gamma(0)"
+            )
+        return self.rep.fuse()
+
+    def extra_repr(self) -> str:
+        """The share of the norm that fades."""
+        return f"gamma={float(self.gamma):.3g}, phase={self.phase}" if not self.gamma.is_meta else f"phase={self.phase}"
+
+
+def phase_of(gamma: float) -> Phase:
+    """Phase that a value of ``gamma`` alone implies."""
+    return "done" if gamma == 0 else "warm" if gamma == 1 else "fading"

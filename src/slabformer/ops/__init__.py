@@ -1,0 +1,1 @@
+"""Functions on tensors. Needs torch alone and knows no module."""

@@ -1,0 +1,93 @@
+"""Count, mean and squared deviations per channel: of a batch, over ranks, over a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First two moments of the valid tokens, per channel.
+
+    Shape:
+        ``count`` is a scalar tensor, ``mean`` and ``var`` (biased) are ``(C,)``.
+    """
+
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype that sums over tokens run in: float64 stays, everything shorter becomes float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def batch_moments(x: Tensor, mask: Tensor | None = None, dtype: torch.dtype | None = None) -> Moments:
+    """Moments of ``x`` over every axis but the last, in two passes so that a large mean costs no digits.
+
+    Args:
+        x: Tokens ``(*, C)``.
+        mask: Valid tokens, boolean ``(*,)``; the others count as absent whatever they hold.
+        dtype: Dtype of the sums; float32 by default, float64 for float64 input.
+    """
+    x = x.to(dtype or accumulation_dtype(x.dtype))
+    axes = tuple(range(x.ndim - 1))
+    if mask is None:
+        count = x.new_full((), x.numel() // x.shape[-1])
+        mean = x.sum(axes) / count
+        squares = (x - mean).square()
+    else:
+        valid = mask.unsqueeze(-1)
+        count = mask.sum(dtype=x.dtype)
+        mean = torch.where(valid, x, 0).sum(axes) / count.clamp(min=1)
+        squares = torch.where(valid, x - mean, 0).square()
+    return Moments(count, mean, squares.sum(axes) / count.clamp(min=1))
+
+
+def share_moments(moments: Moments, group: dist.ProcessGroup | None) -> Moments:
+    """Moments over all ranks from one all-reduce of count, sum and sum of squares, in float64.
+
+    The sums are taken from moments rather than from raw values, so that no digits are lost before float64.
+    Ranks may hold different numbers of tokens, zero included.
+    """
+    count, mean, var = (t.double() for t in (moments.count, moments.mean, moments.var))
+    sums = torch.cat([count.reshape(1), count * mean, count * (var + mean.square())])
+    dist.all_reduce(sums, group=group)
+    count, total, squares = sums.split([1, mean.numel(), mean.numel()])
+    count = count.squeeze()
+    mean = total / count.clamp(min=1)
+    var = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+    dtype = moments.mean.dtype
+    return Moments(count.to(dtype), mean.to(dtype), var.to(dtype))
+
+
+class MomentsAccumulator:
+    """Moments of a stream of batches, merged exactly in float64 (Chan et al. 1979, eq. 2.1).
+
+    Averaging the variances of batches would lose the variance between them; merging squared deviations does not.
+    """
+
+    def __init__(self, num_channels: int, device: torch.device) -> None:
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean = torch.zeros(num_channels, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(num_channels, dtype=torch.float64, device=device)
+
+    def add(self, moments: Moments) -> None:
+        """Merge the moments of one more batch; nothing is read back to the host."""
+        count, mean, var = (t.double() for t in (moments.count, moments.mean, moments.var))
+        total = self.count + count
+        share = count / total.clamp(min=1)
+        delta = mean - self.mean
+        self.mean += delta * share
+        self.squares += var * count + delta.square() * self.count * share
+        self.count = total
+
+    def result(self, group: dist.ProcessGroup | None = None, shared: bool = False) -> Moments:
+        """Population moments of everything added, over all ranks when ``shared``."""
+        moments = Moments(self.count, self.mean, self.squares / self.count.clamp(min=1))
+        return share_moments(moments, group) if shared else moments
