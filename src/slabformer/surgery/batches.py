@@ -1,0 +1,69 @@
+"""Run a model over batches of whatever shape a loader yields."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def run_batches(
+    model: nn.Module,
+    batches: Iterable[Any],
+    num_batches: int | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> int:
+    """Call ``model`` on each batch under ``no_grad`` and return how many there were.
+
+    A tensor is the input, the first of a tuple or list is the input (the rest are labels), a mapping holds keyword
+    arguments; ``forward(model, batch)`` overrides this. Tensors are moved to the model's device.
+
+    Raises:
+        ValueError: If there is no batch.
+        TypeError: If a batch is none of these.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    count = 0
+    with torch.no_grad():
+        for batch in itertools.islice(batches, num_batches):
+            (forward or _call)(model, _to(batch, device))
+            count += 1
+    if not count:
+        raise ValueError("there was no batch to run; is the loader empty, or used up?")
+    return count
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        return model(batch[0])
+    raise TypeError(f"cannot feed a batch of type {type(batch).__name__}; pass forward=lambda model, batch: ...")
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_to(item, device) for item in value]
+    return value
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Everything in eval mode inside, every module's own mode restored afterwards, also after an error."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,104 @@
+"""Start RepBN where LayerNorm is: a least-squares fit on some batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slabformer.nn.controls import blended, prepbn_modules
+from slabformer.nn.norm import PRepBN
+from slabformer.surgery.batches import eval_mode, run_batches
+
+
+class _Regression:
+    """Running sums for a line per channel, ``y = slope * x + offset``, in float64."""
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        self.count = 0
+        self.origin: Tensor | None = None
+        self.sums = torch.zeros(4, dim, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x, y = x.flatten(0, -2).double(), y.flatten(0, -2).double()
+        if self.origin is None:  # shifting by a first mean keeps the digits of the sums of squares
+            self.origin = x.mean(0)
+        x = x - self.origin
+        self.count += x.shape[0]
+        self.sums += torch.stack([x.sum(0), y.sum(0), x.square().sum(0), (x * y).sum(0)])
+
+    def solve(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Slope, mean of y, mean of x and variance of x, ``(C,)`` each."""
+        assert self.origin is not None
+        mean_x, mean_y, mean_xx, mean_xy = self.sums / self.count
+        variance = mean_xx - mean_x.square()
+        slope = (mean_xy - mean_x * mean_y) / variance.clamp(min=1e-12)
+        return slope, mean_y, mean_x + self.origin, variance
+
+
+def fit_norms_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    num_batches: int | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> int:
+    """Fit ``eta``, weight, bias and statistics of every PRepBN to its LayerNorm's output by least squares.
+
+    The published start (``eta`` 1, weight 1) adds the raw residual stream and may explode; after this, RepBN is the best
+    affine approximation of the norm that it replaces, so that fading starts from almost the same function. ``eta`` takes
+    what all channels' slopes have in common, the weights what is left: ``weight_c = (slope_c - eta) * sqrt(var_c + eps)``.
+
+    Args:
+        model: Edited in place; gamma must still be 1.
+        batches: As for :func:`slabformer.recalibrate_`.
+        num_batches: Stop after so many; all by default.
+        forward: As for :func:`slabformer.recalibrate_`.
+
+    Returns:
+        Number of batches used.
+
+    Raises:
+        ValueError: If the model has no PRepBN, fading has begun, or ``batches`` is empty.
+    """
+    norms = prepbn_modules(model)
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no PRepBN to fit; call convert_norms_(model) first")
+    begun = [name for name, norm in norms.items() if float(norm.gamma) < 1]
+    if begun:
+        raise ValueError(f"fading has begun (gamma of {begun[0]} is below 1); fit before training")
+    fits = {norm: _Regression(norm.normalized_shape[0], norm.weight.device) for norm in norms.values()}
+
+    def note(norm: PRepBN, args: tuple[Any, ...], output: Tensor) -> None:
+        axis = norm.rep.channel_dim
+        fits[norm].add(args[0].movedim(axis, -1), output.movedim(axis, -1))
+
+    handles = [norm.register_forward_hook(note) for norm in fits]
+    phases = {norm: norm.phase for norm in fits}
+    for norm in fits:
+        norm.phase = "warm"  # the old norm alone
+    try:
+        with eval_mode(model), blended(model):
+            count = run_batches(model, batches, num_batches, forward)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm, phase in phases.items():
+            norm.phase = phase
+    for norm, fit in fits.items():
+        if fit.count:
+            _write(norm, fit)
+    return count
+
+
+@torch.no_grad()
+def _write(norm: PRepBN, fit: _Regression) -> None:
+    slope, mean_y, mean_x, variance = fit.solve()
+    rep = norm.rep
+    eta = (variance * slope).sum() / variance.sum().clamp(min=1e-12)
+    rep.eta.fill_(eta)
+    rep.weight.copy_((slope - eta) * (variance + rep.eps).sqrt())
+    rep.bias.copy_(mean_y - eta * mean_x)
+    rep.running_mean.copy_(mean_x)
+    rep.running_var.copy_(variance)
