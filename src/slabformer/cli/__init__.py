@@ -1,0 +1,1 @@
+"""The `slab` command: parse, call, print."""

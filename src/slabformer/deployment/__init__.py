@@ -1,0 +1,1 @@
+"""From a trained model to a fast one: variants and their speed, export, plots."""

@@ -1,0 +1,148 @@
+"""`slab`: picks the verb, parses its options, and turns errors into one line and an exit code.
+
+Nothing but the standard library is imported before a verb is chosen, so that `slab --help` answers at once. A verb is
+one row of :data:`VERBS` and one file with ``parser() -> jsonargparse.ArgumentParser`` and ``run(config) -> None``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+#: verb -> (module, what it does)
+VERBS = {
+    "quickstart": ("slabformer.cli.quickstart", "train, fuse, verify and benchmark a small model on real digits"),
+    "train": ("slabformer.cli.train", "train a classifier while its LayerNorm fades out"),
+    "eval": ("slabformer.cli.eval", "accuracy of a model on a data set"),
+    "recalibrate": ("slabformer.cli.recalibrate", "replace running statistics by those of the whole training set"),
+    "fuse": ("slabformer.cli.fuse", "fold every norm into its neighbours, verify, save"),
+    "verify": ("slabformer.cli.verify", "compare the outputs of two models"),
+    "predict": ("slabformer.cli.predict", "name what is on an image"),
+    "export": ("slabformer.cli.export", "write ONNX or torch.export files, checked against PyTorch"),
+    "bench": ("slabformer.cli.bench", "speed of a model, fused and not, beside its LayerNorm twin and its ceiling"),
+    "list": ("slabformer.cli.list", "models, published accuracies and released weights"),
+}
+USAGE_ERRORS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, ImportError)
+FAILURES = (RuntimeError, OSError)
+USAGE, FAILURE, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
+LONGEST_MESSAGE = 600
+UNKNOWN_KEY = re.compile(
+    r"unrecognized arguments: --(?P<flag>[\w.\-]+)"
+    r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<member>[^']+)'"
+    r"|Option '(?P<option>[^']+)' is not accepted"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``slab`` with ``argv`` (the process's own by default) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return _print(usage(), code=0 if arguments else USAGE)
+    if arguments[0] in ("-V", "--version"):
+        return _print(f"slab {importlib.metadata.version('slabformer')}", code=0)
+    verb, *options = arguments
+    if verb not in VERBS:
+        return _complain(f"unknown command {verb!r}{did_you_mean(verb, VERBS) or ';'} `slab --help` lists all", USAGE)
+    return _guarded(verb, options)
+
+
+def usage() -> str:
+    """What ``slab --help`` prints."""
+    width = max(map(len, VERBS))
+    rows = "\n".join(f"  {verb:<{width}}  {what}" for verb, (_, what) in VERBS.items())
+    return (
+        "usage: slab COMMAND [options]\n\n"
+        "Transformers without LayerNorm: convert, train, recalibrate, fuse, verify, deploy.\n\n"
+        f"{rows}\n\n"
+        "`slab COMMAND --help` shows a command's options, `slab --version` the version.\n"
+        "SLAB_DEBUG=1 shows the traceback of an error."
+    )
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` with the nearest of ``known``, or nothing when none is near."""
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _guarded(verb: str, options: list[str]) -> int:
+    """Run a verb; users see one line for their own mistakes, a traceback for ours."""
+    try:
+        _run(verb, options)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        # the reader went away, as in `slab list | head`: the interpreter's own flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except (*USAGE_ERRORS, *FAILURES) as error:
+        if os.environ.get("SLAB_DEBUG") == "1":
+            raise
+        return _complain(_one_line(error), USAGE if isinstance(error, USAGE_ERRORS) else FAILURE)
+
+
+def _run(verb: str, options: list[str]) -> None:
+    _log_to_stderr()
+    module = importlib.import_module(VERBS[verb][0])
+    parser = module.parser()
+    parser.exit_on_error = False
+    from jsonargparse import ArgumentError
+
+    try:
+        config = parser.parse_args(options)
+    except ArgumentError as error:
+        message = _explain(" ".join(str(error).split()), parser)
+        raise ValueError(f"{message} (`slab {verb} --help` shows all options)") from error
+    module.run(config)
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    """``message`` of a parser with the nearest known key, where it is about an unknown one."""
+    unknown = UNKNOWN_KEY.search(message)
+    if unknown is None:
+        return message
+    group, member = unknown["group"], unknown["member"]
+    key = f"{group}.{member}" if group else unknown["flag"] or unknown["option"]
+    known = [action.dest for action in parser._actions]
+    return f"unknown option {key!r}{did_you_mean(key.replace('-', '_'), known)}"
+
+
+def _log_to_stderr() -> None:
+    """The library's log: its messages as they are, warnings marked as such; other libraries' warnings only."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("slabformer").setLevel(logging.INFO)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    message = " ".join(str(error).split()) or type(error).__name__
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[:LONGEST_MESSAGE]}... (SLAB_DEBUG=1 shows the rest)"
+    return message
+
+
+def _print(text: str, code: int) -> int:
+    sys.stdout.write(f"{text}\n")
+    return code
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stderr.write(f"slab: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""`slab` itself: verbs, messages, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser, Namespace
+
+from slabformer.cli import main as cli
+
+LAUNCH = "import sys, slab_launcher; sys.exit(slab_launcher.main())"
+
+
+def verb_that(run: Callable[[Namespace], None]) -> types.ModuleType:
+    """A verb's module with an option of its own and a nested one."""
+    module = types.ModuleType("slabformer.cli.probe")
+
+    def parser() -> ArgumentParser:
+        made = ArgumentParser(prog="slab probe")
+        made.add_argument("--config", action="config")
+        made.add_argument("--batch-size", type=int, default=1)
+        made.add_argument("--optimizer.lr", type=float, default=0.1)
+        return made
+
+    module.parser, module.run = parser, run
+    return module
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Namespace], None]], None]:
+    """Adds the verb `probe`, which calls the function given."""
+
+    def install(run: Callable[[Namespace], None]) -> None:
+        monkeypatch.setitem(sys.modules, "slabformer.cli.probe", verb_that(run))
+        monkeypatch.setitem(cli.VERBS, "probe", ("slabformer.cli.probe", "for tests"))
+
+    monkeypatch.delenv("SLAB_DEBUG", raising=False)
+    return install
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {verb} " in printed for verb in cli.VERBS)
+
+
+def test_no_arguments_print_help_and_count_as_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "usage: slab" in capsys.readouterr().out
+
+
+def test_help_does_not_import_torch_and_is_quick() -> None:
+    script = LAUNCH.replace(
+        "sys.exit(slab_launcher.main())", "code = slab_launcher.main(); sys.exit('torch' in sys.modules)"
+    )
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--help"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: slab" in done.stdout
+    assert time.perf_counter() - began < 2  # measured 0.13 s; a shared machine may be slow, torch takes longer
+
+
+def test_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("slab 0.")
+
+
+def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert capsys.readouterr().err == "slab: unknown command 'trian'; did you mean 'train'? `slab --help` lists all\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("no such\n  thing"), 2, "no such thing"),
+        (TypeError("wrong"), 2, "wrong"),
+        (ImportError("needs timm"), 2, "needs timm"),
+        (FileNotFoundError(2, "No such file or directory", "x.pth"), 2, "No such file or directory: x.pth"),
+        (OSError(28, "No space left on device", "x.onnx"), 1, "No space left on device: x.onnx"),
+        (RuntimeError("outputs differ"), 1, "outputs differ"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=["value", "type", "import", "missing-file", "disk-full", "runtime", "interrupt"],
+)
+def test_errors_become_one_line_and_a_code(
+    probe: Callable[..., None], capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    def fail(config: Namespace) -> None:
+        raise error
+
+    probe(fail)
+    assert cli.main(["probe"]) == code
+    assert capsys.readouterr().err == f"slab: {line}\n"
+
+
+def test_debug_shows_the_traceback(probe: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: Namespace) -> None:
+        raise ValueError("shown in full")
+
+    probe(fail)
+    monkeypatch.setenv("SLAB_DEBUG", "1")
+    with pytest.raises(ValueError, match="shown in full"):
+        cli.main(["probe"])
+
+
+def test_a_fault_of_ours_keeps_its_traceback(probe: Callable[..., None]) -> None:
+    def fail(config: Namespace) -> None:
+        raise AssertionError("impossible")
+
+    probe(fail)
+    with pytest.raises(AssertionError, match="impossible"):
+        cli.main(["probe"])
+
+
+@pytest.mark.parametrize(
+    ("options", "yaml", "expected"),
+    [
+        (["--batch-sise", "3"], None, "unknown option 'batch-sise'; did you mean 'batch_size'?"),
+        (["--optimizer.lrr", "3"], None, "unknown option 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        ([], "batch_sizes: 3", "unknown option 'batch_sizes'; did you mean 'batch_size'?"),
+        ([], "optimizer:\n  lrr: 3", "unknown option 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        (["--batch-size", "x"], None, "Expected a <class 'int'>. Got value: x"),
+        (["--config", "missing.yaml"], None, "missing.yaml"),
+    ],
+    ids=["flag", "nested-flag", "yaml", "nested-yaml", "type", "missing-config"],
+)
+def test_wrong_options_are_one_line_with_the_nearest_name(
+    probe: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    options: list[str],
+    yaml: str | None,
+    expected: str,
+) -> None:
+    probe(lambda config: pytest.fail("ran in spite of wrong options"))
+    if yaml is not None:
+        (tmp_path / "recipe.yaml").write_text(yaml)
+        options = ["--config", str(tmp_path / "recipe.yaml")]
+    assert cli.main(["probe", *options]) == 2
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    script = (
+        "import sys, types, slabformer.cli.main as cli\n"
+        "from jsonargparse import ArgumentParser\n"
+        "probe = types.ModuleType('probe'); sys.modules['probe'] = probe\n"
+        "probe.parser = ArgumentParser\n"
+        "probe.run = lambda config: [print(line) for line in range(100_000)]\n"
+        "cli.VERBS['probe'] = ('probe', '')\n"
+        "sys.exit(cli.main(['probe']))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        complaints = process.stderr.read()
+    assert process.returncode == 141
+    assert complaints == b""
