@@ -33,4 +33,4 @@ __all__ = [
 ]
 
 if find_spec("timm") is not None:
-    from slabformer import models  # registers the zoo
+    from slabformer import models as _models  # noqa: F401  (registers the zoo)

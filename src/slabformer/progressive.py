@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -146,7 +147,7 @@ class ProgressiveSchedule:
 class _OptimizerWatch:
     """Notes which parameters the optimizers of this process step, until closed or forgotten."""
 
-    def __init__(self, norms: dict[str, nn.Module]) -> None:
+    def __init__(self, norms: Mapping[str, nn.Module]) -> None:
         self.seen: set[int] = set()
         self._wanted = {
             f"{name}.{leaf}": parameter

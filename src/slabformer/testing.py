@@ -27,7 +27,8 @@ def randomize_norms_(model: nn.Module, seed: int = 0) -> nn.Module:
         return torch.randn(like.shape, generator=generator).to(like)
 
     for module in model.modules():
-        if isinstance(module, (RepBN, _BatchNorm)) and module.running_mean is not None:
+        if isinstance(module, (RepBN, _BatchNorm)) and isinstance(module.running_mean, Tensor):
+            assert isinstance(module.running_var, Tensor)
             module.running_mean.copy_(0.3 * normal(module.running_mean))
             module.running_var.copy_(0.5 + normal(module.running_var).square())
         if isinstance(module, RepBN):
@@ -37,7 +38,8 @@ def randomize_norms_(model: nn.Module, seed: int = 0) -> nn.Module:
             module.bias.copy_(0.3 * normal(module.bias))
     for name, parameter in model.named_parameters():
         if _is_constant(parameter):
-            gain = 1.0 if name.endswith("weight") and parameter.ndim == 1 or _is_layer_scale(name) else 0.0
+            is_gain = parameter.ndim == 1 and name.endswith("weight")
+            gain = 1.0 if is_gain or _is_layer_scale(name) else 0.0
             spread = 0.3 if parameter.ndim <= 1 or gain else parameter[0].numel() ** -0.5
             parameter.copy_(gain + spread * normal(parameter))
     return model

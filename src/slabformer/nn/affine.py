@@ -32,6 +32,15 @@ class Affine(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
 
+    @classmethod
+    def of(cls, scale: Tensor, shift: Tensor, *, like: Tensor, channel_dim: int, eps: float) -> Affine:
+        """An Affine with these values, ``(C,)`` each, on the device and in the dtype of ``like``."""
+        affine = cls(scale.numel(), channel_dim=channel_dim, eps=eps, device=like.device, dtype=like.dtype)
+        with torch.no_grad():
+            affine.weight.copy_(scale)
+            affine.bias.copy_(shift)
+        return affine
+
     def forward(self, x: Tensor) -> Tensor:
         """One multiply-add per element, in the parameters' dtype or the input's, whichever is wider."""
         shape = [-1] + [1] * (x.ndim - 2) if self.channel_dim == 1 else [-1]
@@ -68,16 +77,3 @@ class Folded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` itself."""
         return x
-
-
-def affine_from(norm: nn.Module) -> Affine:
-    """The eval-mode map of ``norm`` (anything with ``scale_shift()``) as an :class:`Affine`: no name, dtype or mode lost."""
-    scale, shift = norm.scale_shift()
-    affine = Affine(
-        scale.numel(), channel_dim=norm.channel_dim, eps=norm.eps, device=norm.weight.device, dtype=norm.weight.dtype
-    )
-    with torch.no_grad():
-        affine.weight.copy_(scale)
-        affine.bias.copy_(shift)
-    affine.train(norm.training)
-    return affine

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from slabformer.nn.affine import Affine, affine_from
+from slabformer.nn.affine import Affine
 from slabformer.nn.sync import StatisticsSync
 from slabformer.ops.affine import repbn_scale_shift
 from slabformer.ops.moments import Moments, MomentsAccumulator, batch_moments, share_moments
@@ -76,7 +76,9 @@ class RepBN(nn.Module):
     def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor:
         """RepBN of ``x``, times the scalar tensor ``share`` where one is given."""
         tokens = self._tokens_last(x)
-        weight, bias, eta = self.weight, self.bias, self.eta
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        eta: Tensor = self.eta
         if share is not None:
             weight, bias, eta = weight * share, bias * share, eta * share
         if self.training or self.accumulator is not None:
@@ -139,7 +141,9 @@ class RepBN(nn.Module):
     def _tokens_last(self, x: Tensor) -> Tensor:
         dim = self.normalized_shape[0]
         if x.ndim < 2 or x.shape[self.channel_dim] != dim:
-            raise ValueError(f"RepBN over {dim} channels on axis {self.channel_dim}, got input of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"RepBN over {dim} channels on axis {self.channel_dim}, got input of shape {tuple(x.shape)}"
+            )
         return x.movedim(self.channel_dim, -1)
 
     def _check_tokens(self, tokens: Tensor) -> None:
@@ -157,7 +161,9 @@ class RepBN(nn.Module):
 
     def fuse(self) -> Affine:
         """The same map as an :class:`Affine`; timm's ``reparameterize_model`` calls this."""
-        return affine_from(self)
+        scale, shift = self.scale_shift()
+        affine = Affine.of(scale, shift, like=self.weight, channel_dim=self.channel_dim, eps=self.eps)
+        return affine.train(self.training)
 
     def extra_repr(self) -> str:
         """Channels and settings."""

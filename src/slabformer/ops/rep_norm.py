@@ -93,7 +93,7 @@ class _RepNorm(torch.autograd.Function):
 
 
 def keep_in_graph(x: Tensor, *unused: Tensor) -> Tensor:
-    """``x`` itself, with gradients of zero for ``unused``: a branch that is off still reports to DistributedDataParallel."""
+    """``x`` itself, with gradients of zero for ``unused``: DistributedDataParallel waits for what is off too."""
     return _KeepInGraph.apply(x, *unused) if torch.is_grad_enabled() else x
 
 

@@ -1,0 +1,1 @@
+"""Passes over any ``nn.Module``: convert, fit, recalibrate, fuse, verify. Knows no model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ def convert_norms_(
     """Replace every LayerNorm and RMSNorm of ``model`` in place by a :class:`PRepBN` that still holds it.
 
     A norm is recognised by what it computes, whatever its class: LayerNorm, RMSNorm or timm's SimpleNorm over the last
-    axis, or over the channels of a map, with a gain stored as it is or minus 1. Its gain and offset become RepBN's start too. Weights,
-    dtype, device, mode, hooks and ties are kept; the optimizer must be built afterwards.
+    axis, or over the channels of a map, with a gain stored as it is or minus 1. Its gain and offset become RepBN's
+    start too. Weights, dtype, device, mode, hooks and ties are kept; the optimizer must be built afterwards.
 
     Args:
         model: Edited in place.
@@ -83,7 +84,9 @@ def _find_norms(
             continue
         kind = recognise(module)
         if kind is None:
-            logger.debug("%s (%s) looks like a norm but computes something else; left alone", name, type(module).__name__)
+            logger.debug(
+                "%s (%s) looks like a norm but computes something else; left alone", name, type(module).__name__
+            )
         elif filter is None or filter(module, name):
             yield name, module, *kind
 
@@ -154,7 +157,7 @@ def _replacement(
     dim = _num_channels(norm)
     assert dim is not None
     like = getattr(norm, "weight", None)
-    options = {
+    options: dict[str, Any] = {
         "momentum": momentum,
         "eta": eta,
         "channel_dim": channel_dim,

@@ -46,9 +46,10 @@ def fit_norms_(
 ) -> int:
     """Fit ``eta``, weight, bias and statistics of every PRepBN to its LayerNorm's output by least squares.
 
-    The published start (``eta`` 1, weight 1) adds the raw residual stream and may explode; after this, RepBN is the best
-    affine approximation of the norm that it replaces, so that fading starts from almost the same function. ``eta`` takes
-    what all channels' slopes have in common, the weights what is left: ``weight_c = (slope_c - eta) * sqrt(var_c + eps)``.
+    The published start (``eta`` 1, weight 1) adds the raw residual stream and may explode; after this, RepBN is the
+    best affine approximation of the norm that it replaces, so that fading starts from nearly the same function. ``eta``
+    takes what the slopes of all channels have in common, the weights what is left:
+    ``weight_c = (slope_c - eta) * sqrt(var_c + eps)``.
 
     Args:
         model: Edited in place; gamma must still be 1.

@@ -87,7 +87,7 @@ def _flatten(output: Any) -> list[Tensor]:
         return [output]
     if isinstance(output, Mapping):
         output = output.values()
-    if isinstance(output, (list, tuple)) or not isinstance(output, (str, bytes)) and hasattr(output, "__iter__"):
+    if hasattr(output, "__iter__") and not isinstance(output, (str, bytes)):
         return [tensor for item in output for tensor in _flatten(item)]
     return []
 

@@ -1,0 +1,1 @@
+"""What models are trained for, on an engine that every task shares."""
