@@ -1,0 +1,153 @@
+"""From an image to the model's input: timm's transforms, drawn from (seed, epoch, index) and nothing else."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from slabformer._extras import require
+from slabformer.tasks.classification.order import Stream
+from slabformer.tasks.classification.sources import DataConfig
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(kw_only=True)
+class AugmentConfig:
+    """What training images go through. Defaults are the published ImageNet recipe."""
+
+    policy: Literal["timm", "light", "none"] = "timm"
+    """`timm`: random resized crop, flips and what the fields below say. `light`: small shifts and turns of images
+    held in memory, whole batches at once (for `digits`). `none`: as for validation."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that a random crop keeps (`timm`)."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Aspect ratio of a random crop (`timm`)."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip (`timm`)."""
+    vflip: float = 0.0
+    """Probability of a vertical flip (`timm`)."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's name of an automatic policy (`timm`)."""
+    color_jitter: float = 0.4
+    """Strength of brightness, contrast, saturation jitter (`timm`); without effect under RandAugment, as published."""
+    re_prob: float = 0.25
+    """Probability of random erasing (`timm`)."""
+    re_mode: Literal["const", "rand", "pixel"] = "pixel"
+    """What erases: zeros, one random colour, or random pixels (`timm`)."""
+    re_count: int = 1
+    """Most regions erased in one image (`timm`)."""
+    light_shift: float = 0.08
+    """Largest shift as a share of height and width (`light`)."""
+    light_rotate: float = 10.0
+    """Largest turn in degrees (`light`)."""
+    light_scale: float = 0.1
+    """Largest relative change of size (`light`)."""
+    mixup: float = 0.8
+    """Mixup alpha, 0 for none; applied by the trainer."""
+    cutmix: float = 1.0
+    """CutMix alpha, 0 for none; applied by the trainer."""
+    mixup_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+    mixup_switch_prob: float = 0.5
+    """Probability of CutMix where both are on."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes."""
+
+
+def train_transform(data: DataConfig, augment: AugmentConfig) -> Transform:
+    """timm's training transform: PIL image to normalised float32 ``(3, H, W)``."""
+    if augment.policy == "none":
+        return eval_transform(data)
+    return _create_transform(
+        data,
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        auto_augment=augment.auto_augment,
+        color_jitter=augment.color_jitter,
+        re_prob=augment.re_prob,
+        re_mode=augment.re_mode,
+        re_count=augment.re_count,
+    )
+
+
+def eval_transform(data: DataConfig, *, normalize: bool = True) -> Transform:
+    """timm's validation transform: resize, centre crop, normalise; uint8 ``(3, H, W)`` without ``normalize``."""
+    return _create_transform(data, is_training=False, crop_pct=data.crop_pct, normalize=normalize)
+
+
+def _create_transform(data: DataConfig, **options: Any) -> Transform:
+    allowed = ("bicubic", "bilinear", "nearest", "lanczos")
+    if data.interpolation not in allowed:
+        raise ValueError(f"unknown interpolation {data.interpolation!r}; use one of {', '.join(allowed)}")
+    return require("timm.data", extra="vision").create_transform(
+        input_size=(3, data.image_size, data.image_size),
+        mean=data.mean,
+        std=data.std,
+        interpolation=data.interpolation,
+        **options,
+    )
+
+
+@contextmanager
+def draws_from(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seed Python, numpy and torch (CPU) from ``(seed, epoch, index)`` for a block, then put them back."""
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    words = np.random.SeedSequence((Stream.AUGMENT, seed, epoch, index)).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(words[2])
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.default_generator.set_state(before[2])
+
+
+def light_draws(seed: int, epoch: int, count: int) -> Tensor:
+    """Uniform numbers in [-1, 1) for :func:`light_augment`, ``(count, 4)``: row ``i`` belongs to image ``i``."""
+    draws = np.random.default_rng((Stream.LIGHT, seed, epoch)).random((count, 4), dtype=np.float32)
+    return torch.from_numpy(draws * 2 - 1)
+
+
+def light_augment(images: Tensor, draws: Tensor, augment: AugmentConfig) -> Tensor:
+    """Shift, turn and scale every image a little, all at once; what comes in from outside is 0.
+
+    Args:
+        images: ``(B, C, H, W)``, 0 where nothing is.
+        draws: ``(B, 4)`` in [-1, 1]: turn, size, shift along x and y.
+        augment: Its ``light_*`` fields.
+
+    Returns:
+        ``(B, C, H, W)``.
+    """
+    height, width = images.shape[-2:]
+    angle = draws[:, 0] * math.radians(augment.light_rotate)
+    size = 1 + draws[:, 1] * augment.light_scale
+    cos, sin = (angle.cos() / size)[:, None], (angle.sin() / size)[:, None]
+    shift = draws[:, 2:] * augment.light_shift * 2  # coordinates run from -1 to 1
+    x, y = _centres(width), _centres(height)
+    # outer sums by hand: several times as fast as F.affine_grid, and no sum depends on the batch's other images
+    from_x = (cos * x + shift[:, :1])[:, None, :] - (sin * y * (height / width))[:, :, None]
+    from_y = (sin * x * (width / height))[:, None, :] + (cos * y + shift[:, 1:])[:, :, None]
+    grid = torch.stack([from_x, from_y], dim=-1)  # (B, H, W, 2)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _centres(size: int) -> Tensor:
+    """Coordinates of ``size`` pixels between the borders at -1 and 1."""
+    return (torch.arange(size) * 2 + 1) / size - 1

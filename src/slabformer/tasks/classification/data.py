@@ -1,0 +1,261 @@
+"""Batches whose content hangs on (seed, epoch, index) alone, whatever the workers, ranks and interruptions."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from slabformer.tasks.classification.augment import (
+    AugmentConfig,
+    Transform,
+    draws_from,
+    eval_transform,
+    light_augment,
+    light_draws,
+    train_transform,
+)
+from slabformer.tasks.classification.images import UNREADABLE
+from slabformer.tasks.classification.order import BatchOrder, Stream
+from slabformer.tasks.classification.sources import DataConfig, Source, Split, open_source
+
+__all__ = ["AugmentConfig", "DataConfig", "Loader", "check_num_classes", "create_loader"]
+logger = logging.getLogger(__name__)
+MOST_REPLACEMENTS = 100
+Batch = tuple[Tensor, Tensor]
+
+
+def create_loader(
+    data: DataConfig,
+    augment: AugmentConfig,
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    drop_last: bool | None = None,
+) -> Loader:
+    """Batches of ``split``: shuffled and augmented for "train", all images once and in order for "validation".
+
+    Every global batch of ``world_size * batch_size`` images is the same however many ranks share it.
+
+    Args:
+        data: Which images, and the model's input.
+        augment: What training images go through.
+        split: "train" or "validation".
+        batch_size: Images of one rank in one batch.
+        seed: Of the order and of the augmentation.
+        rank: This process.
+        world_size: Number of processes.
+        num_workers: Processes that decode images; no effect on what comes out, nor on sources held in memory.
+        drop_last: Leave out the last, incomplete batch; by default for "train" only.
+
+    Raises:
+        ValueError: If the data is incomplete (see :func:`open_source`) or smaller than one batch.
+        FileNotFoundError: If a folder does not exist.
+    """
+    if split not in ("train", "validation"):
+        raise ValueError(f"split must be 'train' or 'validation', got {split!r}")
+    train = split == "train"
+    policy = augment.policy if train else "none"
+    source = open_source(data, split)
+    order = BatchOrder(
+        len(source),
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        shuffle=train,
+        drop_last=train if drop_last is None else drop_last,
+    )
+    in_memory = data.path == "digits"
+    if policy == "light" and not in_memory:
+        raise ValueError(f"augment.policy 'light' is for data held in memory (digits); use 'timm' for {data.path!r}")
+    if in_memory and policy != "timm":
+        return MemoryLoader(source, order, data, augment if policy == "light" else None)
+    transform = train_transform(data, augment) if train else eval_transform(data)
+    return ImageLoader(Samples(source, transform, seed, replace=train), order, num_workers, data.max_unreadable)
+
+
+def check_num_classes(class_names: list[str], num_classes: int) -> None:
+    """Refuse data whose classes are not as many as the model's.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if len(class_names) != num_classes:
+        some = ", ".join(class_names[:3])
+        raise ValueError(
+            f"the data has {len(class_names)} classes ({some}, ...), the model {num_classes}; "
+            f"create the model with num_classes={len(class_names)}, or check data.path"
+        )
+
+
+class Loader(ABC):
+    """Batches of ``(images, labels)``: normalised float32 ``(B, 3, H, W)`` and int64 ``(B,)``.
+
+    Attributes:
+        class_names: Name of every class, by label.
+        order: Which images make which batch.
+    """
+
+    def __init__(self, order: BatchOrder, class_names: list[str]) -> None:
+        self.order, self.class_names = order, class_names
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank, wherever the next iteration starts."""
+        return len(self.order)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Order and augmentation of iterations to come."""
+        self.order.epoch = epoch
+
+    def set_start(self, batch_index: int) -> None:
+        """Let the next iteration, and only that one, begin at ``batch_index`` without reading what came before."""
+        if not 0 <= batch_index <= len(self):
+            raise ValueError(f"cannot start at batch {batch_index} of an epoch of {len(self)}; did the data change?")
+        self.order.start = batch_index
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class MemoryLoader(Loader):
+    """Images decoded and resized once, augmented a batch at a time.
+
+    Args:
+        source: What to read.
+        order: Which images make which batch.
+        data: The model's input.
+        augment: Its ``light_*`` fields move the images; None leaves them as they are.
+    """
+
+    def __init__(self, source: Source, order: BatchOrder, data: DataConfig, augment: AugmentConfig | None) -> None:
+        super().__init__(order, source.class_names)
+        transform = eval_transform(data, normalize=False)
+        samples = [source.read(index) for index in range(len(source))]
+        images = torch.stack([transform(image) for image, _ in samples])  # (N, 3, H, W) of uint8
+        grey = bool((images == images[:, :1]).all())
+        self.images = (images[:, :1] if grey else images).float().div_(255)
+        self.labels = torch.tensor([label for _, label in samples])
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+        self.augment = augment
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, batches = self.order.epoch, self.order.take()
+        draws = light_draws(self.order.seed, epoch, len(self.images)) if self.augment else None
+        for indices in map(torch.from_numpy, batches):
+            images = self.images[indices]
+            if self.augment is not None and draws is not None:
+                images = light_augment(images, draws[indices], self.augment)
+            yield (images - self.mean).div_(self.std), self.labels[indices]
+
+
+class Sample(NamedTuple):
+    """One image on its way into a batch, and what could not be read on the way."""
+
+    image: Tensor | None
+    label: int
+    failures: list[tuple[str, str]]
+
+
+class Samples(Dataset[Sample]):
+    """Images by ``(epoch, index)``, so that workers need no state.
+
+    Args:
+        source: What to read.
+        transform: PIL image to tensor, drawing from the global generators.
+        seed: Of the augmentation.
+        replace: Give another image, drawn from (seed, epoch, index), for one that cannot be read; else none.
+    """
+
+    def __init__(self, source: Source, transform: Transform, seed: int, *, replace: bool) -> None:
+        self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        failures: list[tuple[str, str]] = []
+        for candidate in self._candidates(epoch, index):
+            try:
+                image, label = self.source.read(candidate)
+            except UNREADABLE as error:
+                failures.append((self.source.name(candidate), f"{type(error).__name__}: {error}"))
+                continue
+            with draws_from(self.seed, epoch, index):
+                return Sample(self.transform(image), label, failures)
+        return Sample(None, -1, failures)
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        yield index
+        if self.replace:
+            others = np.random.default_rng((Stream.REPLACE, self.seed, epoch, index))
+            yield from (int(others.integers(len(self.source))) for _ in range(MOST_REPLACEMENTS))
+
+
+class Loaded(NamedTuple):
+    """What workers hand over: a batch, without its unreadable images, and their names."""
+
+    images: Tensor
+    labels: Tensor
+    failures: list[tuple[str, str]]
+
+
+def _collate(samples: list[Sample]) -> Loaded:
+    read = [sample for sample in samples if sample.image is not None]
+    images = torch.stack([sample.image for sample in read if sample.image is not None]) if read else torch.empty(0)
+    failures = [failure for sample in samples for failure in sample.failures]
+    return Loaded(images, torch.tensor([sample.label for sample in read]), failures)
+
+
+class ImageLoader(Loader):
+    """Images decoded as they are needed, by worker processes where asked.
+
+    Args:
+        samples: Images by (epoch, index).
+        order: Which images make which batch.
+        num_workers: Processes that decode.
+        max_unreadable: See :class:`DataConfig`.
+    """
+
+    def __init__(self, samples: Samples, order: BatchOrder, num_workers: int, max_unreadable: float) -> None:
+        super().__init__(order, samples.source.class_names)
+        self.loader = DataLoader(
+            samples,
+            batch_sampler=order,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # its own, so that the global one does not move
+        )
+        self.limit = max_unreadable * len(samples) if max_unreadable < 1 else max_unreadable
+        self.unreadable: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        for loaded in self.loader:
+            self._count(loaded.failures)
+            if len(loaded.labels):
+                yield loaded.images, loaded.labels
+
+    def _count(self, failures: list[tuple[str, str]]) -> None:
+        for name, reason in failures:
+            if name not in self.unreadable:
+                self.unreadable[name] = reason
+                logger.warning("unreadable image %s (%s); %d so far", name, reason, len(self.unreadable))
+        if len(self.unreadable) > self.limit:
+            first = ", ".join(list(self.unreadable)[:3])
+            raise RuntimeError(
+                f"{len(self.unreadable)} images cannot be read (first: {first}), data.max_unreadable allows "
+                f"{int(self.limit)}; repair or remove them, or raise the limit"
+            )

@@ -1,0 +1,71 @@
+"""Which images make which batch: a function of (seed, epoch), the same for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+
+class Stream(IntEnum):
+    """First of the numbers that seed a generator, so that no two uses draw the same."""
+
+    ORDER = 101
+    AUGMENT = 102
+    LIGHT = 103
+    REPLACE = 104
+
+
+class BatchOrder(Sampler[list[tuple[int, int]]]):
+    """Batches of one rank as lists of ``(epoch, index)``: its slice of every global batch.
+
+    Args:
+        count: Number of images.
+        batch_size: Images of one rank in one batch.
+        seed: Of the shuffling.
+        rank: This process.
+        world_size: Number of processes.
+        shuffle: Draw a new order from (seed, epoch).
+        drop_last: Leave out the last, incomplete global batch; otherwise late ranks may get a shorter one or none.
+
+    Raises:
+        ValueError: If sizes make no sense, or ``drop_last`` leaves nothing.
+    """
+
+    def __init__(
+        self, count: int, *, batch_size: int, seed: int, rank: int, world_size: int, shuffle: bool, drop_last: bool
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        if drop_last and count < batch_size * world_size:
+            total = f"{batch_size} x {world_size} ranks" if world_size > 1 else str(batch_size)
+            raise ValueError(f"{count} training images do not fill one batch of {total}; use a smaller batch_size")
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.count, self.batch_size * self.world_size)
+        return whole if self.drop_last else whole + (rest > self.rank * self.batch_size)
+
+    def take(self) -> list[NDArray[np.int64]]:
+        """Indices of the epoch's batches from ``start`` on, which goes back to 0."""
+        indices = np.arange(self.count)
+        if self.shuffle:
+            indices = np.random.default_rng((Stream.ORDER, self.seed, self.epoch)).permutation(self.count)
+        stride, offset = self.batch_size * self.world_size, self.batch_size * self.rank
+        first, self.start = self.start, 0
+        starts = (batch * stride + offset for batch in range(first, len(self)))
+        return [indices[start : start + self.batch_size] for start in starts]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, batches = self.epoch, self.take()
+        return ([(epoch, int(index)) for index in batch] for batch in batches)

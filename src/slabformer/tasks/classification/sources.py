@@ -1,0 +1,236 @@
+"""Where images come from: a folder, a timm data set name, tar shards, or the embedded digits."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from slabformer._extras import require
+from slabformer.tasks.classification.digits import DigitsSource
+from slabformer.tasks.classification.images import IMAGE_SUFFIXES, read_image, to_rgb
+from slabformer.tasks.classification.shards import ShardSource
+from slabformer.tasks.classification.split import held_out
+
+logger = logging.getLogger(__name__)
+Split = Literal["train", "validation"]
+#: sub-folders that hold a split, first found first
+SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "test")}
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which images, and how they become the model's input. Defaults are ImageNet's, as published."""
+
+    path: str = "digits"
+    """A folder, `hfds/NAME`, `torch/NAME`, `wds/FOLDER`, or `digits` (1,797 images that scikit-learn brings).
+
+    A folder holds `train` and `val` (or `validation`, `test`) with a sub-folder for each class, or just the classes."""
+    root: str | None = None
+    """Where a named data set lies or is downloaded to; the libraries' own caches by default."""
+    download: bool = False
+    """Let torchvision download a `torch/` data set that is not there."""
+    train_split: str | None = None
+    """Sub-folder, split or shard pattern to train on; found by its usual names by default."""
+    validation_split: str | None = None
+    """Sub-folder, split or shard pattern to validate on; found by its usual names by default."""
+    validation_fraction: float = 0.2
+    """Share held out when a folder holds classes but no splits; 1 validates on all of it."""
+    split_seed: int = 0
+    """Picks the images that `validation_fraction` holds out."""
+    image_size: int = 224
+    """Height and width of the model's input."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from RGB in [0, 1]."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divides what is left."""
+    interpolation: str = "bicubic"
+    """How images are resized: `bicubic`, `bilinear`, `nearest` or `lanczos`."""
+    crop_pct: float = 0.875
+    """Centre crop of validation images over their resized shorter side: 224 of 256. 1 for small images."""
+    max_unreadable: float = 0.01
+    """Unreadable images that are put up with: a share of all below 1, a count from 1 on, 0 for none."""
+
+
+class Source(Protocol):
+    """Images by index, in an order that never changes."""
+
+    class_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Image ``index`` as RGB and its class; raises one of ``images.UNREADABLE``."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call image ``index`` in a message."""
+        ...
+
+
+def open_source(data: DataConfig, split: Split) -> Source:
+    """The images of ``split``.
+
+    Raises:
+        ValueError: If a split, a class or the whole data set is not there; says what to do.
+        FileNotFoundError: If the folder does not exist.
+        ImportError: If the library behind a data set name is missing.
+    """
+    kind = data.path.split("/")[0].lower() if "/" in data.path and not Path(data.path).exists() else ""
+    name = data.train_split if split == "train" else data.validation_split
+    if data.path == "digits":
+        return DigitsSource(split)
+    if kind in ("hfds", "torch"):
+        return TimmSource(data, name or split)
+    if kind == "wds":
+        return ShardSource(Path(data.root or data.path.split("/", 1)[1]), split, name)
+    if kind in ("hfids", "tfds"):
+        raise ValueError(
+            f"{data.path!r} is a stream without a fixed order, so no run on it can resume; use hfds/ or wds/"
+        )
+    return _open_folder(data, split, name)
+
+
+class FolderSource:
+    """Image files with one class each."""
+
+    def __init__(self, files: Sequence[tuple[str, int]], class_names: list[str]) -> None:
+        self.files, self.class_names = files, class_names
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """See :class:`Source`."""
+        path, label = self.files[index]
+        return read_image(path), label
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return self.files[index][0]
+
+
+class TimmSource:
+    """A data set with random access that timm knows by name, ``hfds/NAME`` or ``torch/NAME``."""
+
+    def __init__(self, data: DataConfig, split: str) -> None:
+        if data.path.lower().startswith("hfds/"):
+            _require_datasets(data.path)
+        timm_data = require("timm.data", extra="vision")
+        arguments: dict[str, Any] = {"name": data.path, "root": data.root, "split": split, "download": data.download}
+        if data.path.lower().startswith("torch/"):
+            arguments["root"] = data.root or str(Path("~/.cache/slabformer/data").expanduser())
+        try:
+            self.dataset = timm_data.create_dataset(**arguments)
+        except AssertionError as error:  # timm's word for a name it does not know
+            raise ValueError(f"unknown data set {data.path!r}; timm says: {error}") from error
+        except RuntimeError as error:
+            hint = "pass data.download=true, or data.root with its folder"
+            raise ValueError(f"cannot open {data.path!r} in {arguments['root']!r} ({error}); {hint}") from error
+        self.path, self.reader = data.path, getattr(self.dataset, "reader", None)
+        self.class_names = self._class_names()
+
+    def _class_names(self) -> list[str]:
+        if self.reader is None:
+            names = getattr(self.dataset, "classes", None)
+            labels = getattr(self.dataset, "targets", None)
+        else:
+            names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
+            labels = None if names else self.reader.dataset[self.reader.label_key]
+        if names:
+            return [name if isinstance(name, str) else name[0] for name in names]
+        if labels is None:
+            raise ValueError(f"{self.path!r} does not name its classes; use a folder with one sub-folder a class")
+        return [str(label) for label in range(int(np.max(labels)) + 1)]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """See :class:`Source`."""
+        if self.reader is None:
+            image, label = self.dataset[index]
+            return to_rgb(image), int(label)
+        with self.reader[index][0] as file:
+            return read_image(file), int(self.reader[index][1])
+
+    def name(self, index: int) -> str:
+        """The file's path where there is one."""
+        return f"{self.path}[{index}]"
+
+
+def _require_datasets(path: str) -> None:
+    try:
+        import datasets  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{path!r} needs Hugging Face's datasets; pip install datasets") from error
+
+
+def _open_folder(data: DataConfig, split: Split, name: str | None) -> FolderSource:
+    root = Path(data.path)
+    if not root.is_dir():
+        known = "a folder, hfds/NAME, torch/NAME, wds/FOLDER or digits"
+        raise FileNotFoundError(f"no data at {data.path!r}: no such folder; data.path is {known}")
+    folder, train = _split_folder(root, split, name), _split_folder(root, "train", data.train_split)
+    if folder is None and train is None and not name:
+        return _divide(data, root, split)
+    if folder is None:
+        expected = name or ", ".join(SPLIT_FOLDERS[split])
+        raise ValueError(f"{data.path!r} has no {split} images; looked for a sub-folder named {expected}")
+    classes = _class_folders(train or folder)
+    unknown = sorted(set(_class_folders(folder)) - set(classes))
+    if unknown:
+        raise ValueError(f"{folder} has class {unknown[0]!r}, which {train} has not; both need the same sub-folders")
+    present = classes if folder == train else [name for name in classes if (folder / name).is_dir()]
+    if len(present) < len(classes):
+        logger.warning("%s holds images of %d of %d classes", folder, len(present), len(classes))
+    return FolderSource(_list_images(folder, present, classes), classes)
+
+
+def _split_folder(root: Path, split: Split, name: str | None) -> Path | None:
+    found = (root / folder for folder in ((name,) if name else SPLIT_FOLDERS[split]))
+    return next((folder for folder in found if folder.is_dir()), None)
+
+
+def _divide(data: DataConfig, root: Path, split: Split) -> FolderSource:
+    """Split a folder of classes by ``validation_fraction``."""
+    classes = _class_folders(root)
+    files = _list_images(root, classes, classes)
+    chosen = held_out([label for _, label in files], data.validation_fraction, data.split_seed)
+    chosen = chosen if split == "validation" else ~chosen
+    if not chosen.any():
+        raise ValueError(f"validation_fraction {data.validation_fraction} leaves no {split} images in {data.path!r}")
+    logger.info("%s has no splits: %d of its %d images are for %s", root, chosen.sum(), len(files), split)
+    return FolderSource([file for file, keep in zip(files, chosen, strict=True) if keep], classes)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{folder} holds no classes; it needs one sub-folder of images a class")
+    return classes
+
+
+def _list_images(folder: Path, present: list[str], classes: list[str]) -> list[tuple[str, int]]:
+    """Images of the classes ``present``, numbered as in ``classes``, by class and name."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    files = []
+    for name in present:
+        found = sorted(path for path in _walk(folder / name) if Path(path).suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+            raise ValueError(
+                f"class {name!r} is empty: no images in {folder / name} ({suffixes}); add some or remove it"
+            )
+        files += [(path, numbers[name]) for path in found]
+    return files
+
+
+def _walk(folder: Path) -> list[str]:
+    return [os.path.join(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names]  # noqa: PTH118 - a million strings
