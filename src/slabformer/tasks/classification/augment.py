@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from slabformer._extras import require
@@ -93,13 +93,23 @@ def _create_transform(data: DataConfig, **options: Any) -> Transform:
     allowed = ("bicubic", "bilinear", "nearest", "lanczos")
     if data.interpolation not in allowed:
         raise ValueError(f"unknown interpolation {data.interpolation!r}; use one of {', '.join(allowed)}")
-    return require("timm.data", extra="vision").create_transform(
+    transform = require("timm.data", extra="vision").create_transform(
         input_size=(3, data.image_size, data.image_size),
         mean=data.mean,
         std=data.std,
         interpolation=data.interpolation,
         **options,
     )
+    for policy in transform.transforms:
+        for operation in getattr(policy, "ops", []):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep at least one bit: the strongest draws ask for none, which was all black and which Pillow 13 refuses."""
+    return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
 @contextmanager
