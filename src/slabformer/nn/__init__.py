@@ -1,6 +1,7 @@
 """Modules: the norms and the attention."""
 
 from slabformer.nn.affine import Affine, Folded
+from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.nn.norm import PRepBN, RepBN
 
-__all__ = ["Affine", "Folded", "PRepBN", "RepBN"]
+__all__ = ["Affine", "Folded", "PRepBN", "RepBN", "SimplifiedLinearAttention"]

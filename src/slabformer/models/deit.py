@@ -1,0 +1,216 @@
+"""DeiT without LayerNorm, and with linear attention on top (``slab_deit_*``); built from timm's own parts."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from slabformer.models.norms import NormLayer, resolve_norm_layer
+from slabformer.models.published import BY_MODEL
+from slabformer.nn.attention import SimplifiedLinearAttention
+from slabformer.nn.resample import Grid
+
+
+class DeiT(VisionTransformer):
+    """timm's ``VisionTransformer`` whose norms have names.
+
+    Args:
+        norm_layer: "prepbn", "repbn", "layernorm", or a constructor.
+        norm_eps: LayerNorm's epsilon.
+        kwargs: As timm's.
+    """
+
+    def __init__(self, norm_layer: str | NormLayer = "prepbn", norm_eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__(norm_layer=resolve_norm_layer(norm_layer, norm_eps), **kwargs)
+
+
+class SlabBlock(Block):
+    """timm's pre-norm block around :class:`SimplifiedLinearAttention`, told the grid its tokens lie on.
+
+    A subclass that replaces the attention, since ``attn_layer`` is not in every timm from 1.0.20 on.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, grid_size: Grid, **kwargs: Any) -> None:
+        super().__init__(dim, num_heads, **kwargs)
+        names = ("qkv_bias", "proj_bias", "attn_drop", "proj_drop", "device", "dtype")
+        taken = {name: kwargs[name] for name in names if name in kwargs}
+        self.attn = SimplifiedLinearAttention(dim, num_heads, grid_size=grid_size, **taken)
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, grid_size: Grid | None = None
+    ) -> Tensor:
+        """``x + attn(norm1(x))``, ``x + mlp(norm2(x))``; ``grid_size`` by default the position table's, or a square."""
+        attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal, grid_size=grid_size)
+        x = x + self.drop_path1(self.ls1(attended))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class SlabDeiT(DeiT):
+    """DeiT with linear attention: no class token, final norm, then the mean over tokens, then the head.
+
+    With ``dynamic_img_size=True`` position tables follow the image; :meth:`set_input_size` changes them for good.
+
+    Raises:
+        ValueError: If tokens are to be dropped or prepended, which leaves no grid for the depthwise branch.
+    """
+
+    def __init__(
+        self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, **kwargs: Any
+    ) -> None:
+        for name in ("class_token", "reg_tokens", "patch_drop_rate"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"{name} is not for slab_deit: its attention needs the whole token grid and no more")
+        (H, W), (h, w) = to_2tuple(img_size), to_2tuple(patch_size)
+        kwargs = {"global_pool": "avg", "fc_norm": False, **kwargs}
+        block = partial(SlabBlock, grid_size=(H // h, W // w))
+        super().__init__(img_size=img_size, patch_size=patch_size, class_token=False, block_fn=block, **kwargs)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Images ``(B, in_chans, H, W)`` to normed tokens ``(B, N, C)``."""
+        x, grid = self._embed(x)
+        for block in self.blocks:
+            x = self._run(block, x, grid, attn_mask, is_causal)
+        return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """As timm's; there are no prefix tokens to return."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        x, grid = self._embed(x)
+        features = []
+        for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = self._run(block, x, grid, attn_mask, is_causal)
+            if index in taken:
+                features.append(self.norm(x) if norm else x)
+        if output_fmt == "NCHW":
+            features = [y.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for y in features]
+        final = None if intermediates_only else self.norm(x)
+        if output_dict:
+            return {"image_intermediates": features} | ({} if final is None else {"image_features": final})
+        return features if final is None else (final, features)
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Change image or patch size, resampling every position table."""
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        for module in self.modules():
+            if isinstance(module, SimplifiedLinearAttention):
+                module.set_grid_size(self.patch_embed.grid_size)
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Grid]:
+        x = self.patch_embed(x)
+        grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else self.patch_embed.grid_size
+        return self.norm_pre(self._pos_embed(x)), grid
+
+    def _run(self, block: nn.Module, x: Tensor, grid: Grid, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, attn_mask, is_causal, grid)
+        return block(x, attn_mask, is_causal, grid)
+
+
+def _cfg(model: str, **kwargs: Any) -> dict[str, Any]:
+    published = BY_MODEL.get(model)
+    return {
+        "url": published.url if published else "",
+        "custom_load": True,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "fixed_input_size": True,
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "paper_ids": "arXiv:2405.11582",
+        **kwargs,
+    }
+
+
+_MICRO_CFG: dict[str, Any] = {"num_classes": 10, "input_size": (3, 32, 32)}
+_CFGS: dict[str, Any] = {
+    "deit_tiny_prepbn": _cfg("deit_tiny_prepbn"),
+    "deit_small_prepbn": _cfg("deit_small_prepbn"),
+    "slab_deit_tiny": _cfg("slab_deit_tiny"),
+    "slab_deit_small": _cfg("slab_deit_small"),
+    "deit_micro": _cfg("deit_micro", **_MICRO_CFG),
+    "deit_micro_prepbn": _cfg("deit_micro_prepbn", **_MICRO_CFG),
+    "slab_deit_micro": _cfg("slab_deit_micro", **_MICRO_CFG),
+}
+default_cfgs = generate_default_cfgs(_CFGS)
+
+_TINY: dict[str, Any] = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+_SMALL: dict[str, Any] = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+_MICRO: dict[str, Any] = {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
+
+
+def _create(model_cls: type[DeiT], variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> DeiT:
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **(defaults | kwargs),
+    )
+
+
+@register_model
+def deit_tiny_prepbn(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """DeiT-Tiny with PRepBN; the published one was trained with RepBN from the start (``norm_layer="repbn"``)."""
+    return _create(DeiT, "deit_tiny_prepbn", pretrained, _TINY, **kwargs)
+
+
+@register_model
+def deit_small_prepbn(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """DeiT-Small with PRepBN."""
+    return _create(DeiT, "deit_small_prepbn", pretrained, _SMALL, **kwargs)
+
+
+@register_model
+def slab_deit_tiny(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """DeiT-Tiny with PRepBN and linear attention."""
+    return _create(SlabDeiT, "slab_deit_tiny", pretrained, _TINY, **kwargs)
+
+
+@register_model
+def slab_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """DeiT-Small with PRepBN and linear attention."""
+    return _create(SlabDeiT, "slab_deit_small", pretrained, _SMALL, **kwargs)
+
+
+@register_model
+def deit_micro(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """LayerNorm and softmax for 32x32 pixels: the twin that :func:`slab_deit_micro` is held against."""
+    return _create(DeiT, "deit_micro", pretrained, _MICRO | {"norm_layer": "layernorm"}, **kwargs)
+
+
+@register_model
+def deit_micro_prepbn(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """:func:`deit_micro` with PRepBN."""
+    return _create(DeiT, "deit_micro_prepbn", pretrained, _MICRO, **kwargs)
+
+
+@register_model
+def slab_deit_micro(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """PRepBN and linear attention for 32x32 pixels: small enough for tests and the quickstart."""
+    return _create(SlabDeiT, "slab_deit_micro", pretrained, _MICRO, **kwargs)

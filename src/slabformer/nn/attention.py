@@ -1,0 +1,178 @@
+"""Simplified linear attention as a module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slabformer.nn.resample import Grid, resample_table, resize_tokens, resolve_grid
+from slabformer.ops.depthwise import depthwise_tokens
+from slabformer.ops.linear_attention import linear_attention, mask_tokens
+
+
+class LinearAttentionCore(nn.Module):
+    """What every variant shares: the position table of the keys, the linear product, the depthwise branch.
+
+    Args:
+        dim: Channels ``C`` of queries, keys and values.
+        num_heads: Heads of ``D = C / num_heads`` channels.
+        grid_size: Grid ``(H, W)`` of the keys that the position table is made for.
+        kernel_size: Of the depthwise convolution, odd; its ``D`` kernels are shared by all heads.
+
+    Raises:
+        ValueError: If ``dim`` is no multiple of ``num_heads``, or ``kernel_size`` is even.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        grid_size: Grid,
+        kernel_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        self.dim, self.num_heads, self.grid_size = dim, num_heads, (grid_size[0], grid_size[1])
+        head_dim = dim // num_heads
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.positional_encoding = nn.Parameter(torch.zeros(1, grid_size[0] * grid_size[1], dim, **factory))
+        self.dwc = nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim, **factory)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_grid: Grid, mask: Tensor | None = None) -> Tensor:
+        """Linear attention of ``(B, N, C)`` queries over keys on ``key_grid``, with the table added to them."""
+        table: Tensor = self.positional_encoding
+        if key_grid != self.grid_size:
+            table = resample_table(table, self.grid_size, key_grid)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k + table.to(k.dtype), v))
+        return linear_attention(q, k, v, mask=mask).flatten(2)
+
+    def local(self, v: Tensor, grid_size: Grid) -> Tensor:
+        """The depthwise branch: values ``(B, N, C)`` on their grid, every head through the same kernels."""
+        return depthwise_tokens(v, grid_size, self.dwc.weight, self.dwc.bias)
+
+    @torch.no_grad()
+    def set_grid_size(self, grid_size: Grid) -> None:
+        """Resample the position table to a new grid for good."""
+        table = resample_table(self.positional_encoding, self.grid_size, grid_size)
+        self.positional_encoding = nn.Parameter(table, requires_grad=self.positional_encoding.requires_grad)
+        self.grid_size = (grid_size[0], grid_size[1])
+
+    def extra_repr(self) -> str:
+        """Width, heads and the grid of the position table."""
+        return f"{self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}"
+
+
+class SimplifiedLinearAttention(LinearAttentionCore):
+    """``proj(relu(q) (relu(k)^T v) / normaliser + DWC(v))`` with a learned position table on k (Guo et al. 2024).
+
+    Takes the place of timm's ``Attention``: same first arguments, same forward. Any number of tokens goes: the table is
+    resampled (bicubic) when the grid is not ``grid_size``, and the depthwise branch runs on the grid it finds.
+
+    Args:
+        dim: Channels ``C``.
+        num_heads: Heads of ``C / num_heads`` channels.
+        grid_size: Grid ``(H, W)`` that the position table is made for.
+        qkv_bias: Whether queries, keys and values have a bias.
+        proj_bias: Whether the output projection has one.
+        kernel_size: Of the depthwise convolution, odd.
+        attn_drop: Must be 0: there is no attention matrix to drop from.
+        proj_drop: Dropout after the output projection.
+
+    Shape:
+        ``(B, N, C)`` to the same; with ``context`` ``(B, M, C)``, keys and values come from that.
+
+    Raises:
+        ValueError: If tokens form no grid, or an argument asks for what linear attention cannot do.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        grid_size: Grid = (14, 14),
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        kernel_size: int = 5,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, grid_size=grid_size, kernel_size=kernel_size, device=device, dtype=dtype)
+        refuse_attn_drop(attn_drop)
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        grid_size: Grid | None = None,
+        context_grid_size: Grid | None = None,
+    ) -> Tensor:
+        """Attention over ``x``, or from ``x`` to ``context``.
+
+        Args:
+            x: Tokens ``(B, N, C)``.
+            context: Tokens ``(B, M, C)`` that keys and values come from; ``x`` by default.
+            attn_mask: Valid keys, boolean ``(B, M)`` or the same as ``(B, 1, 1, M)``.
+            is_causal: Must be false.
+            grid_size: Grid of ``x``; by default the table's, or a square. With a context of another length there is no
+                default: without it the depthwise branch is off.
+            context_grid_size: Grid of ``context``, found alike.
+        """
+        if is_causal:
+            raise ValueError("SimplifiedLinearAttention is not causal; mask keys with a boolean (B, N) attn_mask")
+        q, k, v = self._project(x, context)
+        key_grid = resolve_grid(k.shape[1], grid_size if context is None else context_grid_size, self.grid_size)
+        mask = key_mask(attn_mask)
+        out = self.attend(q, k, v, key_grid, mask)
+        if grid_size is not None or k.shape[1] == q.shape[1]:
+            grid = resolve_grid(q.shape[1], grid_size, key_grid)
+            out = out + self.local(resize_tokens(mask_tokens(v, mask), key_grid, grid), grid)
+        return self.proj_drop(self.proj(out))
+
+    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+        if context is None:
+            return self.qkv(x).chunk(3, dim=-1)
+        weight, bias = self.qkv.weight.split([self.dim, 2 * self.dim]), (None, None)
+        if self.qkv.bias is not None:
+            bias = self.qkv.bias.split([self.dim, 2 * self.dim])
+        return F.linear(x, weight[0], bias[0]), *F.linear(context, weight[1], bias[1]).chunk(2, dim=-1)
+
+
+def key_mask(attn_mask: Tensor | None) -> Tensor | None:
+    """Valid keys ``(B, M)`` from a mask of that shape or ``(B, 1, 1, M)``.
+
+    Raises:
+        ValueError: If the mask is not boolean or tells queries apart, which a linear product cannot.
+    """
+    if attn_mask is None:
+        return None
+    mask = attn_mask[:, 0, 0] if attn_mask.ndim == 4 and attn_mask.shape[1:3] == (1, 1) else attn_mask
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise ValueError(
+            f"linear attention masks keys alone: attn_mask must be boolean (B, M) or (B, 1, 1, M), "
+            f"got {attn_mask.dtype} {tuple(attn_mask.shape)}"
+        )
+    return mask
+
+
+def refuse_attn_drop(attn_drop: float) -> None:
+    """Dropout of attention weights would be a setting without effect."""
+    if attn_drop:
+        raise ValueError(f"linear attention has no matrix to drop from: attn_drop must be 0, got {attn_drop}")

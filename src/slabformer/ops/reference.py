@@ -1,0 +1,27 @@
+"""Slow, obvious float64 twins that the fast functions are held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """:func:`slabformer.ops.linear_attention` in float64, head by head, with the whole attention matrix.
+
+    Shape:
+        ``q`` ``(B, N, num_heads, D)``, ``k`` ``(B, M, num_heads, D)``, ``v`` ``(B, M, num_heads, E)``, ``mask``
+        ``(B, M)``, to float64 ``(B, N, num_heads, E)``.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    images = []
+    for b in range(q.shape[0]):
+        valid = slice(None) if mask is None else mask[b]
+        heads = []
+        for h in range(q.shape[2]):
+            weights = q[b, :, h].relu() @ k[b, valid, h].relu().T
+            heads.append(weights @ v[b, valid, h] / (weights.sum(-1, keepdim=True) + eps))
+        images.append(torch.stack(heads, 1))
+    return torch.stack(images)
