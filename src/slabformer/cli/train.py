@@ -1,0 +1,52 @@
+"""`slab train`: train a classifier while its LayerNorm fades out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from slabformer.tasks.classification.config import TrainConfig
+
+
+class _Parser(ArgumentParser):
+    """Reads ``--data PATH`` as ``--data.path PATH``: everywhere else the key is a group."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Namespace:
+        """See ``ArgumentParser.parse_args``."""
+        given = list(sys.argv[1:] if args is None else args)
+        short = [f"--data.path{item[6:]}" if item == "--data" or item.startswith("--data=") else item for item in given]
+        return super().parse_args(short, *rest, **options)
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab train`: a recipe, and any of its keys."""
+    options = _Parser(
+        prog="slab train",
+        description="Train a classifier while its LayerNorm fades out. The output folder goes on where it stopped.",
+        epilog="--data PATH is short for --data.path PATH. Keys given after --config override the recipe.",
+    )
+    options.add_argument("--config", action="config", help="a recipe, e.g. recipes/digits.yaml")
+    options.add_class_arguments(TrainConfig)
+    return options
+
+
+def run(config: Namespace) -> None:
+    """Train as the options say; exit code 143 after SIGTERM, 130 after SIGINT, 1 if training fails."""
+    from slabformer.tasks.classification.train import train
+    from slabformer.tasks.engine.console import ConsoleObserver
+    from slabformer.tasks.engine.signals import StoppedError
+
+    settings = parser().instantiate_classes(config)
+    values = {key: value for key, value in vars(settings).items() if key != "config"}
+    try:
+        result = train(TrainConfig(**values), observers=[ConsoleObserver()])
+    except StoppedError as stopped:
+        sys.stderr.write(f"slab: {stopped}\n")
+        raise SystemExit(stopped.exit_code) from None
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    sys.stdout.write(f"{'already finished' if result.already_finished else 'finished'}: {result.output}  {figures}\n")

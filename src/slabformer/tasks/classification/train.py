@@ -1,0 +1,253 @@
+"""Train a classifier while its LayerNorm fades out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import slabformer as sf
+from slabformer.nn.controls import repbn_modules
+from slabformer.tasks.classification.build import (
+    build_gamma_schedule,
+    build_lr_schedule,
+    build_model,
+    build_optimizer,
+    load_weights,
+    model_arguments,
+)
+from slabformer.tasks.classification.config import TrainConfig
+from slabformer.tasks.classification.data import Loader, create_loader
+from slabformer.tasks.classification.evaluate import evaluate
+from slabformer.tasks.classification.mixup import MixedStep
+from slabformer.tasks.engine.checkpoint import CheckpointStore
+from slabformer.tasks.engine.devices import create_accelerator
+from slabformer.tasks.engine.ema import ModelEma
+from slabformer.tasks.engine.files import replaced
+from slabformer.tasks.engine.folder import RunFolder
+from slabformer.tasks.engine.loop import Trainer
+from slabformer.tasks.engine.observers import CsvFile, CsvObserver, Observer, TensorBoardObserver
+from slabformer.tasks.engine.parts import LoopConfig
+from slabformer.tasks.engine.seeds import reseed
+from slabformer.tasks.saved_model import ModelInfo, save_model
+
+logger = logging.getLogger(__name__)
+
+#: columns of metrics.csv
+COLUMNS = (
+    *("epoch", "step", "gamma", "lr", "train_loss", "images_per_second"),
+    *(f"{prefix}{name}" for prefix in ("", "blend_", "ema_") for name in ("top1", "top5", "loss")),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What :func:`train` leaves, beside the files."""
+
+    model: nn.Module
+    """Trained and recalibrated, in eval mode, on the device it was trained on."""
+    ema: nn.Module | None
+    """The averaged model, recalibrated by itself."""
+    history: list[dict[str, float]]
+    """Rows of ``metrics.csv``: every epoch's train_loss, gamma, lr, images_per_second, top1, loss; blend_* while
+    gamma is above 0, ema_* where there is an average."""
+    metrics: dict[str, float]
+    """Of the recalibrated model: top1, loss, top5 with five classes or more; ema_* alike."""
+    output: Path
+    """Folder of the run, with ``model.safetensors``."""
+    already_finished: bool = False
+    """Nothing was trained: the run in ``output`` was complete."""
+
+
+def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Sequence[Observer] = ()) -> TrainResult:
+    """Train as ``config`` says, or go on with the run in ``config.output``.
+
+    The folder then holds ``config.yaml``, ``metrics.csv``, ``steps.csv``, TensorBoard events, the last checkpoints,
+    ``best.safetensors`` (highest top-1 among the epochs with gamma 0) and at the end ``model.safetensors``,
+    ``ema.safetensors`` and ``result.json``.
+
+    Args:
+        config: The recipe.
+        model: Trained instead of ``config.model``; build and convert it the same way when a run goes on.
+        observers: Told how training goes, on the main process.
+
+    Raises:
+        ValueError: If the recipe does not fit the data, the model or the run in the folder.
+        NonFiniteError: If the loss, a gradient or a weight is NaN or infinite; the last good checkpoint stays.
+        StoppedError: After SIGTERM or SIGINT, once a checkpoint is written.
+        OSError: If the disk is full or not writable.
+    """
+    run = _Run(config, model)
+    if run.found == "finished":
+        return run.finished()
+    files: list[Observer] = [CsvObserver(run.folder.path, COLUMNS)]
+    if config.tensorboard:
+        files.append(TensorBoardObserver(run.folder.path))
+    watchers = [*files, *observers]
+    trainer = run.trainer(watchers)
+    found = trainer.resume()
+    if found is not None:
+        logger.info("going on from %s", found)
+    with ExitStack() as stack:
+        if run.accelerator.is_main_process:
+            for observer in watchers:
+                stack.callback(observer.on_end)
+        stack.enter_context(trainer.signals)
+        trainer.fit()
+        return run.finish(trainer)
+
+
+class _Run:
+    """One run's parts."""
+
+    def __init__(self, config: TrainConfig, model: nn.Module | None) -> None:
+        self.config = config
+        self.accelerator: Accelerator = create_accelerator(config.precision, config.device)
+        self.folder = RunFolder(Path(config.output), config.to_dict(), config.harmless())
+        main = self.accelerator.is_main_process
+        with self.accelerator.main_process_first():
+            self.found = self.folder.claim(overwrite=config.overwrite and main)
+        if config.resume == "never" and self.found != "new":
+            raise ValueError(f"{config.output} holds a run already; pass --overwrite true, or --resume auto to go on")
+        self.train_loader, self.val_loader = self._loader("train"), self._loader("validation")
+        self.class_names = self.train_loader.class_names
+        reseed(config.seed)
+        self.model = model or build_model(config.model, len(self.class_names), config.data.image_size)
+        self.model.to(self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            sf.sync_norms_(self.model)
+
+    def _loader(self, split: str) -> Loader:
+        config = self.config
+        return create_loader(
+            config.data,
+            config.augment,
+            split,  # type: ignore[arg-type]
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            num_workers=config.num_workers,
+        )
+
+    def trainer(self, observers: Sequence[Observer]) -> Trainer:
+        """The loop with everything that this recipe gives it."""
+        config = self.config
+        if config.gamma.fit_batches and self.found == "new":
+            sf.fit_norms_(self.model, self.train_loader, config.gamma.fit_batches)
+        total_batch = config.batch_size * self.accelerator.num_processes * config.accumulate
+        optimizer = build_optimizer(config, self.model, total_batch)
+        steps_per_epoch = -(-len(self.train_loader) // config.accumulate)
+        lr_schedule, epochs = build_lr_schedule(config, optimizer, steps_per_epoch, total_batch)
+        return Trainer(
+            accelerator=self.accelerator,
+            model=self.model,
+            optimizer=optimizer,
+            loader=self.train_loader,
+            step_fn=MixedStep(config.augment, len(self.class_names), config.batch_size),
+            config=LoopConfig(
+                epochs=epochs,
+                seed=config.seed,
+                accumulate=config.accumulate,
+                clip_norm=config.optimizer.clip_norm,
+                log_every=config.log_every,
+                save_every=config.save_every,
+                eval_every=config.eval_every,
+                compile=config.compile,
+            ),
+            store=CheckpointStore(self.folder.path, config.keep, writable=self.accelerator.is_main_process),
+            lr_schedule=lr_schedule,
+            gamma_schedule=build_gamma_schedule(config, self.model, optimizer, epochs * steps_per_epoch),
+            ema=ModelEma(self.model, config.ema.decay, config.ema.warmup) if config.ema.decay > 0 else None,
+            evaluate=self._evaluate,
+            best_metric="top1",
+            on_best=lambda trainer: self._save(trainer.model, "best"),
+            observers=observers,
+        )
+
+    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
+        metrics = self._metrics(trainer, trainer.model, "")
+        if trainer.gamma > 0:
+            with sf.blended(trainer.model):
+                metrics |= self._metrics(trainer, trainer.model, "blend_")
+        if trainer.ema is not None:
+            metrics |= self._metrics(trainer, trainer.ema.module, "ema_")
+        return metrics
+
+    def _metrics(self, trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, float]:
+        progress = trainer.progress(f"{prefix}evaluate".replace("_", " "), len(self.val_loader))
+        result = evaluate(model, self.val_loader, accelerator=self.accelerator, progress=progress)
+        values = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
+        return {f"{prefix}{name}": value for name, value in values.items() if value is not None}
+
+    def finish(self, trainer: Trainer) -> TrainResult:
+        """Recalibrate, evaluate and save model and average."""
+        metrics: dict[str, float] = {}
+        models = {"model": trainer.model, **({"ema": trainer.ema.module} if trainer.ema is not None else {})}
+        for name, model in models.items():
+            if self.config.recalibrate.enabled and repbn_modules(model):
+                self._recalibrate(trainer, model)
+            metrics |= self._metrics(trainer, model, "" if name == "model" else f"{name}_")
+            if self.accelerator.is_main_process:
+                self._save(model, name)
+            model.eval()
+        if self.accelerator.is_main_process:
+            self.folder.finish(metrics)
+        self.accelerator.wait_for_everyone()
+        return self._result(trainer.model, models.get("ema"), metrics)
+
+    def _recalibrate(self, trainer: Trainer, model: nn.Module) -> None:
+        """On the training data of one more epoch, augmented as in training, as published."""
+        self.train_loader.set_epoch(trainer.config.epochs)
+        self.train_loader.set_start(0)
+        batches = self.config.recalibrate.batches
+        progress = trainer.progress("recalibrate", min(batches or len(self.train_loader), len(self.train_loader)))
+
+        def forward(model: nn.Module, batch: list[Tensor]) -> None:
+            model(batch[0])
+            progress()
+
+        sf.recalibrate_(model, self.train_loader, batches, forward)
+
+    def finished(self) -> TrainResult:
+        """The result of the run that was complete."""
+        logger.info("%s is finished already; --overwrite true starts again", self.folder.path)
+        load_weights(self.model, self.folder.path / "model.safetensors")
+        ema = None
+        if self.config.ema.decay > 0:
+            ema = copy.deepcopy(self.model)
+            load_weights(ema, self.folder.path / "ema.safetensors")
+        return self._result(self.model.eval(), ema.eval() if ema is not None else None, self.folder.result(), True)
+
+    def _result(
+        self, model: nn.Module, ema: nn.Module | None, metrics: dict[str, float], already_finished: bool = False
+    ) -> TrainResult:
+        return TrainResult(
+            model=model,
+            ema=ema,
+            history=CsvFile(self.folder.path / "metrics.csv", COLUMNS).rows(),
+            metrics=metrics,
+            output=self.folder.path,
+            already_finished=already_finished,
+        )
+
+    def _save(self, model: nn.Module, name: str) -> None:
+        data = self.config.data
+        info = ModelInfo(
+            model=self.config.model.name,
+            model_args=model_arguments(self.config.model, len(self.class_names), data.image_size),
+            class_names=self.class_names,
+            input_size=(3, data.image_size, data.image_size),
+            mean=data.mean,
+            std=data.std,
+            interpolation=data.interpolation,
+            crop_pct=data.crop_pct,
+        )
+        with replaced(self.folder.path / f"{name}.safetensors") as temporary:
+            save_model(model, temporary, info)

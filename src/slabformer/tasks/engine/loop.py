@@ -1,0 +1,259 @@
+"""The training loop: optimizer steps, schedules, EMA, checkpoints, evaluation. It knows no task."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from slabformer.progressive import ProgressiveSchedule
+from slabformer.tasks.engine.checkpoint import CheckpointStore
+from slabformer.tasks.engine.diagnose import describe_nonfinite
+from slabformer.tasks.engine.ema import ModelEma
+from slabformer.tasks.engine.meter import EpochMeter
+from slabformer.tasks.engine.nonfinite import NonFiniteError, NonFiniteGuard, first_nonfinite_tensor
+from slabformer.tasks.engine.observers import Observer, RunStart, StepReport
+from slabformer.tasks.engine.parts import Loader, LoopConfig, Position, StepFn, TrainStep, num_samples, windows
+from slabformer.tasks.engine.seeds import reseed
+from slabformer.tasks.engine.signals import StoppedError, StopSignals
+from slabformer.tasks.engine.state import capture, restore
+
+
+@dataclass(kw_only=True, eq=False)
+class Trainer:
+    """Trains a model; whatever the rest of training depends on is in the checkpoint or follows from the position.
+
+    Raises:
+        NonFiniteError: Out of :meth:`fit`, if the loss, a gradient or a weight is NaN or infinite.
+        StoppedError: Out of :meth:`fit`, after SIGTERM or SIGINT, when a checkpoint is written.
+    """
+
+    accelerator: Accelerator
+    """Device, precision and ranks."""
+    model: nn.Module
+    """On the accelerator's device, not wrapped."""
+    optimizer: Optimizer
+    """Of the model's parameters."""
+    loader: Loader
+    """This rank's training batches."""
+    step_fn: StepFn
+    """``step_fn(model, batch) -> loss``, the mean over the batch's samples."""
+    config: LoopConfig
+    """Of the loop."""
+    store: CheckpointStore | None = None
+    """Where checkpoints go; None keeps none."""
+    lr_schedule: Any = None
+    """One of timm's that counts updates; None keeps the rate."""
+    gamma_schedule: ProgressiveSchedule | None = None
+    """None if no norm fades."""
+    ema: ModelEma | None = None
+    """None for no average."""
+    evaluate: Callable[[Trainer], dict[str, float]] | None = None
+    """Metrics after an epoch; must leave the model and its modes as they were."""
+    best_metric: str | None = None
+    """Key of ``evaluate``'s metrics; a new highest one, once gamma is 0, is handed to ``on_best``."""
+    on_best: Callable[[Trainer], None] | None = None
+    """Called on the main process."""
+    batch_names: Callable[[int], list[str]] | None = None
+    """Names of the samples in a batch of the current epoch, for the message about a non-finite one."""
+    observers: Sequence[Observer] = ()
+    """Told about everything, on the main process."""
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    """Plain values that go into every checkpoint."""
+
+    def __post_init__(self) -> None:
+        device = self.accelerator.device
+        if not self.accelerator.is_main_process:
+            self.observers = ()
+        self.position, self.best, self._saved_step = Position(), -math.inf, 0
+        self.meter, self.signals, self._guard = EpochMeter(device), StopSignals(), NonFiniteGuard(device)
+        self.batches_per_epoch = len(self.loader)
+        self._check_every = 1 if device.type == "cpu" else self.config.log_every
+        compiled = cast(nn.Module, torch.compile(self.model)) if self.config.compile else self.model
+        self._train_step = self.accelerator.prepare_model(TrainStep(compiled, self.step_fn))
+        self._stepper = self.accelerator.prepare_optimizer(self.optimizer)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch; the last one may have fewer batches."""
+        return math.ceil(self.batches_per_epoch / self.config.accumulate)
+
+    @property
+    def gamma(self) -> float:
+        """Share of LayerNorm in the step to come; 0 where nothing fades."""
+        return self.gamma_schedule.gamma if self.gamma_schedule is not None else 0.0
+
+    def resume(self) -> Path | None:
+        """Go on from the newest undamaged checkpoint; None if there is none."""
+        found = self.store.load_latest() if self.store is not None else None
+        if found is not None:
+            restore(self, found[1])
+            self._saved_step = self.position.step
+        return found[0] if found is not None else None
+
+    def fit(self) -> None:
+        """Train until the last epoch is done and evaluated; ``with trainer.signals:`` around it catches signals."""
+        start = RunStart(
+            epochs=self.config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            epoch=self.position.epoch,
+            step=self.position.step,
+        )
+        self._tell("on_start", start)
+        while self.position.epoch < self.config.epochs:
+            self._train_epoch()
+            self.save()
+            self._finish_epoch()
+            self.meter.reset()
+            self.position = Position(epoch=self.position.epoch + 1, step=self.position.step)
+            self._stop_if_asked()
+
+    def save(self) -> None:
+        """Write a checkpoint of this position if there is none yet, unless training has gone wrong."""
+        if self._saved_step == self.position.step:
+            return
+        self._raise_if_nonfinite()
+        lost = first_nonfinite_tensor(self.model.state_dict())
+        if lost is not None:
+            raise NonFiniteError(f"{lost} is not finite after step {self.position.step}; nothing was saved")
+        state = capture(self)
+        if self.store is not None and self.accelerator.is_main_process:
+            self.store.save(self.position.step, state)
+        self._saved_step = self.position.step
+
+    def progress(self, name: str, total: int | None) -> Callable[..., None]:
+        """To be called after every batch of phase ``name``: tells observers; stops on a signal in a single process."""
+        done = itertools.count(1)
+        self._tell("on_phase", name, 0, total)
+
+        def advance(*_: Any) -> None:
+            self._tell("on_phase", name, next(done), total)
+            if self.accelerator.num_processes == 1:  # several could not agree: they have different numbers of batches
+                self._stop_if_asked()
+
+        return advance
+
+    def _train_epoch(self) -> None:
+        position, config = self.position, self.config
+        if position.batch >= self.batches_per_epoch:
+            return
+        self._train_step.train()
+        self.loader.set_epoch(position.epoch)
+        self.loader.set_start(position.batch)
+        self.meter.restart_clock()
+        for window in windows(self.loader, config.accumulate):
+            gamma, lr = self.gamma, self.optimizer.param_groups[-1]["lr"]
+            loss = self._optimizer_step(window)
+            position.batch += len(window)
+            position.step += 1
+            self._report(window, loss, gamma, lr)
+            self._stop_if_asked()
+            if config.save_every and position.step % config.save_every == 0:
+                self.save()
+
+    def _optimizer_step(self, window: list[Any]) -> Tensor:
+        """One update from the batches of ``window``; returns the mean loss over their samples."""
+        step = self.position.step
+        reseed(self.config.seed, step, self.accelerator.process_index)
+        sizes = [num_samples(batch) for batch in window]
+        losses = []
+        for index, batch in enumerate(window):
+            batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+            last = index == len(window) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self._train_step):
+                loss = self._train_step(batch) * (sizes[index] / sum(sizes))
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        total = torch.stack(losses).sum()
+        self._guard.observe(step, total, *self._clip())
+        if (step + 1) % self._check_every == 0:
+            self._raise_if_nonfinite()
+        self._stepper.step()
+        self._stepper.zero_grad()
+        self._advance(step + 1)
+        return total
+
+    def _clip(self) -> list[Tensor]:
+        """Clip the gradient; returns its norm where a non-finite one is a fault (a scaler meets them as a rule)."""
+        self.accelerator.unscale_gradients(self._stepper)
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm(gradients)
+        if self.config.clip_norm is not None:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+        return [norm] if self.accelerator.scaler is None else []
+
+    def _advance(self, steps_done: int) -> None:
+        if self.lr_schedule is not None:
+            self.lr_schedule.step_update(steps_done)
+        if self.gamma_schedule is not None:
+            self.gamma_schedule.step()
+        if self.ema is not None:
+            self.ema.update(self.model, steps_done)
+
+    def _report(self, window: list[Any], loss: Tensor, gamma: float, lr: float) -> None:
+        samples = sum(num_samples(batch) for batch in window)
+        samples_of_all = samples * self.accelerator.num_processes
+        self.meter.add(loss, samples, samples_of_all)
+        step = self.position.step
+        logged = step % self.config.log_every == 0
+        mean = float(self.accelerator.reduce(loss, "mean")) if logged else None
+        report = StepReport(
+            epoch=self.position.epoch,
+            step=step,
+            samples=samples_of_all,
+            loss=mean,
+            gamma=gamma,
+            lr=lr,
+            images_per_second=self.meter.samples_per_second(),
+        )
+        self._tell("on_step", report)
+
+    def _finish_epoch(self) -> None:
+        epoch, step = self.position.epoch, self.position.step
+        row = {
+            "epoch": epoch + 1,
+            "step": step,
+            "gamma": self.gamma,
+            "lr": self.optimizer.param_groups[-1]["lr"],
+            "train_loss": self.meter.mean_loss(self.accelerator),
+            "images_per_second": self.meter.samples_per_second(),
+        }
+        due = (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs
+        metrics = self.evaluate(self) if self.evaluate is not None and due else {}
+        self._tell("on_epoch", {**row, **metrics})
+        score = metrics.get(self.best_metric or "", -math.inf)
+        if self.gamma == 0 and score > self.best:
+            self.best = score
+            if self.on_best is not None and self.accelerator.is_main_process:
+                self.on_best(self)
+
+    def _raise_if_nonfinite(self) -> None:
+        step = self._guard.first_bad_step()
+        if step is not None:
+            raise NonFiniteError(describe_nonfinite(self, step))
+
+    def _stop_if_asked(self) -> None:
+        signum = self.signals.agreed()
+        if signum:
+            self.save()
+            name = signal.Signals(signum).name
+            raise StoppedError(
+                f"stopped by {name} after step {self.position.step}; the same command goes on from there", signum
+            )
+
+    def _tell(self, event: str, *args: Any) -> None:
+        for observer in self.observers:
+            getattr(observer, event)(*args)

@@ -1,0 +1,63 @@
+"""SIGTERM and SIGINT end training after the current step, with everything saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+
+class StoppedError(RuntimeError):
+    """A signal ended the run; ``exit_code`` is what a shell expects then: 143 for SIGTERM, 130 for SIGINT."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGINT while active; a second one ends the process as it would have without us.
+
+    Outside the main thread signals cannot be caught: there it notes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+        self._group: Any = None
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {signum: signal.signal(signum, self._note) for signum in HANDLED}
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # a group of its own on the CPU: agreeing must not wait for the accelerator
+            self._group = dist.new_group(backend="gloo")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def agreed(self) -> int:
+        """The signal that any rank has received, or 0; every rank gets the same answer and must ask equally often."""
+        if self._group is None:
+            return self.received
+        flag = torch.tensor(self.received)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return int(flag)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.received = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
