@@ -1,0 +1,200 @@
+"""How fast is a model, and how fast could it be: :func:`compare` holds it against itself fused, its twin, its ceiling.
+
+    report = compare(model, images, fused=deployed, twin=layernorm_model, batch_sizes=(1, 8), threads=1)
+    console.print(report.table())
+    report.write(Path("runs/bench"))     # bench.csv, bench.json, bench.png
+    report.find("fused", "compiled", 8).over_twin
+
+An equality comes before a speed: nothing is timed unless the fused model computes what the given one does, and each
+compiled form what its eager one does. All variants of a batch size are timed in turns in one process; a speed-up is the
+median over rounds of the ratio of two times from the same round.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from slabformer.deployment.measure import (
+    MEBIBYTE,
+    Machine,
+    count_macs,
+    count_parameters,
+    memory_of,
+    num_threads,
+    quantile,
+    ratio,
+    time_interleaved,
+)
+from slabformer.deployment.report import BenchReport, Measurement, Mode, Variant
+from slabformer.deployment.variants import Compiled, ceiling_of
+from slabformer.nn.norm import PRepBN, RepBN
+from slabformer.surgery.verify import VerifyResult, verify
+
+logger = logging.getLogger(__name__)
+
+#: a compiler may reorder sums and products; a wrong graph differs by far more
+COMPILED_RTOL = 1e-3
+Inputs = tuple[Tensor, ...]
+Turns = dict[tuple[Variant, Mode], list[list[float]]]
+
+
+def compare(
+    model: nn.Module,
+    example_inputs: Tensor | Inputs,
+    *,
+    fused: nn.Module | None = None,
+    twin: nn.Module | None = None,
+    batch_sizes: Sequence[int] = (1, 8),
+    threads: int | None = None,
+    compiled: bool = True,
+    seconds: float = 10.0,
+    name: str = "model",
+    progress: Callable[[str], None] = logger.debug,
+) -> BenchReport:
+    """Time ``model`` as given, fused, its LayerNorm twin and its ceiling, eager and compiled, at each batch size.
+
+    Args:
+        model: In eval mode, on the device to measure.
+        example_inputs: A batch on the same device; it is repeated or cut to each batch size along axis 0.
+        fused: The same model fused; made here when None and ``model`` holds norms to fuse.
+        twin: The model that it replaces, taking the same inputs; None leaves its column out.
+        batch_sizes: Each measured by itself.
+        threads: torch's threads on a CPU; None leaves them.
+        compiled: Also measure under ``torch.compile``; left out with a note where there is no compiler.
+        seconds: Length of the measurement for each batch size, after compiling.
+        name: Of the model, in the report.
+        progress: Told what is being done.
+
+    Raises:
+        VerificationError: If the fused or a compiled form computes something else: no speed is then reported.
+        ValueError: If ``model`` is in train mode, cannot be fused yet, or ``twin`` returns another shape.
+    """
+    if model.training:
+        raise ValueError("bench needs eval mode, got a model in train mode; call model.eval() first")
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    device = inputs[0].device
+    notes: list[str] = []
+    with num_threads(threads), torch.no_grad():
+        machine = Machine.here(device)
+        progress("fusing and verifying")
+        variants, equality = _variants(model, inputs, fused, twin, notes)
+        measurements: list[Measurement] = []
+        for batch_size in batch_sizes:
+            batch = _cut(inputs, batch_size)
+            candidates = _candidates(variants, batch, compiled, notes, progress)
+            progress(f"timing {len(candidates)} variants at batch {batch_size}")
+            measurements += _measure(candidates, variants, batch, seconds, device)
+        return BenchReport(
+            model=name,
+            machine=machine,
+            measurements=measurements,
+            equality=equality,
+            notes=notes,
+        )
+
+
+def _variants(
+    model: nn.Module, inputs: Inputs, fused: nn.Module | None, twin: nn.Module | None, notes: list[str]
+) -> tuple[dict[Variant, nn.Module], VerifyResult | None]:
+    variants: dict[Variant, nn.Module] = {"as given": model}
+    equality = None
+    if fused is None and any(isinstance(module, (PRepBN, RepBN)) for module in model.modules()):
+        from slabformer.surgery.fuse import fuse
+
+        fused, folds = fuse(model, inputs)
+        notes.append(f"{folds.num_folded} of {folds.num_folded + folds.num_kept} norms folded")
+    if fused is None:
+        notes.append("nothing to fuse: the model holds no RepBN or PRepBN")
+    else:
+        equality = verify(model, fused, inputs)
+        variants["fused"] = fused
+    if twin is not None:
+        _check_twin(model, twin, inputs)
+        variants["LayerNorm twin"] = twin.eval()
+    try:
+        variants["ceiling"] = ceiling_of(fused or model)
+    except ValueError as error:
+        notes.append(str(error))
+    return variants, equality
+
+
+def _check_twin(model: nn.Module, twin: nn.Module, inputs: Inputs) -> None:
+    ours, theirs = model(*inputs), twin.eval()(*inputs)
+    if isinstance(ours, Tensor) and ours.shape != theirs.shape:
+        raise ValueError(
+            f"twin returns shape {tuple(theirs.shape)}, the model {tuple(ours.shape)}; "
+            "give it the same number of classes"
+        )
+
+
+def _candidates(
+    variants: dict[Variant, nn.Module], batch: Inputs, compiled: bool, notes: list[str], progress: Callable[[str], None]
+) -> dict[tuple[Variant, Mode], nn.Module]:
+    candidates: dict[tuple[Variant, Mode], nn.Module] = {(name, "eager"): model for name, model in variants.items()}
+    for name, model in variants.items() if compiled else ():
+        progress(f"compiling {name} at batch {len(batch[0])}")
+        program = Compiled(model, batch[0].device)
+        try:
+            program(*batch)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            notes.append(f"compiled forms left out, torch.compile failed: {reason}")
+            return {key: module for key, module in candidates.items() if key[1] == "eager"}
+        verify(model, program, batch, rtol=COMPILED_RTOL)
+        candidates[name, "compiled"] = program
+    return candidates
+
+
+def _measure(
+    candidates: dict[tuple[Variant, Mode], nn.Module],
+    variants: dict[Variant, nn.Module],
+    batch: Inputs,
+    seconds: float,
+    device: torch.device,
+) -> list[Measurement]:
+    calls = {key: partial(module, *batch) for key, module in candidates.items()}
+    turns = time_interleaved(calls, seconds=seconds, device=device)
+    images = len(batch[0])
+    rows = []
+    for variant, mode in sorted(calls, key=lambda key: key[1] == "compiled"):
+        p50 = quantile(turns[variant, mode], 0.5)
+        rows.append(
+            Measurement(
+                variant=variant,
+                mode=mode,
+                batch_size=images,
+                p50_ms=p50 * 1e3,
+                p90_ms=quantile(turns[variant, mode], 0.9) * 1e3,
+                images_per_second=images / p50,
+                memory_mib=_mebibytes(calls[variant, mode], device),
+                parameters=count_parameters(variants[variant]),
+                macs=count_macs(variants[variant], batch) // images,
+                over_twin=_over(turns, "LayerNorm twin", variant, mode),
+                over_given=ratio(turns["as given", mode], turns[variant, mode]),
+                of_ceiling=_over(turns, "ceiling", variant, mode),
+            )
+        )
+    return rows
+
+
+def _over(turns: Turns, other: Variant, variant: Variant, mode: Mode) -> float | None:
+    return ratio(turns[other, mode], turns[variant, mode]) if (other, mode) in turns else None
+
+
+def _mebibytes(call: Callable[[], object], device: torch.device) -> float | None:
+    peaks = [peak for peak in (memory_of(call, device) for _ in range(3)) if peak is not None]
+    return median(peaks) / MEBIBYTE if peaks else None
+
+
+def _cut(inputs: Inputs, batch_size: int) -> Inputs:
+    """``inputs`` with ``batch_size`` rows each, repeated where there are too few."""
+    if batch_size < 1:
+        raise ValueError(f"batch sizes must be at least 1, got {batch_size}")
+    rows = torch.arange(batch_size, device=inputs[0].device) % len(inputs[0])
+    return tuple(tensor[rows] for tensor in inputs)

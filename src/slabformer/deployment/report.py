@@ -1,0 +1,148 @@
+"""What a benchmark found: rows, a table for the terminal, files for everything else."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TextIO
+
+from slabformer._extras import require
+from slabformer.deployment.measure import Machine
+from slabformer.surgery.verify import VerifyResult
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Variant = Literal["as given", "fused", "LayerNorm twin", "ceiling"]
+Mode = Literal["eager", "compiled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One variant in one mode at one batch size.
+
+    Attributes:
+        p50_ms: Median latency of a batch; ``p90_ms`` the latency that nine of ten calls stay under.
+        images_per_second: Batch size over the median latency.
+        memory_mib: Most memory that one forward took beyond what was held before it; None where it cannot be measured.
+        macs: Multiply-adds of one image in matrix products, convolutions and attention.
+        over_twin: Speed over the LayerNorm twin's in the same mode: median over rounds of the two times' ratio.
+        over_given: The same over the model as given.
+        of_ceiling: The same over the ceiling: 1 is as fast as without norms and attention.
+    """
+
+    variant: Variant
+    mode: Mode
+    batch_size: int
+    p50_ms: float
+    p90_ms: float
+    images_per_second: float
+    memory_mib: float | None
+    parameters: int
+    macs: int
+    over_twin: float | None
+    over_given: float
+    of_ceiling: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """Iterable of :class:`Measurement`, with the machine they were taken on.
+
+    Attributes:
+        model: Its name.
+        equality: How far the fused model's outputs are from the given one's; None when nothing was fused.
+        notes: What was left out, and why.
+    """
+
+    model: str
+    machine: Machine
+    measurements: list[Measurement]
+    equality: VerifyResult | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Measurement]:
+        return iter(self.measurements)
+
+    def find(self, variant: Variant, mode: Mode, batch_size: int) -> Measurement | None:
+        """That row, or None."""
+        wanted = (variant, mode, batch_size)
+        return next((row for row in self if (row.variant, row.mode, row.batch_size) == wanted), None)
+
+    def table(self) -> Table:
+        """For a terminal (rich)."""
+        table = require("rich.table", extra="cli").Table(title=f"speed of {self.model}", caption=self.caption())
+        table.add_column("batch", justify="right")
+        table.add_column("mode")
+        table.add_column("variant")
+        for heading in (
+            "p50 ms",
+            "p90 ms",
+            "images/s",
+            "x twin",
+            "x given",
+            "of ceiling",
+            "peak MiB",
+            "params",
+            "MACs",
+        ):
+            table.add_column(heading, justify="right", no_wrap=True)
+        before = None
+        for row in self:
+            if before not in (None, (row.batch_size, row.mode)):
+                table.add_section()
+            before = (row.batch_size, row.mode)
+            table.add_row(*_cells(row))
+        return table
+
+    def caption(self) -> str:
+        """Equality, machine, versions and command: what must stand beside the figures."""
+        lines = [f"fused equals given within {self.equality.max_rel:.1e} of its scale"] if self.equality else []
+        return "\n".join([*lines, *self.notes, str(self.machine)])
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write ``bench.csv``, ``bench.json`` and ``bench.png`` into ``folder``; returns their paths."""
+        from slabformer.deployment.plots import save, speed_bars
+
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / "bench.csv", folder / "bench.json", folder / "bench.png"]
+        with paths[0].open("w", newline="") as file:
+            self._write_rows(file)
+        paths[1].write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        save(speed_bars(self), paths[2])
+        return paths
+
+    def _write_rows(self, file: TextIO) -> None:
+        where = {"model": self.model, **self.machine.to_dict()}
+        where["versions"] = " ".join(f"{name}={version}" for name, version in self.machine.versions.items())
+        rows = [asdict(row) | where for row in self]
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _cells(row: Measurement) -> tuple[str, ...]:
+    def times(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    return (
+        str(row.batch_size),
+        row.mode,
+        row.variant,
+        f"{row.p50_ms:.2f}",
+        f"{row.p90_ms:.2f}",
+        f"{row.images_per_second:,.0f}",
+        times(row.over_twin),
+        times(row.over_given),
+        "-" if row.of_ceiling is None else f"{row.of_ceiling:.0%}",
+        "-" if row.memory_mib is None else f"{row.memory_mib:.1f}",
+        f"{row.parameters / 1e6:.2f} M",
+        f"{row.macs / 1e9:.3f} G",
+    )

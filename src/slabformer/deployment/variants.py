@@ -1,0 +1,113 @@
+"""What a model is held against: its LayerNorm twin, its ceiling, and the compiled form of each."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slabformer.nn.affine import Affine, Folded
+from slabformer.nn.norm import PRepBN, RepBN
+from slabformer.surgery.convert import recognise
+
+
+class ProjectionsOnly(nn.Module):
+    """An attention whose tokens no longer meet: its projections cost what they did, all else is gone.
+
+    Args:
+        attention: Holds ``proj`` and either ``qkv`` or ``q`` and ``kv``, as in timm's models and ours; its own
+            reduction of keys and values (``sr``) goes too.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(attention.proj, nn.Linear)
+        self.proj = attention.proj
+        self.inputs = nn.ModuleList(getattr(attention, name) for name in ("qkv", "q", "kv") if hasattr(attention, name))
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """``(B, N, C)`` to the same: the projection of the values, plus the queries where those stand alone."""
+        width = self.proj.in_features
+        first, *others = (project(x)[..., -width:] for project in self.inputs)
+        return self.proj(sum(others, first))
+
+
+def ceiling_of(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with norms and attention deleted: as fast as it could get if both cost nothing.
+
+    Raises:
+        ValueError: If no attention is recognised, since the ceiling would then be none.
+    """
+    ceiling = copy.deepcopy(model).eval()
+    found = False
+    for name, module in list(ceiling.named_modules()):
+        if _is_norm(module):
+            _replace(ceiling, name, _nothing_left_of(module))
+        elif _is_attention(module):
+            found = True
+            _replace(ceiling, name, ProjectionsOnly(module))
+    if not found:
+        raise ValueError(
+            f"no attention with proj and qkv, or proj, q and kv, in {type(model).__name__}: no ceiling to measure"
+        )
+    return ceiling
+
+
+class Compiled(nn.Module):
+    """``model`` through ``torch.compile``, weights frozen into the program on a CPU; for inference at one shape.
+
+    Args:
+        model: In eval mode; run it under ``torch.no_grad``.
+        device: Where it runs: a GPU replays CUDA graphs.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"triton.cudagraphs": True} if device.type == "cuda" else {"freezing": True}
+        self.train(False)
+        self.run = torch.compile(_own_code(model), dynamic=False, options=options)
+
+    def forward(self, *inputs: Tensor) -> object:
+        """The model's outputs."""
+        return self.run(*inputs)
+
+
+def _own_code(model: nn.Module) -> Callable[..., object]:
+    """A function with a code object of its own, to which the compiler's cache is tied.
+
+    Many compiled models would else share the cache of ``nn.Module.__call__``: it holds 8, and runs the rest uncompiled.
+    """
+
+    def run(*inputs: Tensor) -> object:
+        return model(*inputs)
+
+    return types.FunctionType(run.__code__.replace(), run.__globals__, "run", run.__defaults__, run.__closure__)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    def linear(name: str) -> bool:
+        return isinstance(getattr(module, name, None), nn.Linear)
+
+    return linear("proj") and (linear("qkv") or (linear("q") and linear("kv")))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    if isinstance(module, (PRepBN, RepBN, Affine, Folded, nn.LayerNorm, nn.RMSNorm)):
+        return True
+    return "norm" in type(module).__name__.lower() and not any(module.children()) and recognise(module) is not None
+
+
+def _nothing_left_of(norm: nn.Module) -> Folded:
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        return Folded(int(getattr(norm, "normalized_shape", (1,))[0]))
+    return Folded(weight.numel(), eps=getattr(norm, "eps", 1e-5), device=weight.device, dtype=weight.dtype)
+
+
+def _replace(model: nn.Module, name: str, replacement: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, replacement)
