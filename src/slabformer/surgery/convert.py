@@ -69,7 +69,7 @@ def convert_norms_(
             converted[norm] = _replacement(norm, channel_dim, gain, progressive, eta, eps, momentum)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, converted[norm])
-    _switch_off_fast_paths(model)
+    switch_off_fast_paths(model)
     names = [name for name, *_ in found]
     logger.info("converted %d norms of %s", len(names), type(model).__name__)
     return names
@@ -173,7 +173,7 @@ def _replacement(
     return new.train(norm.training)
 
 
-def _switch_off_fast_paths(model: nn.Module) -> None:
+def switch_off_fast_paths(model: nn.Module) -> None:
     """torch's fused encoder kernel reads LayerNorm weights off its children and never calls them."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

@@ -1,0 +1,270 @@
+"""Decide for every norm which neighbours take it over, or why none can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from slabformer.surgery.fuse.flow import End, downstream, producers, written_between
+from slabformer.surgery.fuse.graph import NORM, Trace
+from slabformer.surgery.fuse.labels import RefusalError, describe
+from slabformer.surgery.fuse.norms import Norm
+from slabformer.surgery.fuse.owners import Owners, display
+from slabformer.surgery.fuse.report import Action
+from slabformer.surgery.fuse.sites import Site, along, channel_labels, site_of, weight_of
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one neighbour takes over.
+
+    Attributes:
+        name: Of the neighbour, for the report.
+        index: Channel of the norm that each channel of the neighbour belongs to, -1 for none.
+        weight: Name of its weight; empty if the neighbour is a norm.
+        bias: Name of its bias.
+        new_bias: Whether that bias must be created.
+        groups: Of a Conv.
+        transposed: Whether the weight is ``(in, out)``.
+        norm: Index of the norm that takes it over instead, or None.
+    """
+
+    name: str
+    index: Tensor
+    weight: str = ""
+    bias: str = ""
+    new_bias: bool = False
+    groups: int = 1
+    transposed: bool = False
+    norm: int | None = None
+
+    def agrees(self, other: Target) -> bool:
+        """Whether both are one and the same change."""
+        mine, others = ((t.bias, t.groups, t.transposed) for t in (self, other))
+        return mine == others and torch.equal(self.index, other.index)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One norm's way into its neighbours."""
+
+    norm: int
+    action: Action
+    targets: tuple[Target, ...]
+
+
+@dataclass
+class Plan:
+    """What is to be done.
+
+    Attributes:
+        edits: In the order in which they must be made.
+        reasons: Why each other norm is kept.
+        untouchable: Norms that cannot even become an Affine.
+    """
+
+    edits: list[Edit] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+    untouchable: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Found:
+    """A target and the operations, per trace, at which it was found."""
+
+    target: Target
+    nodes: dict[Trace, set[Node]]
+
+
+def decide(model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fixed_size: bool) -> Plan:
+    """Fold every norm that can be folded in all ``traces``, forward where possible.
+
+    A norm that is gone is the identity to the others, so the search runs until nothing more can be folded.
+    """
+    decider = _Decider(Owners(model), norms, traces, fixed_size)
+    plan, progress = Plan(), True
+    while progress:
+        progress = False
+        for norm in reversed(norms):
+            if norm.index in decider.gone or norm.index in plan.untouchable:
+                continue
+            try:
+                decider.need_own(norm, plan)
+                plan.edits.append(decider.decide(norm))
+                decider.gone.add(norm.index)
+                progress = True
+            except RefusalError as error:
+                plan.reasons[norm.index] = str(error)
+    return plan
+
+
+class _Decider:
+    def __init__(self, owners: Owners, norms: Sequence[Norm], traces: Sequence[Trace], fixed_size: bool) -> None:
+        self.owners, self.norms, self.traces, self.fixed_size = owners, norms, traces, fixed_size
+        self.gone: set[int] = set()
+
+    def need_own(self, norm: Norm, plan: Plan) -> None:
+        """Refuse norms that something other than their neighbours looks at."""
+        for name in self.owners.names_in(norm.module):
+            readers = [user for trace in self.traces for user in trace.users(name)]
+            if readers:
+                plan.untouchable.add(norm.index)
+                raise RefusalError(f"left as it is, {name} is read raw by {describe(readers[0])}")
+        if _has_hooks(norm.module):
+            raise RefusalError("it has forward hooks, which see its output")
+        if not any(norm.index in trace.calls for trace in self.traces):
+            raise RefusalError("it is not called on the example inputs, or its output is not used")
+
+    def decide(self, norm: Norm) -> Edit:
+        """Forward, else backward, else RefusalError with both reasons."""
+        try:
+            return Edit(norm.index, "forward", self.forward(norm))
+        except RefusalError as error:
+            first = str(error)
+        try:
+            return Edit(norm.index, "backward", self.backward(norm))
+        except RefusalError as error:
+            raise RefusalError(f"{first}; {error}") from None
+
+    def forward(self, norm: Norm) -> tuple[Target, ...]:
+        """All consumers, each able to take the norm over."""
+        found: dict[str, _Found] = {}
+        refusals: list[str] = []
+        for trace in self.traces:
+            calls = trace.calls.get(norm.index, [])
+            seeds = {call: self.labels_of(norm, call) for call in calls}
+            ends = downstream(trace, seeds, self.gone, self.fixed_size)
+            for end in ends:
+                try:
+                    self.add(found, self.consumer(norm, end, trace), trace, end.node)
+                except RefusalError as error:
+                    refusals.append(str(error))
+            if any(written_between(trace, call, ends) for call in calls):
+                refusals.append("its input is changed in place before its output is read")
+        if refusals:
+            raise RefusalError(_join(refusals, also=bool(found)))
+        if not found:
+            raise RefusalError("its output is not used")
+        return self.finish(found)
+
+    def consumer(self, norm: Norm, end: End, trace: Trace) -> Target:
+        """The neighbour at ``end`` of a forward fold."""
+        if end.refusal is not None:
+            raise RefusalError(end.refusal)
+        if end.node.target is NORM:
+            return self.next_norm(norm, end)
+        site = site_of(end.node)
+        if site is None:
+            raise RefusalError(f"its output feeds {describe(end.node)}")
+        if end.source is not site.input:
+            raise RefusalError(f"its output is a weight of {describe(end.node)}")
+        index = along(end.labels, site.axis, site.num_in, site.words)
+        weight = weight_of(site, self.owners, trace.parameters)
+        if site.padded:
+            raise RefusalError(f"it is followed by a padded convolution ({display(weight)})")
+        if self.owners.module(weight)._forward_pre_hooks:
+            raise RefusalError(f"{display(weight)} has forward pre-hooks, which see its input")
+        return self.target(site, weight, index, trace)
+
+    def next_norm(self, norm: Norm, end: End) -> Target:
+        """The norm that follows this one directly."""
+        other = self.norms[end.node.args[1]]  # type: ignore[index]
+        if other.index == norm.index or _has_hooks(other.module):
+            raise RefusalError("its output feeds a norm that cannot take it over")
+        axis = range(end.labels.ndim)[other.channel_dim] - end.labels.ndim
+        index = along(end.labels, axis, other.num_channels, "norm")
+        return Target(other.name, index, norm=other.index)
+
+    def backward(self, norm: Norm) -> tuple[Target, ...]:
+        """All producers, each read by nothing else."""
+        found: dict[str, _Found] = {}
+        for trace in self.traces:
+            for call in trace.calls.get(norm.index, []):
+                for site in producers(call.args[0], self.gone):  # type: ignore[arg-type]
+                    weight = weight_of(site, self.owners, trace.parameters)
+                    if self.owners.module(weight)._forward_hooks:
+                        raise RefusalError(f"{display(weight)} has forward hooks, which see its output")
+                    index = self.matching(norm, site, trace, display(weight))
+                    self.add(found, self.target(site, weight, index, trace), trace, site.node)
+        return self.finish(found)
+
+    def matching(self, norm: Norm, site: Site, trace: Trace, name: str) -> Tensor:
+        """Channel of ``norm`` that each output channel of ``site`` becomes."""
+        index = torch.full((site.num_out,), -1)
+        seeds = {site.node: channel_labels(site.node, site.axis, site.num_out)}
+        elsewhere: list[End] = []
+        for end in downstream(trace, seeds, self.gone, self.fixed_size):
+            if end.node.target is not NORM or end.node.args[1] != norm.index:
+                elsewhere.append(end)
+                continue
+            pairs = torch.broadcast_tensors(end.labels, self.labels_of(norm, end.node))
+            channel, of_norm = (t.flatten().long() for t in pairs)
+            channel, of_norm = channel[channel >= 0], of_norm[channel >= 0]
+            before = index[channel]
+            index[channel] = of_norm
+            if not torch.equal(index[channel], of_norm) or bool(((before >= 0) & (before != of_norm)).any()):
+                raise RefusalError(f"an output channel of {name} meets several of its channels")
+        for end in elsewhere:
+            others = end.labels[end.labels >= 0].unique().long()
+            if bool((index[others] >= 0).any()):
+                raise RefusalError(f"the output of {name} also feeds {describe(end.node)}")
+        return index
+
+    def labels_of(self, norm: Norm, call: Node) -> Tensor:
+        """Labels of the norm's output."""
+        return channel_labels(call, norm.channel_dim, norm.num_channels)
+
+    def target(self, site: Site, weight: str, index: Tensor, trace: Trace) -> Target:
+        """``site`` as a target, with a bias to hold the shift."""
+        if site.bias is None:
+            bias = self.owners.new_bias(weight)
+        else:
+            bias = trace.parameters.get(site.bias, "")
+            if not bias:
+                raise RefusalError(f"the bias of {display(weight)} is computed in the forward")
+            self.owners.need_single(bias)
+        return Target(
+            display(weight), index, weight, bias, site.bias is None, groups=site.groups, transposed=site.transposed
+        )
+
+    def add(self, found: dict[str, _Found], target: Target, trace: Trace, node: Node) -> None:
+        """Note that ``target`` was found at ``node``."""
+        entry = found.setdefault(target.name, _Found(target, {}))
+        if not entry.target.agrees(target):
+            raise RefusalError(f"{target.name} is called on differently laid out channels")
+        entry.nodes.setdefault(trace, set()).add(node)
+
+    def finish(self, found: dict[str, _Found]) -> tuple[Target, ...]:
+        """The targets, each used by nothing but this norm."""
+        for entry in found.values():
+            for trace in self.traces:
+                self.need_exclusive(entry.target, trace, entry.nodes.get(trace, set()))
+        return tuple(entry.target for entry in found.values())
+
+    def need_exclusive(self, target: Target, trace: Trace, nodes: set[Node]) -> None:
+        """Refuse a neighbour that also works on something else."""
+        if target.norm is not None:
+            users = trace.calls.get(target.norm, [])
+        else:
+            users = trace.users(target.weight) + ([] if target.new_bias else trace.users(target.bias))
+        for user in users:
+            if user not in nodes:
+                use = "used on another input" if user.target is NORM or site_of(user) else "read raw"
+                raise RefusalError(f"{target.name} is also {use} by {describe(user)}")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _join(refusals: list[str], also: bool) -> str:
+    """At most two different reasons in one clause."""
+    unique = list(dict.fromkeys(refusals))[:2]
+    if also:
+        unique = [reason.replace("its output feeds", "its output also feeds") for reason in unique]
+        unique = [f"{reason} (post-norm block)" if reason.endswith("an add") else reason for reason in unique]
+    return " and ".join(unique)

@@ -1,0 +1,142 @@
+"""Follow labels downstream until something is not a rule, and upstream until a producer."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import Node
+
+from slabformer.surgery.fuse.graph import NORM, Trace
+from slabformer.surgery.fuse.labels import Call, Labels, RefusalError, describe
+from slabformer.surgery.fuse.rules import CHECKS, FOLLOW
+from slabformer.surgery.fuse.sites import Site, site_of
+
+
+@dataclass(frozen=True)
+class End:
+    """Where labels stop: an operation that no rule passes, or one whose rule refused.
+
+    Attributes:
+        node: The operation.
+        source: The labelled tensor that it reads.
+        labels: Of that tensor.
+        refusal: The rule's reason, if there is a rule.
+    """
+
+    node: Node
+    source: Node
+    labels: Tensor
+    refusal: str | None = None
+
+
+def downstream(trace: Trace, seeds: Mapping[Node, Tensor], gone: Collection[int], fixed_size: bool) -> list[End]:
+    """Everything that the labels of ``seeds`` reach, norms in ``gone`` taken as the identity."""
+    labels: dict[Node, Labels] = dict(seeds)
+    queue: list[tuple[int, Node]] = []
+    queued: set[Node] = set()
+
+    def push(nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if node not in queued:
+                queued.add(node)
+                heapq.heappush(queue, (trace.order[node], node))
+
+    ends: list[End] = []
+    for seed in seeds:
+        push(seed.users)
+    while queue:
+        _, node = heapq.heappop(queue)
+        refusal = None
+        if node in seeds:
+            pass
+        elif node.target is NORM and node.args[1] in gone:
+            labels[node] = labels[node.args[0]]  # type: ignore[index]
+        elif node.target in FOLLOW:
+            try:
+                labels[node] = FOLLOW[node.target](Call(node, labels, fixed_size))
+            except RefusalError as error:
+                refusal = str(error)
+        if node in labels and node not in seeds:
+            if _any(labels[node]):
+                push(node.users)
+            else:
+                del labels[node]
+        elif node.target not in CHECKS:
+            for source in node.all_input_nodes:
+                found = labels.get(source)
+                if isinstance(found, Tensor):
+                    ends.append(End(node, source, found, refusal))
+    return ends
+
+
+def _any(labels: Labels) -> bool:
+    return any(bool((item >= 0).any()) for item in ([labels] if isinstance(labels, Tensor) else labels))
+
+
+def producers(node: Node, gone: Collection[int]) -> list[Site]:
+    """The Linears and Convs that ``node`` is made of by operations with a rule.
+
+    Raises:
+        RefusalError: If something else has a part in it.
+    """
+    found: dict[Node, Site] = {}
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        site = site_of(current)
+        if site is not None:
+            found[current] = site
+            continue
+        passes = current.target in FOLLOW or (current.target is NORM and current.args[1] in gone)
+        if not passes:
+            raise RefusalError(f"its input comes from {_origin(current)}")
+        first = current.args[0]
+        parts = list(first) if isinstance(first, (list, tuple)) else [first]
+        pending += [part for part in parts if isinstance(part, Node) and part not in seen]
+        seen.update(pending)
+    return list(found.values())
+
+
+def _origin(node: Node) -> str:
+    if node.op == "placeholder":
+        return "the model's own inputs and parameters"
+    return "another norm" if node.target is NORM else describe(node)
+
+
+def written_between(trace: Trace, call: Node, ends: Iterable[End]) -> bool:
+    """Whether the memory that ``call`` reads is changed in place after it and before its last reader in ``ends``.
+
+    The norm's output is memory of its own; once the norm is gone, that of its input stands in for it.
+    """
+    last = max((trace.order[end.node] for end in ends), default=-1)
+    family, pending = set(), [_base(call.args[0])]  # type: ignore[arg-type]
+    while pending:
+        node = pending.pop()
+        if node in family:
+            continue
+        family.add(node)
+        pending += [user for user in node.users if _is_alias(user)]
+    writes = (user for node in family for user in node.users if _writes(user, node))
+    return any(trace.order[call] < trace.order[write] < last for write in writes)
+
+
+def _base(node: Node) -> Node:
+    while _is_alias(node) and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def _is_alias(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.op == "call_function"  # getitem
+    return node.target is NORM or any(result.alias_info is not None for result in schema.returns)
+
+
+def _writes(user: Node, node: Node) -> bool:
+    schema = getattr(user.target, "_schema", None)
+    arguments = zip(schema.arguments, user.args, strict=False) if schema is not None else ()
+    return any(arg is node and spec.alias_info is not None and spec.alias_info.is_write for spec, arg in arguments)

@@ -1,0 +1,138 @@
+"""Carry out a plan on the module tree: algebra in float64, cast back once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from slabformer.nn.affine import Affine, Folded
+from slabformer.ops.affine import compose, fold_into_next, fold_into_previous, spread
+from slabformer.surgery.convert import switch_off_fast_paths
+from slabformer.surgery.fuse.decide import Edit, Target
+from slabformer.surgery.fuse.norms import Norm, ScaleShift, find_norms
+
+#: attribute of a module that names the biases it got by folding; a plain tuple survives copies, moves and pickling
+NEW_BIASES = "slabformer_new_biases"
+#: an Affine inherits the hooks of the norm that it stands for
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+@dataclass
+class Solution:
+    """The new values, before anything is changed.
+
+    Attributes:
+        tensors: Float64 value of every parameter that changes, by name.
+        new_biases: Those among them that do not exist yet, and the weight beside which they belong.
+        maps: Scale and shift of every norm, after it has taken over others.
+        gone: Norms that become the identity.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    new_biases: dict[str, str] = field(default_factory=dict)
+    maps: dict[int, ScaleShift] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)
+
+    def overflows(self, model: nn.Module) -> bool:
+        """Whether a value is too large for the dtype that it will be stored in."""
+        for name, value in self.tensors.items():
+            dtype = model.get_parameter(self.new_biases.get(name, name)).dtype
+            if bool((value.isfinite() & ~value.to(dtype).isfinite()).any()):
+                return True
+        return False
+
+
+def solve(model: nn.Module, norms: Sequence[Norm], edits: Iterable[Edit]) -> Solution:
+    """The parameters of ``model`` after ``edits``, made in order; the model is only read."""
+    solution = Solution(maps={norm.index: norm.scale_shift() for norm in norms})
+    for edit in edits:
+        for target in edit.targets:
+            scale, shift = spread(*solution.maps[edit.norm], target.index.to(solution.maps[edit.norm][0].device))
+            if target.norm is not None:
+                solution.maps[target.norm] = compose((scale, shift), solution.maps[target.norm])
+            else:
+                _take_over(model, solution, edit, target, scale, shift)
+        solution.gone.add(edit.norm)
+    return solution
+
+
+def _take_over(
+    model: nn.Module, solution: Solution, edit: Edit, target: Target, scale: Tensor, shift: Tensor
+) -> None:
+    weight = _current(model, solution, target.weight)
+    bias = None if target.new_bias and target.bias not in solution.tensors else _current(model, solution, target.bias)
+    scale, shift = scale.to(weight.device), shift.to(weight.device)
+    weight = weight.t() if target.transposed else weight
+    if edit.action == "forward":
+        weight, bias = fold_into_next(weight, bias, scale, shift, target.groups)
+    else:
+        weight, bias = fold_into_previous(weight, bias, scale, shift)
+    solution.tensors[target.weight] = weight.t() if target.transposed else weight
+    solution.tensors[target.bias] = bias
+    if target.new_bias:
+        solution.new_biases[target.bias] = target.weight
+
+
+def _current(model: nn.Module, solution: Solution, name: str) -> Tensor:
+    found = solution.tensors.get(name)
+    return model.get_parameter(name).detach().double() if found is None else found
+
+
+def commit(model: nn.Module, solution: Solution, untouchable: Collection[int]) -> None:
+    """Write a solution into ``model`` (the one it was solved for, or a twin): the only place that changes a model.
+
+    Parameters are new objects, so that twins keep theirs; modules, their classes, names and hooks stay.
+    """
+    norms = find_norms(model)
+    for name, value in solution.tensors.items():
+        like = model.get_parameter(solution.new_biases.get(name, name))
+        owner, leaf = _parent(model, name)
+        owner._parameters[leaf] = nn.Parameter(value.to(like).contiguous(), like.requires_grad)
+        if name in solution.new_biases:
+            setattr(owner, NEW_BIASES, (*getattr(owner, NEW_BIASES, ()), leaf))
+    for norm in norms:
+        if norm.index not in untouchable:
+            new = _replacement(norm, solution.maps[norm.index], norm.index in solution.gone)
+            set_module(model, norm.names, new.train(norm.module.training))
+    switch_off_fast_paths(model)
+
+
+def _replacement(norm: Norm, scale_shift: ScaleShift, gone: bool) -> nn.Module:
+    old, like = norm.module, norm.reference
+    if gone:
+        return Folded(norm.num_channels, eps=old.eps, device=like.device, dtype=like.dtype)
+    if isinstance(old, Affine):
+        new = old
+    else:
+        new = Affine(
+            norm.num_channels, channel_dim=norm.channel_dim, eps=old.eps, device=like.device, dtype=like.dtype
+        )
+        new.requires_grad_(like.requires_grad)
+        for name in _HOOKS:
+            setattr(new, name, getattr(old, name))
+    for parameter, value in zip((new.weight, new.bias), scale_shift, strict=True):
+        parameter.data = value.to(parameter)
+    return new
+
+
+def set_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
+    """Put ``module`` at every one of ``names``."""
+    for name in names:
+        parent, leaf = _parent(model, name)
+        parent._modules[leaf] = module
+
+
+def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    prefix, _, leaf = name.rpartition(".")
+    return model.get_submodule(prefix), leaf

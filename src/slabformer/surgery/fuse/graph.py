@@ -1,0 +1,164 @@
+"""Trace a model into one flat graph in which every norm is one opaque call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from slabformer.surgery.fuse.norms import Norm
+from slabformer.surgery.fuse.twin import Example, quiet, tensors_of
+
+#: subgraphs that wrap a region of the forward and change nothing about which tensor goes where
+_REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
+
+
+@torch.library.custom_op("slabformer::norm", mutates_args=())
+def mark(x: Tensor, index: int) -> Tensor:
+    """Stands for norm number ``index`` while tracing; never computed."""
+    return x.clone()
+
+
+@mark.register_fake
+def _(x: Tensor, index: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+NORM = torch.ops.slabformer.norm.default
+
+
+class Trace:
+    """One traced forward.
+
+    Attributes:
+        graph: All operations in order, regions inlined.
+        order: Position of each node.
+        calls: The calls of each norm, by its index.
+        parameters: Name of the parameter that a placeholder stands for; of tied ones, the first name.
+        reads: Placeholders of each such name.
+    """
+
+    def __init__(self, graph: Graph, parameters: dict[Node, str]) -> None:
+        self.graph = graph
+        self.order = {node: position for position, node in enumerate(graph.nodes)}
+        self.parameters = parameters
+        self.calls: dict[int, list[Node]] = {}
+        for node in graph.nodes:
+            if node.target is NORM:
+                self.calls.setdefault(node.args[1], []).append(node)
+
+    def users(self, parameter: str) -> list[Node]:
+        """Every operation that reads ``parameter``."""
+        return [user for node, name in self.parameters.items() if name == parameter for user in node.users]
+
+
+class _TensorsOnly(nn.Module):
+    """Returns the tensors in a model's output, so that the tracer need not know its containers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return tensors_of(self.model(*args, **kwargs))
+
+
+def trace(model: nn.Module, norms: Sequence[Norm], example: Example) -> Trace:
+    """Trace ``model``, a twin whose norms are replaced by marks for good.
+
+    Raises:
+        Exception: Whatever ``torch.export`` raises for a model it cannot trace.
+    """
+    for norm in norms:
+        model.get_submodule(norm.name).forward = _marked(norm.index)
+    with quiet(), _no_fast_path(), _no_logs():
+        program = torch.export.export(_TensorsOnly(model), example.args, dict(example.kwargs), strict=False)
+    names = first_names(model)
+    parameters = program.graph_signature.inputs_to_parameters
+    graph = inline_regions(program.graph_module)
+    named = {
+        node: names[model.get_parameter(parameters[node.name].removeprefix("model."))]
+        for node in graph.nodes
+        if node.op == "placeholder" and node.name in parameters
+    }
+    return Trace(graph, named)
+
+
+def first_names(model: nn.Module) -> dict[Tensor, str]:
+    """The first name of every parameter."""
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _marked(index: int) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return torch.ops.slabformer.norm(x, index)
+
+    return forward
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """``nn.MultiheadAttention`` as its plain operations."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _no_logs() -> Iterator[None]:
+    """Whole graphs that torch prints when an export fails; its exception says enough."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def inline_regions(module: GraphModule) -> Graph:
+    """The graph of ``module`` with no_grad and autocast regions, which are subgraphs, written out in place."""
+    graph = Graph()
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    env: dict[Node, Any] = {node: graph.node_copy(node) for node in inputs}
+    graph.output(_copy_body(module, graph, env))
+    return graph
+
+
+def _copy_body(module: GraphModule, graph: Graph, env: dict[Node, Any]) -> Any:
+    """Copy all but placeholders into ``graph``; returns what stands for the output."""
+
+    def value(node: Node) -> Any:
+        return env[node]
+
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            return torch.fx.map_arg(node.args[0], value)
+        region = _region_of(module, node)
+        if region is not None:
+            submodule, operands = region
+            inputs = [n for n in submodule.graph.nodes if n.op == "placeholder"]
+            inner = {name: env[operand] for name, operand in zip(inputs, operands, strict=True)}
+            env[node] = _copy_body(submodule, graph, inner)
+        elif isinstance(node.args and node.args[0], Node) and isinstance(env[node.args[0]], (tuple, list)):
+            env[node] = env[node.args[0]][node.args[1]]  # getitem of a region's outputs
+        else:
+            env[node] = graph.node_copy(node, value)
+    raise AssertionError("a graph without output")
+
+
+def _region_of(module: GraphModule, node: Node) -> tuple[GraphModule, list[Node]] | None:
+    if getattr(node.target, "_name", None) not in _REGIONS:
+        return None
+    position = next(i for i, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr")
+    submodule = getattr(module, str(node.args[position].target))
+    return submodule, [arg for arg in node.args[position + 1 :] if isinstance(arg, Node)]

@@ -1,0 +1,113 @@
+"""Which modules are norms with a per-channel affine map in eval mode, and what that map is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slabformer.nn.affine import Affine
+from slabformer.nn.norm import PRepBN, RepBN
+
+ScaleShift = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One norm of a model.
+
+    Attributes:
+        index: Its number, by which a traced graph refers to it.
+        names: All its names; several when it is tied.
+        module: The module itself.
+        num_channels: ``C``.
+        channel_dim: Axis of the channels, -1 or 1.
+        reference: A tensor of its device and dtype.
+    """
+
+    index: int
+    names: tuple[str, ...]
+    module: nn.Module
+    num_channels: int
+    channel_dim: int
+    reference: Tensor
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    def scale_shift(self) -> ScaleShift:
+        """The map of eval mode, float64."""
+        return next(row.scale_shift(self.module) for row in NORM_TYPES if row.matches(self.module))
+
+
+@dataclass(frozen=True)
+class NormType:
+    """A kind of norm that fuse knows: what it looks like and its map in eval mode."""
+
+    matches: Callable[[nn.Module], bool]
+    scale_shift: Callable[[nn.Module], ScaleShift]
+    num_channels: Callable[[nn.Module], int]
+    channel_dim: Callable[[nn.Module], int]
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    """BatchNorm proper: subclasses with an activation inside, or without running statistics, are no affine map."""
+    plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and plain and isinstance(module.running_mean, Tensor)
+
+
+def _batch_norm_map(module: nn.Module) -> ScaleShift:
+    assert isinstance(module, _BatchNorm)
+    assert isinstance(module.running_mean, Tensor)
+    assert isinstance(module.running_var, Tensor)
+    scale = (module.running_var.double() + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight.double()
+    shift = -module.running_mean.double() * scale
+    return scale.detach(), (shift if module.bias is None else shift + module.bias.double()).detach()
+
+
+def _own_map(module: nn.Module) -> ScaleShift:
+    assert isinstance(module, (PRepBN, RepBN))
+    return module.scale_shift()
+
+
+#: a new kind of norm is one row
+NORM_TYPES: tuple[NormType, ...] = (
+    NormType(
+        lambda m: isinstance(m, (PRepBN, RepBN)),
+        _own_map,
+        lambda m: m.normalized_shape[0],
+        lambda m: m.rep.channel_dim if isinstance(m, PRepBN) else m.channel_dim,
+    ),
+    NormType(
+        lambda m: isinstance(m, Affine),
+        lambda m: (m.weight.detach().double(), m.bias.detach().double()),
+        lambda m: m.normalized_shape[0],
+        lambda m: m.channel_dim,
+    ),
+    NormType(_is_batch_norm, _batch_norm_map, lambda m: m.num_features, lambda m: 1),
+)
+
+
+def find_norms(model: nn.Module) -> list[Norm]:
+    """Every norm of ``model`` in its order, tied ones once; the children of a PRepBN belong to it."""
+    names: dict[nn.Module, list[str]] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name.startswith(inside) and any(row.matches(module) for row in NORM_TYPES):
+            names.setdefault(module, []).append(name)
+            inside += (f"{name}.",)
+    return [_describe(index, module, tuple(found)) for index, (module, found) in enumerate(names.items())]
+
+
+def _describe(index: int, module: nn.Module, names: tuple[str, ...]) -> Norm:
+    row = next(row for row in NORM_TYPES if row.matches(module))
+    tensors = [*module.parameters(), *module.buffers()]
+    reference = next((t for t in (getattr(module, "weight", None), *tensors) if isinstance(t, Tensor)), torch.empty(0))
+    return Norm(index, names, module, row.num_channels(module), row.channel_dim(module), reference)

@@ -1,0 +1,59 @@
+"""Which modules own which parameters, and where a bias would go."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from slabformer.surgery.fuse.labels import RefusalError
+
+
+class Owners:
+    """Parameters of a model by name, ties resolved."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._first: dict[nn.Parameter, str] = {}
+        first = self._first
+        holders: dict[str, dict[tuple[nn.Module, str], str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            first.setdefault(parameter, name)
+            module, leaf = self.module(name), name.rpartition(".")[2]
+            holders.setdefault(first[parameter], {}).setdefault((module, leaf), name)
+        self._holders = {name: list(found.values()) for name, found in holders.items()}
+
+    def names_in(self, module: nn.Module) -> list[str]:
+        """First names of all parameters inside ``module``."""
+        return [self._first[parameter] for parameter in module.parameters()]
+
+    def module(self, parameter: str) -> nn.Module:
+        """The module that holds ``parameter``."""
+        return self._modules[parameter.rpartition(".")[0]]
+
+    def need_single(self, parameter: str) -> None:
+        """Refuse a parameter that two modules hold.
+
+        Raises:
+            RefusalError: Naming the other one.
+        """
+        holders = self._holders[parameter]
+        if len(holders) > 1:
+            raise RefusalError(f"{holders[0]} is tied with {holders[1]}")
+
+    def new_bias(self, weight: str) -> str:
+        """Name of the bias to create beside ``weight``.
+
+        Raises:
+            RefusalError: If the module has no place for one.
+        """
+        prefix, dot, leaf = weight.rpartition(".")
+        bias = leaf.removesuffix("weight") + "bias"
+        slots = self.module(weight)._parameters
+        if not leaf.endswith("weight") or bias not in slots or slots[bias] is not None:
+            raise RefusalError(f"{display(weight)} has no bias to take the shift")
+        return f"{prefix}{dot}{bias}"
+
+
+def display(weight: str) -> str:
+    """The module that ``weight`` belongs to; a weight of another name in full."""
+    prefix, _, leaf = weight.rpartition(".")
+    return prefix if leaf == "weight" and prefix else weight

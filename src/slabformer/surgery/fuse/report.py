@@ -1,0 +1,89 @@
+"""What became of every norm, for people and for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Action = Literal["forward", "backward", "kept"]
+
+
+@dataclass(frozen=True)
+class NormOutcome:
+    """Where one norm went.
+
+    Attributes:
+        name: Of the module; the first of its names where it is tied.
+        action: "forward" into what follows, "backward" into what precedes, or "kept".
+        into: Names of the modules that took it over; empty when kept.
+        reason: Why it was kept; empty otherwise.
+    """
+
+    name: str
+    action: Action
+    into: tuple[str, ...] = ()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.action == "kept":
+            return f"{self.name} kept as Affine: {self.reason}"
+        return f"{self.name} folded {self.action} into {', '.join(self.into)}"
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """All outcomes of a fusion, in the model's order; iterable.
+
+    Attributes:
+        outcomes: One per norm.
+        input_shapes: Shapes of the tensors of each example input that the model was traced on; the folds hold for them.
+    """
+
+    outcomes: tuple[NormOutcome, ...]
+    input_shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
+
+    def __iter__(self) -> Iterator[NormOutcome]:
+        return iter(self.outcomes)
+
+    def __len__(self) -> int:
+        return len(self.outcomes)
+
+    def __getitem__(self, name: str) -> NormOutcome:
+        """Outcome of the norm called ``name``."""
+        return {outcome.name: outcome for outcome in self.outcomes}[name]
+
+    @property
+    def num_folded(self) -> int:
+        """Norms that are gone."""
+        return len(self) - self.num_kept
+
+    @property
+    def num_kept(self) -> int:
+        """Norms that are still computed, as one multiply-add."""
+        return sum(outcome.action == "kept" for outcome in self)
+
+    def summary(self) -> str:
+        """One line: how many went where, and the input shapes it holds for."""
+        count = Counter(outcome.action for outcome in self)
+        shapes = "; ".join(", ".join(map(str, example)) for example in self.input_shapes)
+        return (
+            f"{self.num_folded} of {len(self)} norms folded ({count['forward']} forward, {count['backward']} backward), "
+            f"{self.num_kept} kept; traced on inputs of shape {shapes}"
+        )
+
+    def table(self) -> str:
+        """One line a norm, aligned, and the summary."""
+        width = max((len(outcome.name) for outcome in self), default=0)
+        lines = [f"{o.name:<{width}}  {o.action:<8}  {', '.join(o.into) or o.reason}" for o in self]
+        return "\n".join([*lines, self.summary()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "num_folded": self.num_folded,
+            "num_kept": self.num_kept,
+            "input_shapes": [[list(shape) for shape in example] for example in self.input_shapes],
+            "norms": [{**asdict(outcome), "into": list(outcome.into)} for outcome in self],
+        }

@@ -1,0 +1,125 @@
+"""The Linears and Convs of a traced graph: what may take a norm over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from slabformer.surgery.fuse.labels import RefusalError, describe
+from slabformer.surgery.fuse.owners import Owners
+
+aten = torch.ops.aten
+
+_CONVS = {
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 2,
+    aten.conv3d.default: 3,
+    aten.conv1d.padding: 1,
+    aten.conv2d.padding: 2,
+    aten.conv3d.padding: 3,
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of a Linear or Conv.
+
+    Attributes:
+        node: The operation.
+        input: What it reads.
+        weight: Its weight.
+        bias: Its bias, or None.
+        words: What it is, for a reason.
+        axis: Axis of its channels, counted from the end.
+        groups: Of a Conv.
+        padded: Whether zeros are set around the input.
+        transposed: Whether the weight is ``(in, out)``, as in GPT-2's Conv1D.
+    """
+
+    node: Node
+    input: Node
+    weight: Any
+    bias: Any
+    words: str = "Linear"
+    axis: int = -1
+    groups: int = 1
+    padded: bool = False
+    transposed: bool = False
+
+    @property
+    def num_in(self) -> int:
+        """Input channels."""
+        shape = self.weight.meta["val"].shape
+        return shape[0] if self.transposed else shape[1] * self.groups
+
+    @property
+    def num_out(self) -> int:
+        """Output channels."""
+        shape = self.weight.meta["val"].shape
+        return shape[1] if self.transposed else shape[0]
+
+
+def site_of(node: Node) -> Site | None:
+    """``node`` as a Linear or Conv, or None if it is something else."""
+
+    def arg(position: int, name: str, default: Any = None) -> Any:
+        return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+
+    if node.target is aten.linear.default:
+        return Site(node, arg(0, "input"), arg(1, "weight"), arg(2, "bias"))
+    if node.target is aten.addmm.default and arg(3, "beta", 1) == arg(4, "alpha", 1) == 1:
+        return Site(node, arg(1, "mat1"), arg(2, "mat2"), arg(0, "self"), transposed=True)
+    spatial = _CONVS.get(node.target)
+    if spatial is None:
+        return None
+    padding, groups = arg(4, "padding", [0]), arg(6, "groups", 1)
+    padded = padding == "same" or (not isinstance(padding, str) and any(padding))
+    operands = (arg(0, "input"), arg(1, "weight"), arg(2, "bias"))
+    return Site(node, *operands, words="convolution", axis=-1 - spatial, groups=groups, padded=padded)
+
+
+def channel_labels(node: Node, axis: int, num_channels: int) -> Tensor:
+    """Labels that number the channels of ``node`` along ``axis``."""
+    rank = node.meta["val"].ndim
+    shape = [1] * rank
+    shape[axis] = num_channels
+    return torch.arange(num_channels, dtype=torch.int32).view(shape)
+
+
+def along(labels: Tensor, axis: int, num_channels: int, words: str) -> Tensor:
+    """Labels of the channels of a Linear or Conv, ``(num_channels,)``.
+
+    Raises:
+        RefusalError: If labels depend on another axis, whose elements share one weight.
+    """
+    axis %= labels.ndim
+    others = [other for other, size in enumerate(labels.shape) if size > 1 and other != axis]
+    if others and labels.shape[axis] == 1:
+        raise RefusalError(f"a {words} mixes another axis than its channels")
+    if others:
+        raise RefusalError(f"its channels are spread over several axes of the input of a {words}")
+    return labels.flatten().expand(num_channels).long()
+
+
+def weight_of(site: Site, owners: Owners, parameters: dict[Node, str]) -> str:
+    """Name of the parameter that is the weight of ``site``.
+
+    Raises:
+        RefusalError: If it is none, or is owned twice.
+    """
+    name = parameters.get(site.weight) if isinstance(site.weight, Node) else None
+    if name is None or ".parametrizations." in f".{name}":
+        raise RefusalError(f"the weight of {located(site.node)} is computed in the forward (parametrized?)")
+    owners.need_single(name)
+    return name
+
+
+def located(node: Node) -> str:
+    """An operation in words, with the module that runs it."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0].removeprefix("model").removeprefix(".") if stack else ""
+    return f"{describe(node)} in {path}" if path else describe(node)

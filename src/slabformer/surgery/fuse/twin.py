@@ -1,0 +1,111 @@
+"""Stand-ins for a model: traced, run and changed in its place, so that a failure leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slabformer.nn.norm import PRepBN
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One set of inputs of the model's forward."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in it, in order."""
+        return tensors_of((self.args, dict(self.kwargs)))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Example:
+        """The same with every tensor changed."""
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, change, (self.args, dict(self.kwargs)))
+        return Example(args, kwargs)
+
+
+def twin(model: nn.Module, share: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """A copy of the module tree, hooks included; ``share`` says what stands for each of its tensors (None: a copy)."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            # computed attributes of weight_norm and the like are no leaves, which deepcopy refuses
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                memo[id(value)] = (share or torch.clone)(value.detach())
+        for parameter in module._parameters.values():
+            if parameter is not None and share is not None and id(parameter) not in memo:
+                memo[id(parameter)] = nn.Parameter(share(parameter.detach()), parameter.requires_grad)
+        for buffer in module._buffers.values():
+            if buffer is not None and share is not None and id(buffer) not in memo:
+                memo[id(buffer)] = share(buffer.detach()).clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        message = f"{type(model).__name__} cannot be copied, which fuse needs: {first_line(error)}"
+        raise ValueError(message) from error
+
+
+def deployed_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A twin that shares the parameters and computes what is deployed, in ``dtype`` where given."""
+
+    def share(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    copied = twin(model, share)
+    for module in copied.modules():
+        if isinstance(module, PRepBN):
+            module.blend_in_eval = False
+        if getattr(getattr(module, "config", None), "use_cache", False):
+            module.config.use_cache = False  # a cache is no tensor that a graph could return
+    return copied
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No gradients, and none of the warnings that tracing and copying raise about code that is not the caller's."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def run(model: nn.Module, example: Example) -> list[Tensor]:
+    """Floating point outputs of ``model``; the same random numbers at every call, the global state untouched."""
+    devices = {tensor.device for tensor in example.tensors() if tensor.is_cuda}
+    with quiet(), torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        output = model(*example.args, **example.kwargs)
+    return [tensor.clone() for tensor in tensors_of(output) if tensor.is_floating_point()]
+
+
+def tensors_of(value: Any, seen: frozenset[int] = frozenset()) -> list[Tensor]:
+    """Every tensor that ``value`` holds: containers, ModelOutputs, dataclasses and other objects' attributes."""
+    if isinstance(value, Tensor):
+        return [value]
+    if value is None or id(value) in seen or isinstance(value, (str, bytes, int, float, complex, type, nn.Module)):
+        return []
+    seen |= {id(value)}
+    if isinstance(value, Mapping):
+        items: list[Any] = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        items = list(value)
+    else:
+        items = list(getattr(value, "__dict__", {}).values())
+    return [tensor for item in items for tensor in tensors_of(item, seen)]
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def export_error(error: BaseException) -> str:
+    return first_line(error)
