@@ -66,8 +66,8 @@ class ProgressiveSchedule:
         if shape not in ("linear", "cosine"):
             raise ValueError(f"shape must be 'linear' or 'cosine', got {shape!r}")
         self.total_steps, self.shape, self.warm_statistics = total_steps, shape, warm_statistics
-        self.warmup_steps = round(warmup * total_steps)
-        self.fade_steps = max(1, min(round(fade * total_steps), total_steps - self.warmup_steps))
+        self.warmup_steps = min(round(warmup * total_steps), total_steps - 1)
+        self.fade_steps = min(max(1, round(fade * total_steps)), total_steps - self.warmup_steps)
         self._step = 0
         self._watch: _OptimizerWatch | None = _OptimizerWatch(self._norms)
         if optimizer is not None:

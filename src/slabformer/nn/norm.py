@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from slabformer.nn.affine import Affine
 from slabformer.nn.sync import StatisticsSync
 from slabformer.ops.affine import repbn_scale_shift
-from slabformer.ops.moments import Moments, MomentsAccumulator, batch_moments, share_moments
+from slabformer.ops.moments import (
+    Moments,
+    MomentsAccumulator,
+    accumulation_dtype,
+    batch_moments,
+    in_backward,
+    share_moments,
+    update_running_,
+)
 from slabformer.ops.rep_norm import keep_in_graph, rep_norm
 
 Phase = Literal["warm", "fading", "done"]
@@ -87,7 +95,8 @@ class RepBN(nn.Module):
             group = self.sync.group if self.sync is not None else None
             y = rep_norm(tokens, weight, bias, eta, moments, self.eps, self.token_mask, shared, group)
         else:
-            scale = weight * torch.rsqrt(self.running_var + self.eps)
+            variance = self.running_var.to(accumulation_dtype(x.dtype))
+            scale = weight * torch.rsqrt(variance + self.eps)
             shift = torch.addcmul(bias, self.running_mean, scale, value=-1)
             y = torch.addcmul(shift, tokens, scale + eta).to(x.dtype)
         return y.movedim(-1, self.channel_dim)
@@ -101,42 +110,32 @@ class RepBN(nn.Module):
             moments = batch_moments(tokens, self.token_mask, dtype)
             if self.accumulator is not None:
                 self.accumulator.add(moments)
-                return Moments(*(t.to(self.running_mean.dtype) for t in (moments.count, moments.mean, moments.var)))
+                dtype = accumulation_dtype(tokens.dtype)
+                return Moments(*(t.to(dtype) for t in (moments.count, moments.mean, moments.var)))
             if self.sync is not None and self.sync.active:
                 moments = share_moments(moments, self.sync.group)
-            if not self._is_recomputation():
-                self._update(moments)
+            self._check_recomputation()
+            update_running_(
+                self.running_mean,
+                self.running_var,
+                self.num_batches_tracked,
+                moments,
+                self.momentum,
+                average_first=self.warm_statistics,
+            )
         return moments
 
-    def _update(self, moments: Moments) -> None:
-        """Move the running statistics towards the batch's, the variance unbiased as in ``nn.BatchNorm1d``."""
-        self.num_batches_tracked.add_(1)
-        average = 1.0 / self.num_batches_tracked.to(moments.mean.dtype)
-        if self.momentum is None:
-            rate = average
-        elif self.warm_statistics:
-            rate = average.clamp(min=self.momentum)
-        else:
-            rate = torch.full_like(average, self.momentum)
-        if self.token_mask is not None or self.sync is not None:
-            rate = torch.where(moments.count > 0, rate, 0)  # nothing seen, nothing learnt
-        unbiased = moments.var * (moments.count / (moments.count - 1).clamp(min=1))
-        self.running_mean.lerp_(moments.mean.to(self.running_mean.dtype), rate.to(self.running_mean.dtype))
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate.to(self.running_var.dtype))
-
-    def _is_recomputation(self) -> bool:
-        """Whether activation checkpointing runs this forward again, inside backward: it must not count twice."""
+    def _check_recomputation(self) -> None:
+        """Refuse another token mask in the recomputation by activation checkpointing than in its forward."""
         if torch.compiler.is_compiling():
-            return False
-        if torch._C._current_graph_task_id() == -1:
+            return
+        if not in_backward():
             self._mask_of_forward = self.token_mask
-            return False
-        if self._mask_of_forward is not self.token_mask:
+        elif self._mask_of_forward is not self.token_mask:
             raise RuntimeError(
                 "the token mask changed between forward and its recomputation by activation checkpointing; "
                 "keep backward() inside the `with token_mask(...)` block"
             )
-        return True
 
     def _tokens_last(self, x: Tensor) -> Tensor:
         dim = self.normalized_shape[0]
@@ -152,7 +151,8 @@ class RepBN(nn.Module):
                 f"token mask of shape {tuple(self.token_mask.shape)} does not fit tokens of shape "
                 f"{tuple(tokens.shape[:-1])}; give one boolean per token, or set it to None"
             )
-        if self.training and self.sync is None and tokens.numel() == tokens.shape[-1]:
+        alone = self.sync is None or not self.sync.active
+        if self.training and alone and tokens.numel() <= tokens.shape[-1]:
             raise ValueError("RepBN needs more than one token to train on; enlarge the batch or call eval()")
 
     def scale_shift(self) -> tuple[Tensor, Tensor]:
@@ -230,7 +230,8 @@ class PRepBN(nn.Module):
             if self.training and self.rep.warm_statistics:
                 self.rep.observe(x)
             return keep_in_graph(self.norm(x).to(x.dtype), *self.rep.parameters())
-        return torch.addcmul(self.rep(x, 1 - self.gamma), self.norm(x).to(x.dtype), self.gamma.to(x.dtype))
+        gamma = self.gamma.to(x.dtype, copy=True)  # autograd keeps it, and the schedule or DDP may write in between
+        return torch.addcmul(self.rep(x, 1 - self.gamma), self.norm(x).to(x.dtype), gamma)
 
     def set_gamma(self, gamma: float, phase: Phase | None = None) -> None:
         """Write ``gamma`` in place; the phase follows from it unless given (``gamma`` is 1 at the start of fading too).

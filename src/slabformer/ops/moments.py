@@ -39,7 +39,7 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, dtype: torch.dtype | No
     axes = tuple(range(x.ndim - 1))
     if mask is None:
         count = x.new_full((), x.numel() // x.shape[-1])
-        mean = x.sum(axes) / count
+        mean = x.sum(axes) / count.clamp(min=1)
         squares = (x - mean).square()
     else:
         valid = mask.unsqueeze(-1)
@@ -64,6 +64,71 @@ def share_moments(moments: Moments, group: dist.ProcessGroup | None) -> Moments:
     var = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
     dtype = moments.mean.dtype
     return Moments(count.to(dtype), mean.to(dtype), var.to(dtype))
+
+
+def update_running_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor,
+    moments: Moments,
+    momentum: float | None,
+    average_first: bool = False,
+) -> None:
+    """Move running statistics towards a batch's, the variance unbiased as in ``nn.BatchNorm1d``; compiled or not.
+
+    Fewer than two tokens have no variance and change nothing. Inside backward nothing changes either: activation
+    checkpointing runs a forward again there, and it must not count twice.
+
+    Args:
+        running_mean: ``(C,)``, edited in place.
+        running_var: ``(C,)``, edited in place.
+        num_batches: Scalar of integers, counts the batches.
+        moments: Of the batch.
+        momentum: Weight of the batch; None averages all batches alike.
+        average_first: Average the first batches alike, until ``momentum`` weighs more.
+    """
+    update = torch.ops.slabformer.update_running_ if torch.compiler.is_compiling() else _update_running
+    update(running_mean, running_var, num_batches, moments.count, moments.mean, moments.var, momentum, average_first)
+
+
+def in_backward() -> bool:
+    """Whether autograd runs this code: for a forward that means recomputation by activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | None,
+    average_first: bool,
+) -> None:
+    if in_backward():
+        return
+    enough = count > 1
+    num_batches.add_(enough)
+    rate = 1.0 / num_batches.clamp(min=1).to(mean.dtype)
+    if momentum is not None:
+        rate = rate.clamp(min=momentum) if average_first else torch.full_like(rate, momentum)
+    rate = torch.where(enough, rate, 0)
+    unbiased = var * (count / (count - 1).clamp(min=1))
+    running_mean.lerp_(mean.to(running_mean.dtype), rate.to(running_mean.dtype))
+    running_var.lerp_(unbiased.to(running_var.dtype), rate.to(running_var.dtype))
+
+
+# an operator of its own, because compiled code cannot ask at run time whether it is being recomputed
+torch.library.custom_op(
+    "slabformer::update_running_",
+    _update_running,
+    mutates_args=("running_mean", "running_var", "num_batches"),
+    schema=(
+        "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches, Tensor count, Tensor mean, "
+        "Tensor var, float? momentum, bool average_first) -> ()"
+    ),
+)
 
 
 class MomentsAccumulator:

@@ -74,7 +74,10 @@ class _RepNorm(torch.autograd.Function):
         g = grad.to(dtype)
         centred = x.to(dtype) - mean
         sum_g = g.sum(axes)
-        sum_gc = (g * centred).sum(axes)
+        products = g * centred
+        if mask is not None:
+            products = torch.where(g == 0, 0, products)  # padding may hold NaN, which 0 times would let through
+        sum_gc = products.sum(axes)
         grad_eta = (sum_gc + mean * sum_g).sum().reshape(eta.shape)
         grad_weight = sum_gc * inv_std
         grad_bias = sum_g
@@ -101,7 +104,7 @@ class _KeepInGraph(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *unused: Tensor) -> Tensor:
         ctx.unused = [(t.shape, t.dtype, t.device) for t in unused]
-        return x.view_as(x)
+        return x.detach()  # no view, so that the caller may edit it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:

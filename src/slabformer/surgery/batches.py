@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+NO_BATCH = "there was no batch to run; is the loader empty, or used up?"
+
 
 def run_batches(
     model: nn.Module,
@@ -23,7 +25,6 @@ def run_batches(
     arguments; ``forward(model, batch)`` overrides this. Tensors are moved to the model's device.
 
     Raises:
-        ValueError: If there is no batch.
         TypeError: If a batch is none of these.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -32,8 +33,6 @@ def run_batches(
         for batch in itertools.islice(batches, num_batches):
             (forward or _call)(model, _to(batch, device))
             count += 1
-    if not count:
-        raise ValueError("there was no batch to run; is the loader empty, or used up?")
     return count
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,16 @@ NORMALIZERS: dict[str, Callable[[Tensor, float], Tensor]] = {
 GAINS: dict[str, Callable[[Tensor], Tensor]] = {"weight": lambda w: w, "1 + weight": lambda w: 1 + w}
 
 _OURS = (PRepBN, RepBN, Affine, Folded)
+#: where a module keeps the hooks on its calls
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def convert_norms_(
@@ -61,14 +72,19 @@ def convert_norms_(
         there = sum(isinstance(module, (PRepBN, RepBN)) for module in model.modules())
         hint = f"; it holds {there} of ours already" if there else "; is it norm-free, or did the filter refuse all?"
         raise ValueError(f"no LayerNorm or RMSNorm to convert in {type(model).__name__}{hint}")
+    if not found[0][0]:
+        raise ValueError(f"the model itself is a {type(model).__name__}; wrap it: nn.Sequential(norm)")
     converted: dict[nn.Module, nn.Module] = {}
-    for name, norm, channel_dim, gain in found:
-        if not name:
-            raise ValueError(f"the model itself is a {type(norm).__name__}; wrap it: nn.Sequential(norm)")
+    for _, norm, channel_dim, gain in found:
         if norm not in converted:
-            converted[norm] = _replacement(norm, channel_dim, gain, progressive, eta, eps, momentum)
+            options = {"eta": eta, "momentum": momentum, **_place(norm, model)}
+            converted[norm] = _replacement(norm, channel_dim, gain, progressive, eps, options)
+    _tie(converted)
+    for name, norm, *_ in found:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, converted[norm])
+    for norm, new in converted.items():
+        _move_hooks(norm, new)
     switch_off_fast_paths(model)
     names = [name for name, *_ in found]
     logger.info("converted %d norms of %s", len(names), type(model).__name__)
@@ -78,7 +94,8 @@ def convert_norms_(
 def _find_norms(
     model: nn.Module, filter: Callable[[nn.Module, str], bool] | None
 ) -> Iterator[tuple[str, nn.Module, int, str]]:
-    inside_ours = tuple(f"{name}." for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _OURS))
+    modules = model.named_modules(remove_duplicate=False)
+    inside_ours = tuple(f"{name}." if name else "" for name, m in modules if isinstance(m, _OURS))
     for name, module in model.named_modules(remove_duplicate=False):
         if name.startswith(inside_ours) or not _may_be_norm(module):
             continue
@@ -92,7 +109,9 @@ def _find_norms(
 
 
 def _may_be_norm(module: nn.Module) -> bool:
-    return not isinstance(module, _OURS) and "norm" in type(module).__name__.lower() and not any(module.children())
+    named_so = not isinstance(module, _OURS) and "norm" in type(module).__name__.lower()
+    # a second argument, given or not, is a gate, a residual or a condition
+    return named_so and not any(module.children()) and len(inspect.signature(module.forward).parameters) == 1
 
 
 def recognise(module: nn.Module) -> tuple[int, str] | None:
@@ -104,9 +123,9 @@ def recognise(module: nn.Module) -> tuple[int, str] | None:
     dim = _num_channels(module)
     if dim is None:
         return None
-    twin = copy.deepcopy(module).to_empty(device="cpu").double().eval()
-    for hooks in (twin._forward_hooks, twin._forward_pre_hooks):
-        hooks.clear()
+    bare = copy.copy(module)
+    bare.__dict__.update({name: type(hooks)() for name, hooks in vars(module).items() if name in _HOOKS})
+    twin = copy.deepcopy(bare).to_empty(device="cpu").double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -115,7 +134,7 @@ def recognise(module: nn.Module) -> tuple[int, str] | None:
             x = torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5
             try:
                 y = twin(x)
-            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            except Exception:  # foreign code, on an input that it may not be made for
                 continue
             if not isinstance(y, Tensor) or y.shape != x.shape:
                 continue
@@ -152,18 +171,11 @@ def _gain_and_offset(norm: nn.Module, gain: str) -> tuple[Tensor | float, Tensor
 
 
 def _replacement(
-    norm: nn.Module, channel_dim: int, gain: str, progressive: bool, eta: float, eps: float, momentum: float | None
+    norm: nn.Module, channel_dim: int, gain: str, progressive: bool, eps: float, options: dict[str, Any]
 ) -> nn.Module:
     dim = _num_channels(norm)
     assert dim is not None
-    like = getattr(norm, "weight", None)
-    options: dict[str, Any] = {
-        "momentum": momentum,
-        "eta": eta,
-        "channel_dim": channel_dim,
-        "device": getattr(like, "device", None),
-        "dtype": getattr(like, "dtype", None),
-    }
+    options = {**options, "channel_dim": channel_dim}
     new = PRepBN(dim, norm=norm, bn_eps=eps, **options) if progressive else RepBN(dim, eps=eps, **options)
     rep = new.rep if isinstance(new, PRepBN) else new
     scale, shift = _gain_and_offset(norm, gain)
@@ -171,6 +183,31 @@ def _replacement(
         rep.weight.mul_(scale)
         rep.bias.add_(shift)
     return new.train(norm.training)
+
+
+def _place(norm: nn.Module, model: nn.Module) -> dict[str, Any]:
+    """Device and dtype of the norm's gain; a norm without parameters says nothing, the model does."""
+    like = getattr(norm, "weight", None)
+    if like is None:
+        like = next((parameter for parameter in model.parameters() if parameter.dtype.is_floating_point), None)
+    return {} if like is None else {"device": like.device, "dtype": like.dtype}
+
+
+def _tie(converted: dict[nn.Module, nn.Module]) -> None:
+    """Norms that shared a parameter share RepBN's too."""
+    first: dict[Tensor, nn.Parameter] = {}
+    for norm, new in converted.items():
+        rep = new.rep if isinstance(new, PRepBN) else new
+        for leaf in ("weight", "bias"):
+            if (own := getattr(norm, leaf, None)) is not None:
+                setattr(rep, leaf, first.setdefault(own, getattr(rep, leaf)))
+
+
+def _move_hooks(norm: nn.Module, new: nn.Module) -> None:
+    """Hooks follow the name that they were put on: the old norm is not called in eval mode, nor once it has faded."""
+    for name in (*_HOOKS, "_is_full_backward_hook"):
+        theirs = vars(norm)[name]
+        vars(norm)[name], vars(new)[name] = vars(new)[name], theirs
 
 
 def switch_off_fast_paths(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slabformer.nn.controls import blended, prepbn_modules
 from slabformer.nn.norm import PRepBN
-from slabformer.surgery.batches import eval_mode, run_batches
+from slabformer.surgery.batches import NO_BATCH, eval_mode, run_batches
 
 
 class _Regression:
@@ -22,7 +22,9 @@ class _Regression:
         self.sums = torch.zeros(4, dim, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        x, y = x.flatten(0, -2).double(), y.flatten(0, -2).double()
+        x, y = x.double(), y.double()
+        if not x.shape[0]:
+            return
         if self.origin is None:  # shifting by a first mean keeps the digits of the sums of squares
             self.origin = x.mean(0)
         x = x - self.origin
@@ -53,7 +55,7 @@ def fit_norms_(
 
     Args:
         model: Edited in place; gamma must still be 1.
-        batches: As for :func:`slabformer.recalibrate_`.
+        batches: As for :func:`slabformer.recalibrate_`, but ranks do not share: fit before DistributedDataParallel.
         num_batches: Stop after so many; all by default.
         forward: As for :func:`slabformer.recalibrate_`.
 
@@ -61,7 +63,8 @@ def fit_norms_(
         Number of batches used.
 
     Raises:
-        ValueError: If the model has no PRepBN, fading has begun, or ``batches`` is empty.
+        ValueError: If the model has no PRepBN, fading has begun, ``batches`` is empty, or an activation is not finite
+            (nothing is changed then).
     """
     norms = prepbn_modules(model)
     if not norms:
@@ -73,7 +76,8 @@ def fit_norms_(
 
     def note(norm: PRepBN, args: tuple[Any, ...], output: Tensor) -> None:
         axis = norm.rep.channel_dim
-        fits[norm].add(args[0].movedim(axis, -1), output.movedim(axis, -1))
+        x, y, mask = args[0].movedim(axis, -1), output.movedim(axis, -1), norm.rep.token_mask
+        fits[norm].add(*((t.flatten(0, -2) if mask is None else t[mask]) for t in (x, y)))
 
     handles = [norm.register_forward_hook(note) for norm in fits]
     phases = {norm: norm.phase for norm in fits}
@@ -87,6 +91,11 @@ def fit_norms_(
             handle.remove()
         for norm, phase in phases.items():
             norm.phase = phase
+    if not count:
+        raise ValueError(NO_BATCH)
+    for name, norm in norms.items():
+        if not fits[norm].sums.isfinite().all():
+            raise ValueError(f"inputs or outputs of {name} are not finite; check the data")
     for norm, fit in fits.items():
         if fit.count:
             _write(norm, fit)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from slabformer.nn.controls import repbn_modules
-from slabformer.ops.moments import MomentsAccumulator
-from slabformer.surgery.batches import eval_mode, run_batches
+from slabformer.nn.norm import RepBN
+from slabformer.ops.moments import Moments, MomentsAccumulator
+from slabformer.surgery.batches import NO_BATCH, eval_mode, run_batches
 
 
 def recalibrate_(
@@ -28,7 +29,8 @@ def recalibrate_(
 
     Args:
         model: Edited in place, statistics only.
-        batches: Tensors, ``(inputs, labels)`` or mappings of keyword arguments; on several ranks each brings its share.
+        batches: Tensors, ``(inputs, labels)`` or mappings of keyword arguments; on several ranks, after
+            :func:`slabformer.sync_norms_`, each brings its share, which may be empty.
         num_batches: Stop after so many; all by default.
         forward: ``forward(model, batch)``, where the model wants something else.
 
@@ -36,37 +38,42 @@ def recalibrate_(
         Number of batches used.
 
     Raises:
-        ValueError: If the model has no RepBN, ``batches`` is empty, or a statistic is not finite (nothing is changed
-            then).
+        ValueError: If the model has no RepBN, ``batches`` is empty or reaches none of them, or a statistic is not
+            finite (nothing is changed then).
     """
-    norms = list(repbn_modules(model).values())
+    norms = repbn_modules(model)
     if not norms:
         raise ValueError(f"{type(model).__name__} has no RepBN to recalibrate; call convert_norms_(model) first")
-    for norm in norms:
+    for norm in norms.values():
         norm.accumulator = MomentsAccumulator(norm.running_mean.numel(), norm.running_mean.device)
     try:
         with eval_mode(model):
             count = run_batches(model, batches, num_batches, forward)
-        _write_statistics(model)
+        _write_statistics(norms)
     finally:
-        for norm in norms:
+        for norm in norms.values():
             norm.accumulator = None
     return count
 
 
 @torch.no_grad()
-def _write_statistics(model: nn.Module) -> None:
-    results = {}
-    for name, norm in repbn_modules(model).items():
-        assert norm.accumulator is not None
-        shared = norm.sync is not None and norm.sync.active
-        results[name] = norm.accumulator.result(norm.sync.group if norm.sync is not None else None, shared)
-    finite = torch.stack([(m.mean.isfinite() & m.var.isfinite()).all() for m in results.values()])
-    if not finite.all():
-        first = next(name for name, good in zip(results, finite.tolist(), strict=True) if not good)
-        raise ValueError(f"statistics of {first} are not finite; check the data, or recalibrate in float32")
-    for name, norm in repbn_modules(model).items():
-        moments = results[name]
-        if moments.count > 0:  # a norm that no batch reached keeps what it had
-            norm.running_mean.copy_(moments.mean)
-            norm.running_var.copy_(moments.var)
+def _write_statistics(norms: dict[str, RepBN]) -> None:
+    results = {name: _result(norm) for name, norm in norms.items()}
+    reached = {name: result for name, result in results.items() if result.count > 0}  # the others keep what they had
+    if not reached:
+        raise ValueError(NO_BATCH)
+    for name, result in reached.items():
+        if not (result.mean.isfinite() & result.var.isfinite()).all():
+            raise ValueError(f"statistics of {name} are not finite; check the data, or recalibrate in float32")
+    for name, result in reached.items():
+        norms[name].running_mean.copy_(result.mean)
+        norms[name].running_var.copy_(result.var)
+
+
+def _result(norm: RepBN) -> Moments:
+    """Population moments in the dtype of the buffers, where float16 may overflow."""
+    assert norm.accumulator is not None
+    shared = norm.sync is not None and norm.sync.active
+    result = norm.accumulator.result(norm.sync.group if norm.sync is not None else None, shared)
+    dtype = norm.running_mean.dtype
+    return Moments(result.count, result.mean.to(dtype), result.var.to(dtype))

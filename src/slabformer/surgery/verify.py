@@ -54,7 +54,10 @@ def verify(reference: nn.Module, candidate: nn.Module, inputs: Any, rtol: float 
     worst_abs, worst_rel, agreements = 0.0, 0.0, []
     with torch.no_grad(), eval_mode(reference), eval_mode(candidate):
         for case in cases:
-            pairs = list(zip(_outputs(reference, case), _outputs(candidate, case), strict=False))
+            outputs = _outputs(reference, case), _outputs(candidate, case)
+            if len(outputs[0]) != len(outputs[1]):
+                raise VerificationError(f"outputs differ in number: {len(outputs[0])} and {len(outputs[1])} tensors")
+            pairs = list(zip(*outputs, strict=True))
             for expected, actual in pairs:
                 largest, relative = _difference(expected, actual)
                 worst_abs, worst_rel = max(worst_abs, largest), max(worst_rel, relative)
@@ -96,10 +99,10 @@ def _difference(expected: Tensor, actual: Tensor) -> tuple[float, float]:
     if expected.shape != actual.shape:
         raise VerificationError(f"outputs differ in shape: {tuple(expected.shape)} and {tuple(actual.shape)}")
     expected, actual = expected.double(), actual.to(expected.device).double()
-    unlike = expected.isfinite() != actual.isfinite()
+    finite = expected.isfinite() & actual.isfinite()
+    unlike = ~finite & (expected != actual) & ~(expected.isnan() & actual.isnan())
     if unlike.any():
-        raise VerificationError(f"{int(unlike.sum())} outputs are finite in one model only")
-    finite = expected.isfinite()
+        raise VerificationError(f"{int(unlike.sum())} outputs are finite in one model only, or infinite in another way")
     expected, actual = expected[finite], actual[finite]
     if not expected.numel():
         return 0.0, 0.0
