@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slabformer.surgery.batches import eval_mode
 from slabformer.tasks.classification.data import Batch, check_num_classes
 
 TOP_K = 5
@@ -75,13 +76,9 @@ def evaluate(
         ValueError: If the loader is empty, or its classes are not the model's.
     """
     device = torch.device(device or (accelerator.device if accelerator is not None else _device_of(model)))
-    was_training = model.training
-    model.eval()
     start = time.perf_counter()
-    try:
+    with eval_mode(model):
         sums = _sums(model, loader, device, accelerator, progress)
-    finally:
-        model.train(was_training)
     sums = accelerator.reduce(sums, "sum") if accelerator is not None else sums
     sums = sums.cpu().to(torch.float64)
     return _result(sums, time.perf_counter() - start, getattr(loader, "class_names", None), per_class)

@@ -157,8 +157,9 @@ class TimmSource:
         if self.reader is None:
             image, label = self.dataset[index]
             return to_rgb(image), int(label)
-        with self.reader[index][0] as file:
-            return read_image(file), int(self.reader[index][1])
+        file, label = self.reader[index][:2]
+        with file:
+            return read_image(file), int(label)
 
     def name(self, index: int) -> str:
         """The file's path where there is one."""
