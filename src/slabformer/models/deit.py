@@ -13,6 +13,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from slabformer.models.norms import NormLayer, resolve_norm_layer
+from slabformer.models.official import PublishedLayout, load_published, read_published
+from slabformer.models.pretrained import fit_head, fit_stem, fit_tables, pretrained_source
 from slabformer.models.published import BY_MODEL
 from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.nn.resample import Grid
@@ -29,6 +31,14 @@ class DeiT(VisionTransformer):
 
     def __init__(self, norm_layer: str | NormLayer = "prepbn", norm_eps: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(norm_layer=resolve_norm_layer(norm_layer, norm_eps), **kwargs)
+
+    def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
+        """Load a published file, fitted to this model's head, input channels and image size; timm calls this."""
+        state = read_published(checkpoint_path)
+        fit_head(state, self.head)
+        fit_stem(state, self.in_chans)
+        fit_tables(state, (14, 14), self.patch_embed.grid_size, self.num_prefix_tokens)
+        load_published(self, state)
 
 
 class SlabBlock(Block):
@@ -57,9 +67,16 @@ class SlabDeiT(DeiT):
 
     With ``dynamic_img_size=True`` position tables follow the image; :meth:`set_input_size` changes them for good.
 
+    Published files hold a class token that nothing reads; it is dropped.
+
     Raises:
         ValueError: If tokens are to be dropped or prepended, which leaves no grid for the depthwise branch.
     """
+
+    published_layout = PublishedLayout(
+        dropped=("^cls_token$",),
+        complete=lambda _, state: {"cls_token": torch.zeros_like(state["pos_embed"][:, :1])} | state,
+    )
 
     def __init__(
         self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, **kwargs: Any
@@ -165,6 +182,9 @@ _MICRO: dict[str, Any] = {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_hea
 
 
 def _create(model_cls: type[DeiT], variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> DeiT:
+    if pretrained:
+        sources = (kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir"))
+        kwargs["pretrained_cfg_overlay"] = pretrained_source(variant, *sources)
     return build_model_with_cfg(
         model_cls,
         variant,

@@ -16,15 +16,18 @@ from slabformer.ops.linear_attention import linear_attention, mask_tokens
 class LinearAttentionCore(nn.Module):
     """What every variant shares: the position table of the keys, the linear product, the depthwise branch.
 
+    Subclasses set ``dwc`` last, so that state dicts keep the published order.
+
     Args:
         dim: Channels ``C`` of queries, keys and values.
         num_heads: Heads of ``D = C / num_heads`` channels.
         grid_size: Grid ``(H, W)`` of the keys that the position table is made for.
-        kernel_size: Of the depthwise convolution, odd; its ``D`` kernels are shared by all heads.
 
     Raises:
-        ValueError: If ``dim`` is no multiple of ``num_heads``, or ``kernel_size`` is even.
+        ValueError: If ``dim`` is no multiple of ``num_heads``.
     """
+
+    dwc: nn.Conv2d
 
     def __init__(
         self,
@@ -32,20 +35,15 @@ class LinearAttentionCore(nn.Module):
         num_heads: int,
         *,
         grid_size: Grid,
-        kernel_size: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.dim, self.num_heads, self.grid_size = dim, num_heads, (grid_size[0], grid_size[1])
-        head_dim = dim // num_heads
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.positional_encoding = nn.Parameter(torch.zeros(1, grid_size[0] * grid_size[1], dim, **factory))
-        self.dwc = nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim, **factory)
+        table = torch.zeros(1, grid_size[0] * grid_size[1], dim, device=device, dtype=dtype)
+        self.positional_encoding = nn.Parameter(table)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_grid: Grid, mask: Tensor | None = None) -> Tensor:
         """Linear attention of ``(B, N, C)`` queries over keys on ``key_grid``, with the table added to them."""
@@ -108,11 +106,13 @@ class SimplifiedLinearAttention(LinearAttentionCore):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_heads, grid_size=grid_size, kernel_size=kernel_size, device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, grid_size=grid_size, **factory)
         refuse_attn_drop(attn_drop)
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.dwc = shared_depthwise(dim // num_heads, kernel_size, **factory)
 
     def forward(
         self,
@@ -153,6 +153,17 @@ class SimplifiedLinearAttention(LinearAttentionCore):
         if self.qkv.bias is not None:
             bias = self.qkv.bias.split([self.dim, 2 * self.dim])
         return F.linear(x, weight[0], bias[0]), *F.linear(context, weight[1], bias[1]).chunk(2, dim=-1)
+
+
+def shared_depthwise(head_dim: int, kernel_size: int, **factory: Any) -> nn.Conv2d:
+    """The depthwise convolution whose ``head_dim`` kernels all heads share.
+
+    Raises:
+        ValueError: If ``kernel_size`` is even.
+    """
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+    return nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim, **factory)
 
 
 def key_mask(attn_mask: Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slabformer.nn.attention import LinearAttentionCore, refuse_attn_drop
+from slabformer.nn.attention import LinearAttentionCore, refuse_attn_drop, shared_depthwise
 from slabformer.nn.norm import PRepBN
 from slabformer.nn.resample import Grid, resize_tokens_1d, resolve_grid, window_merge, window_partition
 from slabformer.ops.depthwise import depthwise_tokens
@@ -52,7 +52,7 @@ class PyramidLinearAttention(LinearAttentionCore):
     ) -> None:
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         reduced = (grid_size[0] // sr_ratio, grid_size[1] // sr_ratio)
-        super().__init__(dim, num_heads, grid_size=reduced, kernel_size=kernel_size, **factory)
+        super().__init__(dim, num_heads, grid_size=reduced, **factory)
         refuse_attn_drop(attn_drop)
         self.sr_ratio = sr_ratio
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
@@ -62,6 +62,7 @@ class PyramidLinearAttention(LinearAttentionCore):
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio, **factory)
             self.norm = norm_layer(dim, **factory)
+        self.dwc = shared_depthwise(dim // num_heads, kernel_size, **factory)
 
     def forward(self, x: Tensor, grid_size: Grid | None = None) -> Tensor:
         """Attention over tokens ``(B, N, C)`` on ``grid_size``; by default the table's, or a square."""
@@ -105,8 +106,10 @@ class WindowLinearAttention(LinearAttentionCore):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_heads, grid_size=window_size, kernel_size=kernel_size, device=device, dtype=dtype)
-        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, grid_size=window_size, **factory)
+        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.dwc = shared_depthwise(dim // num_heads, kernel_size, **factory)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid_size: Grid, window_size: Grid | None = None) -> Tensor:
         """Attention of tokens on ``grid_size`` inside windows; ``window_size`` by default is the table's."""
