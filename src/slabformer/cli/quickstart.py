@@ -1,0 +1,105 @@
+"""`slab quickstart`: the main job, with bars while it runs and one table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from slabformer.quickstart.job import QuickstartConfig, QuickstartResult, run_quickstart
+from slabformer.tasks.engine.observers import Observer, RunStart, StepReport
+
+PLAIN_EVERY = 10
+
+
+def parser() -> ArgumentParser:
+    """The job's settings as options."""
+    made = ArgumentParser(
+        prog="slab quickstart",
+        description="Train a SLAB vision transformer and its LayerNorm twin on scikit-learn's handwritten digits, "
+        "recalibrate, fuse, verify and benchmark; about three minutes on two CPU cores.",
+    )
+    made.add_class_arguments(QuickstartConfig)
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Run the job and print its table."""
+    console = Console()
+    settings = QuickstartConfig(**vars(config))
+    bars = Progress(
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+    @contextmanager
+    def stage(title: str) -> Iterator[Callable[[str], None]]:
+        task = bars.add_task(title, total=None, state="")
+        if not console.is_terminal:
+            console.print(title)
+        yield lambda text: bars.update(task, state=text)
+        bars.update(task, total=1, completed=1, state="")
+
+    with bars:
+        result = run_quickstart(settings, observers=lambda model: [TrainingBar(bars, model)], stage=stage)
+    console.print(_table(result))
+    console.print(f"report: {Path(settings.output) / 'report.html'}", soft_wrap=True)
+
+
+class TrainingBar(Observer):
+    """One bar a model; off a terminal, a line every few epochs."""
+
+    def __init__(self, bars: Progress, model: str) -> None:
+        self.bars, self.model = bars, model
+        self._task: Any = None
+        self._state = ""
+
+    def on_start(self, start: RunStart) -> None:
+        """Add the bar."""
+        self._epochs = start.epochs
+        self._task = self.bars.add_task(
+            self.model, total=start.epochs * start.steps_per_epoch, completed=start.step, state=""
+        )
+
+    def on_step(self, report: StepReport) -> None:
+        """Move it."""
+        gamma = f"gamma {report.gamma:.2f}  " if self.model.startswith("slab") else ""
+        self.bars.update(self._task, completed=report.step, state=f"{gamma}{self._state}")
+
+    def on_epoch(self, row: dict[str, float]) -> None:
+        """Show the epoch's accuracy."""
+        self._state = f"loss {row['train_loss']:.3f}  accuracy {row.get('top1', float('nan')):.1%}"
+        epoch = int(row["epoch"])
+        if self.bars.disable and (epoch % PLAIN_EVERY == 0 or epoch == self._epochs):
+            self.bars.console.print(f"{self.model}: epoch {epoch} of {self._epochs}  {self._state}", soft_wrap=True)
+
+
+def _table(result: QuickstartResult) -> Table:
+    summary = result.summary()
+    table = Table(title="from LayerNorm to none", caption=f"{result.seconds:.0f} s on {result.bench.machine}")
+    table.add_column("")
+    for heading in ("SLAB, unfused", "SLAB, fused", "LayerNorm twin"):
+        table.add_column(heading, justify="right")
+    slab, twin = f"{summary['slab_accuracy']:.2%}", f"{summary['twin_accuracy']:.2%}"
+    table.add_row("test accuracy", f"{result.slab.metrics['top1']:.2%}", slab, twin)
+    total, folded = summary["norms_total"], summary["norms_folded"]
+    table.add_row("norms computed", str(total), str(total - folded), str(total))
+    table.add_row("difference of outputs", "-", f"{summary['fused_difference']:.1e}", "-")
+    sizes = dict.fromkeys((row.batch_size, row.mode) for row in result.bench)
+    for batch, mode in sizes:
+        rows = [result.bench.find(variant, mode, batch) for variant in ("as given", "fused", "LayerNorm twin")]
+        table.add_row(
+            f"images/s, batch {batch}, {mode}", *(f"{row.images_per_second:,.0f}" if row else "-" for row in rows)
+        )
+    return table

@@ -1,0 +1,1 @@
+"""The main job: a SLAB model's whole life on real images, next to its LayerNorm twin, in minutes."""

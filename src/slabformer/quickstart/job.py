@@ -1,0 +1,226 @@
+"""Train, recalibrate, fuse, verify and benchmark a small SLAB model and its twin on the handwritten digits."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+import slabformer as sf
+from slabformer.deployment.bench import compare
+from slabformer.deployment.report import BenchReport
+from slabformer.surgery.fuse import FuseReport
+from slabformer.surgery.verify import VerifyResult
+from slabformer.tasks.classification.augment import AugmentConfig
+from slabformer.tasks.classification.config import LrConfig, ModelConfig, OptimizerConfig, TrainConfig
+from slabformer.tasks.classification.data import create_loader
+from slabformer.tasks.classification.sources import DataConfig
+from slabformer.tasks.classification.train import TrainResult, train
+from slabformer.tasks.engine.files import replaced, write_text
+from slabformer.tasks.engine.observers import Observer
+from slabformer.tasks.saved_model import load_model, save_model
+
+SLAB, TWIN = "slab_deit_micro", "deit_micro"
+#: what the fused model may differ by, as a share of the output's root mean square
+FUSED_RTOL = 1e-5
+
+
+@dataclass(kw_only=True)
+class QuickstartConfig:
+    """What the main job does; the defaults take about three minutes on two CPU cores."""
+
+    output: str = "runs/quickstart"
+    """Folder that everything is written to; what an earlier quickstart left there is replaced."""
+    epochs: int = 50
+    """Passes over the 1,437 training images, for either model."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    bench_seconds: float = 3.0
+    """Length of the measurement at each batch size."""
+    compiled: bool = True
+    """Also measure under `torch.compile`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartResult:
+    """Everything that the report shows."""
+
+    config: QuickstartConfig
+    """What was asked for."""
+    slab: TrainResult
+    """SLA and PRepBN, recalibrated."""
+    twin: TrainResult
+    """Softmax attention and LayerNorm, the same budget."""
+    fused: nn.Module
+    """The SLAB model without norms."""
+    fuse_report: FuseReport
+    """Where each norm went."""
+    equality: VerifyResult
+    """Fused against unfused on all 360 test images."""
+    bench: BenchReport
+    """Speeds."""
+    images: Tensor
+    """The test images ``(360, 3, H, W)``, normalised."""
+    labels: Tensor
+    """Their digits ``(360,)``."""
+    fused_predictions: Tensor
+    """The fused model's digits ``(360,)``."""
+    twin_predictions: Tensor
+    """The twin's digits ``(360,)``."""
+    seconds: float
+    """Of the whole job."""
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of ``summary.json``; accuracies are shares of 1, speed-ups are over the twin in the same mode."""
+        return {
+            "slab_accuracy": _accuracy(self.fused_predictions, self.labels),
+            "twin_accuracy": _accuracy(self.twin_predictions, self.labels),
+            "fused_difference": self.equality.max_rel,
+            "norms_total": self.fuse_report.num_folded + self.fuse_report.num_kept,
+            "norms_folded": self.fuse_report.num_folded,
+            "seconds": round(self.seconds, 1),
+            "speeds": [asdict(row) for row in self.bench],
+            "machine": self.bench.machine.to_dict(),
+        }
+
+
+class Stage(Protocol):
+    """Shows that a named part of the job is running."""
+
+    def __call__(self, title: str) -> AbstractContextManager[Callable[[str], None]]: ...
+
+
+def recipe(model: str, config: QuickstartConfig) -> TrainConfig:
+    """How either model is trained; the same but for the model."""
+    return TrainConfig(
+        model=ModelConfig(name=model, args={"img_size": 16, "patch_size": 4}),
+        data=DataConfig(path="digits", image_size=16, crop_pct=1.0, mean=(0.3,) * 3, std=(0.37,) * 3),
+        augment=AugmentConfig(policy="light", mixup=0.0, cutmix=0.0, label_smoothing=0.1),
+        optimizer=OptimizerConfig(lr=2e-3, lr_base_batch=None),
+        lr_schedule=LrConfig(warmup_epochs=min(5, config.epochs / 4), warmup_lr=1e-5, min_lr=1e-5),
+        epochs=config.epochs,
+        batch_size=128,
+        seed=config.seed,
+        num_workers=0,
+        log_every=11,
+        output=str(Path(config.output) / model),
+        overwrite=True,
+    )
+
+
+def run_quickstart(
+    config: QuickstartConfig,
+    *,
+    observers: Callable[[str], Sequence[Observer]] = lambda model: (),
+    stage: Stage | None = None,
+) -> QuickstartResult:
+    """Do the whole job and write its files, ``report.html`` and ``summary.json`` last.
+
+    Args:
+        config: What to do.
+        observers: Called with a model's name; told how its training goes.
+        stage: Entered for every part that is not training.
+
+    Raises:
+        VerificationError: If the fused model computes something else.
+    """
+    from slabformer.quickstart.report import write_report
+
+    began = time.perf_counter()
+    stage = stage or (lambda title: nullcontext(lambda text: None))
+    output = Path(config.output)
+    _clear(output)
+    runs = {name: train(recipe(name, config), observers=observers(name)) for name in (SLAB, TWIN)}
+    slab, twin = runs[SLAB].model.cpu().eval(), runs[TWIN].model.cpu().eval()
+    images, labels = _test_images(recipe(SLAB, config))
+    with stage("fuse and verify"):
+        fused, fuse_report = sf.fuse(slab, images[:8])
+        equality = sf.verify(slab, fused, images, rtol=FUSED_RTOL)
+        _write_models(output, fused)
+    with stage("benchmark") as say, torch.no_grad():
+        bench = compare(
+            slab,
+            images,
+            fused=fused,
+            twin=twin,
+            batch_sizes=(1, 64),
+            compiled=config.compiled,
+            seconds=config.bench_seconds,
+            name=SLAB,
+            progress=say,
+        )
+        predictions = [model(images).argmax(-1) for model in (fused, twin)]
+    result = QuickstartResult(
+        config=config,
+        slab=runs[SLAB],
+        twin=runs[TWIN],
+        fused=fused,
+        fuse_report=fuse_report,
+        equality=equality,
+        bench=bench,
+        images=images,
+        labels=labels,
+        fused_predictions=predictions[0],
+        twin_predictions=predictions[1],
+        seconds=time.perf_counter() - began,
+    )
+    bench.write(output)
+    _write_metrics(output, result)
+    write_report(result, output / "report.html")
+    write_text(output / "summary.json", json.dumps(result.summary(), indent=2) + "\n")
+    return result
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier quickstart left in ``output``, and nothing else."""
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{output} is a file; give another output folder")
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (SLAB, TWIN):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in ("summary.json", "report.html", "metrics.csv", "config.yaml", "model.safetensors", "fused.safetensors"):
+        (output / name).unlink(missing_ok=True)
+
+
+def _test_images(config: TrainConfig) -> tuple[Tensor, Tensor]:
+    loader = create_loader(config.data, config.augment, "validation", batch_size=config.batch_size, seed=config.seed)
+    batches = list(loader)
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def _write_models(output: Path, fused: nn.Module) -> None:
+    for name, source in (("model", SLAB), ("twin", TWIN)):
+        shutil.copyfile(output / source / "model.safetensors", output / f"{name}.safetensors")
+    _, info = load_model(output / "model.safetensors")
+    save_model(fused, output / "fused.safetensors", info)
+
+
+def _write_metrics(output: Path, result: QuickstartResult) -> None:
+    """Both histories in one file, and the resolved settings of both runs in another."""
+    rows = [{"model": name, **row} for name, run in _runs(result).items() for row in run.history]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with replaced(output / "metrics.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    settings = {"quickstart": asdict(result.config)}
+    settings |= {name: recipe(name, result.config).to_dict() for name in (SLAB, TWIN)}
+    write_text(output / "config.yaml", yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False))
+
+
+def _runs(result: QuickstartResult) -> dict[str, TrainResult]:
+    return {SLAB: result.slab, TWIN: result.twin}
+
+
+def _accuracy(predictions: Tensor, labels: Tensor) -> float:
+    return (predictions == labels).double().mean().item()
