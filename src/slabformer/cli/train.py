@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from slabformer.tasks.classification.config import TrainConfig
 
@@ -25,8 +25,10 @@ class _Parser(ArgumentParser):
 
 def parser() -> ArgumentParser:
     """Options of `slab train`: a recipe, and any of its keys."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     options = _Parser(
         prog="slab train",
+        allow_abbrev=False,
         description="Train a classifier while its LayerNorm fades out. The output folder goes on where it stopped.",
         epilog="--data PATH is short for --data.path PATH. Keys given after --config override the recipe.",
     )

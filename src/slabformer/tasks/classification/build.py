@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +13,7 @@ from slabformer._extras import require
 from slabformer.nn.controls import prepbn_modules
 from slabformer.progressive import ProgressiveSchedule
 from slabformer.tasks.classification.config import ModelConfig, TrainConfig
+from slabformer.tasks.saved_model import create_model, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -23,23 +22,15 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     """The model of ``config``, with its weights loaded and its norms converted.
 
     Raises:
-        ValueError: If timm does not know it, refuses an argument, or the weights do not fit; says what is near.
+        ValueError: If timm does not know it, refuses an argument, or the file in ``weights`` holds something else.
     """
-    timm = require("timm", extra="vision")
-    if not timm.is_model(config.name):
-        near = difflib.get_close_matches(config.name, timm.list_models(), n=1)
-        suggestion = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown model {config.name!r}{suggestion}; `slab list` shows ours")
-    arguments = model_arguments(config, num_classes, image_size)
-    try:
-        model = timm.create_model(config.name, pretrained=config.pretrained, **arguments)
-    except TypeError as error:
-        raise ValueError(f"{config.name} refuses its arguments ({error}); check model.args") from error
     if config.weights is not None:
-        load_weights(model, Path(config.weights))
+        model = _load(config, config.weights, num_classes, image_size)
+    else:
+        arguments = model_arguments(config, num_classes, image_size)
+        model = create_model(config.name, pretrained=config.pretrained, **arguments)
     if config.convert_norms:
-        names = sf.convert_norms_(model)
-        logger.info("converted %d norms of %s", len(names), config.name)
+        logger.info("converted %d norms of %s", len(sf.convert_norms_(model)), config.name)
     return model
 
 
@@ -51,34 +42,21 @@ def model_arguments(config: ModelConfig, num_classes: int, image_size: int) -> d
     return {"num_classes": num_classes, **size, **config.args}
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into ``model``, name for name.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a safetensors file, or names or shapes do not fit; names the first ones.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; model.weights is a safetensors file")
-    safetensors = require("safetensors", extra="vision")
-    try:
-        state = require("safetensors.torch", extra="vision").load_file(str(path))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {len(missing)} tensors missing (first: {_first(missing)}), "
-            f"{len(unexpected)} unexpected (first: {_first(unexpected)}), {len(shapes)} of another shape "
-            f"(first: {_first(shapes)})"
-        )
-    model.load_state_dict(state)
-
-
-def _first(names: list[str]) -> str:
-    return names[0] if names else "none"
+def _load(config: ModelConfig, path: str, num_classes: int, image_size: int) -> nn.Module:
+    model, info = load_model(path)
+    if info.fused:
+        raise ValueError(f"{path} holds a fused model, whose norms are gone; train from the file before fusing")
+    if info.model != config.name:
+        raise ValueError(f"{path} holds {info.model!r}, model.name is {config.name!r}; make them agree")
+    if info.input_size[-1] != image_size:
+        raise ValueError(f"{path} is for images of {info.input_size[-1]}, data.image_size is {image_size}")
+    differing = sorted(key for key, value in config.args.items() if info.model_args.get(key) != value)
+    if differing:
+        raise ValueError(f"model.args.{differing[0]} differs from {path}, which brings its own; leave it out")
+    if len(info.class_names) != num_classes:
+        logger.info("new head: %s has %d classes, the data %d", path, len(info.class_names), num_classes)
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+    return model.train()
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module, total_batch: int) -> Optimizer:

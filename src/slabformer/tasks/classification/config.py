@@ -21,11 +21,12 @@ class ModelConfig:
     name: str = "slab_deit_micro"
     """Any classifier that timm knows; `slab list` shows ours."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments for `timm.create_model`, e.g. `drop_path_rate`."""
+    """Further arguments for `timm.create_model`, e.g. `drop_path_rate`; classes and image size follow the data."""
     pretrained: bool = False
     """Start from the released weights."""
     weights: str | None = None
-    """Start from a file that `slab train` saved; for one before `convert_norms`, its LayerNorms go on fading."""
+    """Start from a `model.safetensors` of the same model, e.g. of its LayerNorm twin, to be converted. A PRepBN model
+    that has faded before is trained on without its norms."""
     convert_norms: bool = False
     """Turn every LayerNorm and RMSNorm into PRepBN before training, their weights kept."""
 

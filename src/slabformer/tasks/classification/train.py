@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 import slabformer as sf
@@ -19,50 +16,24 @@ from slabformer.tasks.classification.build import (
     build_lr_schedule,
     build_model,
     build_optimizer,
-    load_weights,
     model_arguments,
 )
 from slabformer.tasks.classification.config import TrainConfig
 from slabformer.tasks.classification.data import Loader, create_loader
 from slabformer.tasks.classification.evaluate import evaluate
 from slabformer.tasks.classification.mixup import MixedStep
+from slabformer.tasks.classification.result import COLUMNS, TrainResult, finished_before, read_history
 from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.ema import ModelEma
-from slabformer.tasks.engine.files import replaced
-from slabformer.tasks.engine.folder import RunFolder
+from slabformer.tasks.engine.folder import RunFolder, fingerprint
 from slabformer.tasks.engine.loop import Trainer
-from slabformer.tasks.engine.observers import CsvFile, CsvObserver, Observer, TensorBoardObserver
+from slabformer.tasks.engine.observers import CsvObserver, Observer, TensorBoardObserver
 from slabformer.tasks.engine.parts import LoopConfig
 from slabformer.tasks.engine.seeds import reseed
 from slabformer.tasks.saved_model import ModelInfo, save_model
 
 logger = logging.getLogger(__name__)
-
-#: columns of metrics.csv
-COLUMNS = (
-    *("epoch", "step", "gamma", "lr", "train_loss", "images_per_second"),
-    *(f"{prefix}{name}" for prefix in ("", "blend_", "ema_") for name in ("top1", "top5", "loss")),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What :func:`train` leaves, beside the files."""
-
-    model: nn.Module
-    """Trained and recalibrated, in eval mode, on the device it was trained on."""
-    ema: nn.Module | None
-    """The averaged model, recalibrated by itself."""
-    history: list[dict[str, float]]
-    """Rows of ``metrics.csv``: every epoch's train_loss, gamma, lr, images_per_second, top1, loss; blend_* while
-    gamma is above 0, ema_* where there is an average."""
-    metrics: dict[str, float]
-    """Of the recalibrated model: top1, loss, top5 with five classes or more; ema_* alike."""
-    output: Path
-    """Folder of the run, with ``model.safetensors``."""
-    already_finished: bool = False
-    """Nothing was trained: the run in ``output`` was complete."""
 
 
 def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Sequence[Observer] = ()) -> TrainResult:
@@ -83,21 +54,26 @@ def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Seq
         StoppedError: After SIGTERM or SIGINT, once a checkpoint is written.
         OSError: If the disk is full or not writable.
     """
-    run = _Run(config, model)
-    if run.found == "finished":
-        return run.finished()
-    files: list[Observer] = [CsvObserver(run.folder.path, COLUMNS)]
+    folder = RunFolder(Path(config.output), config.to_dict(), config.harmless())
+    found = "new" if config.overwrite else folder.look()
+    if config.resume == "never" and found != "new":
+        raise ValueError(f"{config.output} holds a run already; pass --overwrite true, or --resume auto to go on")
+    if found == "finished":
+        return finished_before(folder)
+    run = _Run(config, folder, model, fresh=found == "new")
+    watchers: list[Observer] = [CsvObserver(folder.path, COLUMNS), *observers]
     if config.tensorboard:
-        files.append(TensorBoardObserver(run.folder.path))
-    watchers = [*files, *observers]
+        watchers.append(TensorBoardObserver(folder.path))
     trainer = run.trainer(watchers)
-    found = trainer.resume()
-    if found is not None:
-        logger.info("going on from %s", found)
     with ExitStack() as stack:
         if run.accelerator.is_main_process:
+            folder.claim(config.overwrite)
             for observer in watchers:
                 stack.callback(observer.on_end)
+        run.accelerator.wait_for_everyone()
+        checkpoint = trainer.resume()
+        if checkpoint is not None:
+            logger.info("going on from %s", checkpoint)
         stack.enter_context(trainer.signals)
         trainer.fit()
         return run.finish(trainer)
@@ -106,15 +82,9 @@ def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Seq
 class _Run:
     """One run's parts."""
 
-    def __init__(self, config: TrainConfig, model: nn.Module | None) -> None:
-        self.config = config
-        self.accelerator: Accelerator = create_accelerator(config.precision, config.device)
-        self.folder = RunFolder(Path(config.output), config.to_dict(), config.harmless())
-        main = self.accelerator.is_main_process
-        with self.accelerator.main_process_first():
-            self.found = self.folder.claim(overwrite=config.overwrite and main)
-        if config.resume == "never" and self.found != "new":
-            raise ValueError(f"{config.output} holds a run already; pass --overwrite true, or --resume auto to go on")
+    def __init__(self, config: TrainConfig, folder: RunFolder, model: nn.Module | None, *, fresh: bool) -> None:
+        self.config, self.folder = config, folder
+        self.accelerator = create_accelerator(config.precision, config.device)
         self.train_loader, self.val_loader = self._loader("train"), self._loader("validation")
         self.class_names = self.train_loader.class_names
         reseed(config.seed)
@@ -122,6 +92,8 @@ class _Run:
         self.model.to(self.accelerator.device)
         if self.accelerator.num_processes > 1:
             sf.sync_norms_(self.model)
+        if config.gamma.fit_batches and fresh:
+            sf.fit_norms_(self.model, self.train_loader, config.gamma.fit_batches)
 
     def _loader(self, split: str) -> Loader:
         config = self.config
@@ -139,8 +111,6 @@ class _Run:
     def trainer(self, observers: Sequence[Observer]) -> Trainer:
         """The loop with everything that this recipe gives it."""
         config = self.config
-        if config.gamma.fit_batches and self.found == "new":
-            sf.fit_norms_(self.model, self.train_loader, config.gamma.fit_batches)
         total_batch = config.batch_size * self.accelerator.num_processes * config.accumulate
         optimizer = build_optimizer(config, self.model, total_batch)
         steps_per_epoch = -(-len(self.train_loader) // config.accumulate)
@@ -161,15 +131,27 @@ class _Run:
                 eval_every=config.eval_every,
                 compile=config.compile,
             ),
-            store=CheckpointStore(self.folder.path, config.keep, writable=self.accelerator.is_main_process),
+            store=CheckpointStore(self.folder.path, config.keep),
             lr_schedule=lr_schedule,
             gamma_schedule=build_gamma_schedule(config, self.model, optimizer, epochs * steps_per_epoch),
             ema=ModelEma(self.model, config.ema.decay, config.ema.warmup) if config.ema.decay > 0 else None,
             evaluate=self._evaluate,
             best_metric="top1",
             on_best=lambda trainer: self._save(trainer.model, "best"),
+            batch_names=self._batch_names,
             observers=observers,
+            fingerprint={
+                **fingerprint(config.to_dict(), config.harmless()),
+                "processes": self.accelerator.num_processes,
+            },
         )
+
+    def _batch_names(self, batch_index: int) -> list[str]:
+        """What the data calls the images of a training batch of the epoch that was set."""
+        self.train_loader.set_start(batch_index)
+        indices = self.train_loader.order.take()[0]
+        dataset = getattr(getattr(self.train_loader, "loader", None), "dataset", None)
+        return [dataset.source.name(index) if dataset is not None else f"image {index}" for index in indices.tolist()]
 
     def _evaluate(self, trainer: Trainer) -> dict[str, float]:
         metrics = self._metrics(trainer, trainer.model, "")
@@ -200,7 +182,13 @@ class _Run:
         if self.accelerator.is_main_process:
             self.folder.finish(metrics)
         self.accelerator.wait_for_everyone()
-        return self._result(trainer.model, models.get("ema"), metrics)
+        return TrainResult(
+            model=trainer.model,
+            ema=models.get("ema"),
+            history=read_history(self.folder.path),
+            metrics=metrics,
+            output=self.folder.path,
+        )
 
     def _recalibrate(self, trainer: Trainer, model: nn.Module) -> None:
         """On the training data of one more epoch, augmented as in training, as published."""
@@ -215,28 +203,6 @@ class _Run:
 
         sf.recalibrate_(model, self.train_loader, batches, forward)
 
-    def finished(self) -> TrainResult:
-        """The result of the run that was complete."""
-        logger.info("%s is finished already; --overwrite true starts again", self.folder.path)
-        load_weights(self.model, self.folder.path / "model.safetensors")
-        ema = None
-        if self.config.ema.decay > 0:
-            ema = copy.deepcopy(self.model)
-            load_weights(ema, self.folder.path / "ema.safetensors")
-        return self._result(self.model.eval(), ema.eval() if ema is not None else None, self.folder.result(), True)
-
-    def _result(
-        self, model: nn.Module, ema: nn.Module | None, metrics: dict[str, float], already_finished: bool = False
-    ) -> TrainResult:
-        return TrainResult(
-            model=model,
-            ema=ema,
-            history=CsvFile(self.folder.path / "metrics.csv", COLUMNS).rows(),
-            metrics=metrics,
-            output=self.folder.path,
-            already_finished=already_finished,
-        )
-
     def _save(self, model: nn.Module, name: str) -> None:
         data = self.config.data
         info = ModelInfo(
@@ -249,5 +215,4 @@ class _Run:
             interpolation=data.interpolation,
             crop_pct=data.crop_pct,
         )
-        with replaced(self.folder.path / f"{name}.safetensors") as temporary:
-            save_model(model, temporary, info)
+        save_model(model, self.folder.path / f"{name}.safetensors", info)

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-from slabformer.tasks.engine.files import replaced, sweep
+from slabformer.tasks.engine.files import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -82,21 +82,18 @@ class CheckpointStore:
     """The checkpoints of one run: ``checkpoint-<step>.pt`` in a folder, the last few of them.
 
     Args:
-        folder: Exists.
-        keep: How many to keep; at least two, so that a damaged one has a predecessor.
-        writable: False on ranks that only read.
+        folder: Where they lie.
+        keep: How many to keep; with one, a damaged file has no predecessor.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, writable: bool = True) -> None:
+    def __init__(self, folder: Path, keep: int = 2) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
         self.folder, self.keep = folder, keep
-        if writable:
-            sweep(folder)
 
     def paths(self) -> list[Path]:
         """All checkpoints, newest first."""
-        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := NAME.fullmatch(path.name))]
+        found = [(int(match[1]), path) for path in self.folder.glob("*") if (match := NAME.fullmatch(path.name))]
         return [path for _, path in sorted(found, reverse=True)]
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
@@ -124,8 +121,3 @@ class CheckpointStore:
                 f"every checkpoint in {self.folder} is damaged; start again with --overwrite true"
             )
         return None
-
-    def clear(self) -> None:
-        """Delete every checkpoint."""
-        for path in self.paths():
-            path.unlink(missing_ok=True)

@@ -59,8 +59,7 @@ class ConsoleObserver(Observer):
             total = self._start.epochs * self._start.steps_per_epoch
             left = (total - report.step) * report.samples / max(report.images_per_second, 1e-9)
             self._console.print(
-                f"epoch {report.epoch + 1}/{self._start.epochs}  step {report.step}/{total}  {state}  "
-                f"{_clock(left)} left",
+                f"epoch {report.epoch}/{self._start.epochs}  step {report.step}/{total}  {state}  {_clock(left)} left",
                 soft_wrap=True,
             )
 

@@ -1,9 +1,15 @@
-"""Device, precision and ranks of a run."""
+"""Device, precision and ranks of a run: the one place that imports accelerate."""
 
 from __future__ import annotations
 
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slabformer._extras import require
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -17,12 +23,26 @@ def create_accelerator(precision: str = "fp32", device: str = "auto") -> Acceler
 
     Raises:
         ValueError: If the device cannot compute in ``precision``.
+        ImportError: If accelerate is missing; names the extra that brings it.
     """
+    accelerate = require("accelerate", extra="train")
     # accelerate keeps its first settings for the life of the process; a second run may want others
-    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     # norms share their statistics themselves, gamma is the same on all ranks: there is nothing to broadcast
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=device == "cpu", kwargs_handlers=[ddp])
+    ddp = accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = accelerate.Accelerator(
+        mixed_precision=PRECISIONS[precision], cpu=device == "cpu", kwargs_handlers=[ddp]
+    )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision 'fp16' needs an accelerator; use 'bf16' or 'fp32' on a CPU")
     return accelerator
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """``batch``, nested tuples, lists and mappings of tensors, on ``device``."""
+    return require("accelerate.utils", extra="train").send_to_device(batch, device, non_blocking=True)
+
+
+def gather(value: Any) -> list[Any]:
+    """``value`` of every rank, by rank."""
+    return require("accelerate.utils", extra="train").gather_object([value])

@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import send_to_device
-
+from slabformer.tasks.engine.devices import to_device
 from slabformer.tasks.engine.nonfinite import first_nonfinite_module, first_nonfinite_tensor, tensors_in
 from slabformer.tasks.engine.parts import windows
 from slabformer.tasks.engine.seeds import reseed
@@ -48,7 +47,7 @@ def _culprit(trainer: Trainer, step: int, start: int) -> str:
 
 def _run(trainer: Trainer, batch: Any) -> None:
     with trainer.accelerator.autocast():
-        trainer.step_fn(trainer.model, send_to_device(batch, trainer.accelerator.device))
+        trainer.step_fn(trainer.model, to_device(batch, trainer.accelerator.device))
 
 
 def _names(trainer: Trainer, batch_index: int) -> str:

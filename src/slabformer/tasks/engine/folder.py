@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from slabformer.tasks.engine.files import write_text
+from slabformer.tasks.engine.files import sweep, write_text
 
 logger = logging.getLogger(__name__)
 Found = Literal["new", "unfinished", "finished"]
@@ -29,42 +29,43 @@ class RunFolder:
         self.path, self.config, self.harmless = path, json.loads(json.dumps(config)), frozenset(harmless)
 
     @property
+    def config_path(self) -> Path:
+        """The resolved recipe, good for ``slab train --config`` again."""
+        return self.path / "config.yaml"
+
+    @property
     def result_path(self) -> Path:
         """Written last: its presence says that the run is finished."""
         return self.path / "result.json"
 
-    def claim(self, overwrite: bool = False) -> Found:
-        """Make the folder this run's: say what is in it, and write the configuration.
+    def look(self) -> Found:
+        """What is in the folder; nothing is written.
 
         Raises:
             ValueError: If it belongs to a run with another configuration; names the first key that differs.
             NotADirectoryError: If something else is in its place.
-            OSError: If it cannot be written to.
         """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"{self.path} is a file; give another output folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            self._clear()
-        config_path = self.path / "config.yaml"
-        if config_path.exists():
-            given = yaml.safe_load(config_path.read_text(encoding="utf-8"))
-            self.compare(fingerprint(given, self.harmless), f"{self.path} holds another run")
-        write_text(config_path, yaml.safe_dump(self.config, sort_keys=False))
+        if self.config_path.exists():
+            given = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+            now = fingerprint(self.config, self.harmless)
+            refuse_difference(fingerprint(given, self.harmless), now, f"{self.path} holds another run")
         if self.result_path.exists():
             return "finished"
         return "unfinished" if any(self.path.glob("checkpoint-*.pt")) else "new"
 
-    def compare(self, before: Mapping[str, Any], what: str) -> None:
-        """Refuse to go on from ``before``, dotted keys and values, if a key that matters differs."""
-        now = fingerprint(self.config, self.harmless)
-        for key in sorted(now.keys() | before.keys()):
-            old, new = before.get(key), now.get(key)
-            if old != new:
-                raise ValueError(
-                    f"{what}: {key} was {old!r}, now {new!r}; "
-                    "choose another output folder, or pass --overwrite true to start again"
-                )
+    def claim(self, overwrite: bool = False) -> None:
+        """Make the folder and write the configuration into it; ``overwrite`` deletes the run that was there.
+
+        Raises:
+            OSError: If it cannot be written to.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        sweep(self.path)
+        if overwrite:
+            self._clear()
+        write_text(self.config_path, yaml.safe_dump(self.config, sort_keys=False))
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Note ``result``; from now on the run is finished."""
@@ -79,6 +80,21 @@ class RunFolder:
             for path in self.path.glob(pattern):
                 logger.info("deleting %s", path)
                 path.unlink()
+
+
+def refuse_difference(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Refuse to go on with a run of other settings; names the first key that differs.
+
+    Raises:
+        ValueError: If a key differs or is in one of the two only.
+    """
+    for key in sorted(now.keys() | before.keys()):
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            raise ValueError(
+                f"{what}: {key} was {old!r}, now {new!r}; "
+                "choose another output folder, or pass --overwrite true to start again"
+            )
 
 
 def fingerprint(config: Mapping[str, Any], harmless: Iterable[str] = ()) -> dict[str, Any]:

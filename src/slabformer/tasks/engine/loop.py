@@ -6,29 +6,28 @@ import itertools
 import math
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from slabformer.progressive import ProgressiveSchedule
 from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.diagnose import describe_nonfinite
 from slabformer.tasks.engine.ema import ModelEma
+from slabformer.tasks.engine.folder import refuse_difference
 from slabformer.tasks.engine.meter import EpochMeter
 from slabformer.tasks.engine.nonfinite import NonFiniteError, NonFiniteGuard, first_nonfinite_tensor
 from slabformer.tasks.engine.observers import Observer, RunStart, StepReport
-from slabformer.tasks.engine.parts import Loader, LoopConfig, Position, StepFn, TrainStep, num_samples, windows
-from slabformer.tasks.engine.seeds import reseed
+from slabformer.tasks.engine.parts import Loader, LoopConfig, Position, StepFn, num_samples, windows
 from slabformer.tasks.engine.signals import StoppedError, StopSignals
 from slabformer.tasks.engine.state import capture, restore
+from slabformer.tasks.engine.update import Update
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(kw_only=True, eq=False)
@@ -71,7 +70,7 @@ class Trainer:
     observers: Sequence[Observer] = ()
     """Told about everything, on the main process."""
     fingerprint: dict[str, Any] = field(default_factory=dict)
-    """Plain values that go into every checkpoint."""
+    """Plain values; a checkpoint with others is not gone on from."""
 
     def __post_init__(self) -> None:
         device = self.accelerator.device
@@ -81,9 +80,7 @@ class Trainer:
         self.meter, self.signals, self._guard = EpochMeter(device), StopSignals(), NonFiniteGuard(device)
         self.batches_per_epoch = len(self.loader)
         self._check_every = 1 if device.type == "cpu" else self.config.log_every
-        compiled = cast(nn.Module, torch.compile(self.model)) if self.config.compile else self.model
-        self._train_step = self.accelerator.prepare_model(TrainStep(compiled, self.step_fn))
-        self._stepper = self.accelerator.prepare_optimizer(self.optimizer)
+        self._update = Update(self.accelerator, self.model, self.optimizer, self.step_fn, self.config)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,12 +93,20 @@ class Trainer:
         return self.gamma_schedule.gamma if self.gamma_schedule is not None else 0.0
 
     def resume(self) -> Path | None:
-        """Go on from the newest undamaged checkpoint; None if there is none."""
+        """Go on from the newest undamaged checkpoint; None if there is none.
+
+        Raises:
+            ValueError: If its fingerprint differs.
+            DamagedCheckpointError: If every checkpoint is damaged.
+        """
         found = self.store.load_latest() if self.store is not None else None
-        if found is not None:
-            restore(self, found[1])
-            self._saved_step = self.position.step
-        return found[0] if found is not None else None
+        if found is None:
+            return None
+        path, state = found
+        refuse_difference(state["fingerprint"], self.fingerprint, f"{path} belongs to another run")
+        restore(self, state)
+        self._saved_step = self.position.step
+        return path
 
     def fit(self) -> None:
         """Train until the last epoch is done and evaluated; ``with trainer.signals:`` around it catches signals."""
@@ -149,7 +154,7 @@ class Trainer:
         position, config = self.position, self.config
         if position.batch >= self.batches_per_epoch:
             return
-        self._train_step.train()
+        self._update.train_step.train()
         self.loader.set_epoch(position.epoch)
         self.loader.set_start(position.batch)
         self.meter.restart_clock()
@@ -166,34 +171,13 @@ class Trainer:
     def _optimizer_step(self, window: list[Any]) -> Tensor:
         """One update from the batches of ``window``; returns the mean loss over their samples."""
         step = self.position.step
-        reseed(self.config.seed, step, self.accelerator.process_index)
-        sizes = [num_samples(batch) for batch in window]
-        losses = []
-        for index, batch in enumerate(window):
-            batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
-            last = index == len(window) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self._train_step):
-                loss = self._train_step(batch) * (sizes[index] / sum(sizes))
-                self.accelerator.backward(loss)
-            losses.append(loss.detach())
-        total = torch.stack(losses).sum()
-        self._guard.observe(step, total, *self._clip())
+        loss, suspects = self._update.gradients(window, step)
+        self._guard.observe(step, *suspects)
         if (step + 1) % self._check_every == 0:
             self._raise_if_nonfinite()
-        self._stepper.step()
-        self._stepper.zero_grad()
+        self._update.apply()
         self._advance(step + 1)
-        return total
-
-    def _clip(self) -> list[Tensor]:
-        """Clip the gradient; returns its norm where a non-finite one is a fault (a scaler meets them as a rule)."""
-        self.accelerator.unscale_gradients(self._stepper)
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = get_total_norm(gradients)
-        if self.config.clip_norm is not None:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
-        return [norm] if self.accelerator.scaler is None else []
+        return loss
 
     def _advance(self, steps_done: int) -> None:
         if self.lr_schedule is not None:
@@ -211,7 +195,7 @@ class Trainer:
         logged = step % self.config.log_every == 0
         mean = float(self.accelerator.reduce(loss, "mean")) if logged else None
         report = StepReport(
-            epoch=self.position.epoch,
+            epoch=self.position.epoch + 1,
             step=step,
             samples=samples_of_all,
             loss=mean,

@@ -22,7 +22,7 @@ class RunStart:
     steps_per_epoch: int
     """Optimizer steps in each."""
     epoch: int
-    """Epoch that comes next, above 0 after a resume."""
+    """Epochs done before, above 0 after a resume."""
     step: int
     """Optimizer steps done before."""
 
@@ -32,7 +32,7 @@ class StepReport:
     """What an observer learns after an optimizer step."""
 
     epoch: int
-    """Epoch of the step."""
+    """Epoch of the step, from 1."""
     step: int
     """Optimizer steps done, this one included."""
     samples: int

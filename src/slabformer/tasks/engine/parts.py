@@ -62,18 +62,6 @@ class Position:
     step: int = 0
 
 
-class TrainStep(nn.Module):
-    """Model and loss as one module: DDP and autocast wrap this one and leave the model as it is."""
-
-    def __init__(self, model: nn.Module, step_fn: StepFn) -> None:
-        super().__init__()
-        self.model, self.step_fn = model, step_fn
-
-    def forward(self, batch: Any) -> Tensor:
-        """The mean loss over ``batch``."""
-        return self.step_fn(self.model, batch)
-
-
 def num_samples(batch: Any) -> int:
     """Length of the first tensor in ``batch``."""
     return len(next(tensors_in(batch)))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import gather_object
-
+from slabformer.tasks.engine.devices import gather
 from slabformer.tasks.engine.parts import Position
 from slabformer.tasks.engine.seeds import random_state, set_random_state
 
@@ -25,7 +24,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "scaler": scaler.state_dict() if scaler is not None else None,
         "position": asdict(trainer.position),
         "meter": trainer.meter.state_dict(trainer.accelerator),
-        "random": gather_object([random_state()]),
+        "random": gather(random_state()),
         "best": trainer.best,
         "fingerprint": trainer.fingerprint,
     }

@@ -1,0 +1,85 @@
+"""One optimizer update from the batches of an accumulation window."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from slabformer.tasks.engine.devices import to_device
+from slabformer.tasks.engine.parts import LoopConfig, StepFn, num_samples
+from slabformer.tasks.engine.seeds import reseed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class TrainStep(nn.Module):
+    """Model and loss as one module: DDP and autocast wrap this one and leave the model as it is."""
+
+    def __init__(self, model: nn.Module, step_fn: StepFn) -> None:
+        super().__init__()
+        self.model, self.step_fn = model, step_fn
+
+    def forward(self, batch: Any) -> Tensor:
+        """The mean loss over ``batch``."""
+        return self.step_fn(self.model, batch)
+
+
+class Update:
+    """Gradients of a window, then the optimizer's step; in between one may look at what came out.
+
+    Args:
+        accelerator: Device, precision and ranks.
+        model: Not wrapped.
+        optimizer: Of its parameters.
+        step_fn: ``step_fn(model, batch) -> loss``.
+        config: Seed, clipping and compilation.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, step_fn: StepFn, config: LoopConfig
+    ) -> None:
+        self.accelerator, self.optimizer, self.config = accelerator, optimizer, config
+        compiled = cast(nn.Module, torch.compile(model)) if config.compile else model
+        self.train_step = accelerator.prepare_model(TrainStep(compiled, step_fn))
+        self._stepper = accelerator.prepare_optimizer(optimizer)
+
+    def gradients(self, window: list[Any], step: int) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the mean loss over all samples in ``window``, clipped.
+
+        Returns:
+            The loss, and values of which none may be NaN or infinite; nothing is read back from the device.
+        """
+        reseed(self.config.seed, step, self.accelerator.process_index)
+        sizes = [num_samples(batch) for batch in window]
+        losses = []
+        for index, batch in enumerate(window):
+            batch = to_device(batch, self.accelerator.device)
+            last = index == len(window) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.train_step):
+                loss = self.train_step(batch) * (sizes[index] / sum(sizes))
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        loss = torch.stack(losses).sum()
+        norm = self._clip()
+        # a loss scaler meets infinite gradients as a rule and skips the step
+        return loss, [loss, norm] if self.accelerator.scaler is None else [loss]
+
+    def apply(self) -> None:
+        """Move the weights."""
+        self._stepper.step()
+        self._stepper.zero_grad()
+
+    def _clip(self) -> Tensor:
+        """Clip the gradient where asked; returns its norm before."""
+        self.accelerator.unscale_gradients(self._stepper)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self.config.clip_norm is not None:
+            clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+        return norm
