@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
@@ -94,10 +94,8 @@ class QuickstartResult:
         }
 
 
-class Stage(Protocol):
-    """Shows that a named part of the job is running."""
-
-    def __call__(self, title: str) -> AbstractContextManager[Callable[[str], None]]: ...
+#: shows that a named part of the job is running; what the block gets is told about its progress
+Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
 
 def recipe(model: str, config: QuickstartConfig) -> TrainConfig:

@@ -123,12 +123,13 @@ def _gallery(result: QuickstartResult) -> str:
 
 def _mistake(result: QuickstartResult, index: int) -> str:
     label = int(result.labels[index])
-    said = [
-        f'<span class="{"right" if int(predictions[index]) == label else "wrong"}">{name} {int(predictions[index])}</span>'
-        for name, predictions in (("SLAB", result.fused_predictions), ("twin", result.twin_predictions))
-    ]
-    picture = _data_uri(result.images[index])
-    return f'<figure><img src="{picture}" alt="a {label}"><figcaption>is {label}<br>{"<br>".join(said)}</figcaption></figure>'
+    answers = {"SLAB": int(result.fused_predictions[index]), "twin": int(result.twin_predictions[index])}
+    said = "<br>".join(
+        f'<span class="{"right" if answer == label else "wrong"}">{name} {answer}</span>'
+        for name, answer in answers.items()
+    )
+    picture = f'<img src="{_data_uri(result.images[index])}" alt="a {label}">'
+    return f"<figure>{picture}<figcaption>is {label}<br>{said}</figcaption></figure>"
 
 
 def _data_uri(image: Tensor) -> str:
