@@ -73,12 +73,14 @@ def blended(model: nn.Module) -> Iterator[nn.Module]:
 def copy_gamma_(source: nn.Module, target: nn.Module) -> None:
     """Copy gamma and phase from ``source`` to ``target``, whose averaged copy (an EMA's) means nothing.
 
+    Norms are paired in the order of the modules, so either may be wrapped (DistributedDataParallel, ``torch.compile``).
+
     Raises:
-        ValueError: If the two do not hold the same PRepBN modules.
+        ValueError: If the two do not hold PRepBN modules of the same widths.
     """
-    norms, copies = prepbn_modules(source), prepbn_modules(target)
-    if norms.keys() != copies.keys():
-        raise ValueError(f"source has {len(norms)} PRepBN modules, target {len(copies)}, not of the same names")
-    for name, norm in norms.items():
-        copies[name].gamma.copy_(norm.gamma)
-        copies[name].phase = norm.phase
+    norms, copies = list(prepbn_modules(source).values()), list(prepbn_modules(target).values())
+    if [norm.normalized_shape for norm in norms] != [copy.normalized_shape for copy in copies]:
+        raise ValueError(f"source has {len(norms)} PRepBN modules, target {len(copies)}, not of the same widths")
+    for norm, copy in zip(norms, copies, strict=True):
+        copy.gamma.copy_(norm.gamma)
+        copy.phase = norm.phase

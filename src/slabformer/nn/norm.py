@@ -237,14 +237,17 @@ class PRepBN(nn.Module):
         """Write ``gamma`` in place; the phase follows from it unless given (``gamma`` is 1 at the start of fading too).
 
         Raises:
-            ValueError: If ``gamma`` is not in [0, 1] or ``phase`` is unknown.
+            ValueError: If ``gamma`` is not in [0, 1], or ``phase`` is unknown or contradicts it.
         """
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma must be in [0, 1], got {gamma}")
         if phase is not None and phase not in get_args(Phase):
             raise ValueError(f"phase must be one of {get_args(Phase)}, got {phase!r}")
+        phase = phase or phase_of(gamma)
+        if phase != phase_of(gamma) and (gamma, phase) != (1, "fading"):
+            raise ValueError(f"phase {phase!r} does not go with gamma {gamma}, which means {phase_of(gamma)!r}")
         self.gamma.fill_(gamma)
-        self.phase = phase or phase_of(gamma)
+        self.phase = phase
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
