@@ -20,6 +20,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from slabformer.deployment.equality import RUNTIME_RTOL, verify_fused
 from slabformer.deployment.measure import (
     MEBIBYTE,
     Machine,
@@ -34,12 +35,11 @@ from slabformer.deployment.measure import (
 from slabformer.deployment.report import BenchReport, Measurement, Mode, Variant
 from slabformer.deployment.variants import Compiled, ceiling_of
 from slabformer.nn.norm import PRepBN, RepBN
+from slabformer.surgery.fuse import fuse
 from slabformer.surgery.verify import VerifyResult, verify
 
 logger = logging.getLogger(__name__)
 
-#: a compiler may reorder sums and products; a wrong graph differs by far more
-COMPILED_RTOL = 1e-3
 Inputs = tuple[Tensor, ...]
 Turns = dict[tuple[Variant, Mode], list[list[float]]]
 
@@ -105,14 +105,12 @@ def _variants(
     variants: dict[Variant, nn.Module] = {"as given": model}
     equality = None
     if fused is None and any(isinstance(module, (PRepBN, RepBN)) for module in model.modules()):
-        from slabformer.surgery.fuse import fuse
-
         fused, folds = fuse(model, inputs)
-        notes.append(f"{folds.num_folded} of {folds.num_folded + folds.num_kept} norms folded")
+        notes.append(f"{folds.num_folded} of {len(folds)} norms folded")
     if fused is None:
         notes.append("nothing to fuse: the model holds no RepBN or PRepBN")
     else:
-        equality = verify(model, fused, inputs)
+        equality = verify_fused(model, fused, inputs)
         variants["fused"] = fused
     if twin is not None:
         _check_twin(model, twin, inputs)
@@ -146,7 +144,7 @@ def _candidates(
             reason = str(error).strip().splitlines()[0]
             notes.append(f"compiled forms left out, torch.compile failed: {reason}")
             return {key: module for key, module in candidates.items() if key[1] == "eager"}
-        verify(model, program, batch, rtol=COMPILED_RTOL)
+        verify(model, program, batch, rtol=RUNTIME_RTOL)
         candidates[name, "compiled"] = program
     return candidates
 

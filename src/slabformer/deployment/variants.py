@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slabformer._extras import require
 from slabformer.nn.affine import Affine, Folded
 from slabformer.nn.norm import PRepBN, RepBN
 from slabformer.surgery.convert import recognise
+
+#: what timm appends to the names of the models that ours replace
+TWIN_SUFFIXES = ("", "_patch16_224", "_patch4_window7_224")
 
 
 class ProjectionsOnly(nn.Module):
@@ -55,6 +59,18 @@ def ceiling_of(model: nn.Module) -> nn.Module:
             f"no attention with proj and qkv, or proj, q and kv, in {type(model).__name__}: no ceiling to measure"
         )
     return ceiling
+
+
+def twin_name(model: str) -> str | None:
+    """What timm calls the LayerNorm model that ``model`` of ours replaces: "slab_deit_tiny", "deit_tiny_patch16_224".
+
+    None when it is none of ours, or timm has no such model.
+    """
+    bare = model.removeprefix("slab_").removesuffix("_prepbn")
+    if bare == model:
+        return None
+    is_model = require("timm", extra="vision").is_model
+    return next((bare + suffix for suffix in TWIN_SUFFIXES if is_model(bare + suffix)), None)
 
 
 class Compiled(nn.Module):

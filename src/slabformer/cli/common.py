@@ -1,0 +1,91 @@
+"""What the verbs share: how a model is named, loaded and fed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from torch import Tensor, nn
+
+import slabformer as sf
+from slabformer.tasks.saved_model import ModelInfo, create_model, load_model
+
+#: widths of tables go by the terminal; files and pipes get room for all columns
+PIPE_WIDTH = 160
+
+
+def console() -> Console:
+    """For tables and results, on standard output."""
+    made = Console()
+    return made if made.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    """``MODEL`` and all that says which weights and input size it has."""
+    parser.add_argument("model", type=str, help="a .safetensors file that slab wrote, or a name that timm knows")
+    parser.add_argument("--checkpoint", type=Path | None, help="published weights (.pth) for a model given by name")
+    parser.add_argument("--pretrained", action="store_true", help="fetch the released weights of a named model")
+    parser.add_argument("--input-size", type=int | None, help="height and width of its images, if not its own")
+
+
+def load(config: Namespace) -> tuple[nn.Module, ModelInfo]:
+    """The model that :func:`add_model_options` describes, in eval mode, and what it is.
+
+    Raises:
+        ValueError: If it is unknown, or options do not go together.
+        FileNotFoundError: If a file is missing.
+    """
+    if not is_file(config.model):
+        return _named(config.model, config.checkpoint, config.pretrained, config.input_size)
+    if config.checkpoint is not None or config.pretrained:
+        raise ValueError(
+            f"{config.model} holds its weights; --checkpoint and --pretrained are for a model given by name"
+        )
+    model, info = load_model(config.model)
+    if config.input_size is not None and config.input_size != info.input_size[-1]:
+        model, info = _resized(model, info, config.input_size)
+    return model, info
+
+
+def is_file(model: str) -> bool:
+    """Whether ``model`` means a file rather than a name in timm."""
+    return model.endswith(".safetensors") or "/" in model or Path(model).is_file()
+
+
+def example_images(info: ModelInfo, batch_size: int, seed: int = 0) -> Tensor:
+    """Random images ``(B, C, H, W)`` of the model's size, normalised as photographs come out."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch_size, *info.input_size, generator=generator)
+
+
+def needs_weights(config: Namespace) -> bool:
+    """Whether the model that the options describe is freshly initialised."""
+    return not (is_file(config.model) or config.checkpoint or config.pretrained)
+
+
+def _named(name: str, checkpoint: Path | None, pretrained: bool, input_size: int | None) -> tuple[nn.Module, ModelInfo]:
+    if checkpoint is not None and pretrained:
+        raise ValueError("--checkpoint and --pretrained exclude each other; give one")
+    arguments: dict[str, Any] = {} if input_size is None else {"img_size": input_size}
+    model = create_model(name, pretrained=pretrained, **arguments)
+    if checkpoint is not None:
+        sf.load_published(model, checkpoint)
+    settings: Any = model.pretrained_cfg
+    size = settings["input_size"] if input_size is None else (settings["input_size"][0], input_size, input_size)
+    taken: dict[str, Any] = {key: settings[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    return model.eval(), ModelInfo(model=name, model_args=arguments, class_names=[], input_size=size, **taken)
+
+
+def _resized(model: nn.Module, info: ModelInfo, input_size: int) -> tuple[nn.Module, ModelInfo]:
+    if not hasattr(model, "set_input_size"):
+        raise ValueError(
+            f"{info.model} takes {info.input_size[-1]} pixels and cannot be resized; leave --input-size out"
+        )
+    resize: Any = model.set_input_size
+    resize(img_size=input_size)
+    arguments = {**info.model_args, "img_size": input_size}
+    return model, replace(info, input_size=(info.input_size[0], input_size, input_size), model_args=arguments)
