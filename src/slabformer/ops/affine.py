@@ -28,7 +28,7 @@ def compose(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tupl
 def fold_into_next(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The Linear or unpadded Conv that does ``y = W (x * scale + shift) + c`` by itself: ``W diag(scale)``, ``W shift + c``.
+    """Linear or unpadded Conv that does ``W (x * scale + shift) + c`` by itself: ``W diag(scale)``, ``W shift + c``.
 
     Args:
         weight: ``(O, I)`` of a Linear, ``(O, I / groups, *kernel)`` of a Conv.
@@ -52,7 +52,7 @@ def fold_into_next(
 
 
 def fold_into_previous(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """The Linear or Conv that does ``y = (W x + c) * scale + shift`` by itself: ``diag(scale) W``, ``c * scale + shift``.
+    """Linear or Conv that does ``(W x + c) * scale + shift`` by itself: ``diag(scale) W``, ``c * scale + shift``.
 
     Args:
         weight: ``(O, I)`` of a Linear, ``(O, I / groups, *kernel)`` of a Conv, padded or not.

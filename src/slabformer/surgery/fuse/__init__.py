@@ -8,16 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slabformer.surgery.fuse.check import check_examples, check_model, shapes_of
+from slabformer.surgery.fuse.check import check_examples, check_model, check_not_compiled, shapes_of
 from slabformer.surgery.fuse.decide import Plan, decide
+from slabformer.surgery.fuse.files import load_fused, save_fused
 from slabformer.surgery.fuse.fold import commit
-from slabformer.surgery.fuse.graph import trace
+from slabformer.surgery.fuse.graph import trace, why_untraceable
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.report import FuseReport, NormOutcome
+from slabformer.surgery.fuse.size import fix_size_, sizes_of
 from slabformer.surgery.fuse.trial import Trial
-from slabformer.surgery.fuse.twin import Example, deployed_twin, export_error, twin
+from slabformer.surgery.fuse.twin import Example, deployed_twin, twin
 
-__all__ = ["FuseReport", "NormOutcome", "fuse", "fuse_"]
+__all__ = ["FuseReport", "NormOutcome", "fuse", "fuse_", "load_fused", "save_fused"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,29 @@ def fuse(
     fixed_size: bool = False,
     allow_gamma: bool = False,
 ) -> tuple[nn.Module, FuseReport]:
-    """:func:`fuse_` on a deep copy."""
+    """Fold the norms of ``model`` into their neighbours, on a deep copy; outputs do not change.
+
+    Each RepBN, PRepBN, BatchNorm and Affine is one scale and shift per channel in eval mode. The model is traced with
+    ``torch.export``; from each norm the map is followed through operations that commute with it. If all that it
+    reaches are Linears and unpadded Convs, they take it over; else a Linear or Conv in front of it that feeds
+    nothing else does; else an :class:`Affine` stays in its place, and the report says why. Changes are tried on a
+    copy in float64 first, and folds that would change an output are left out.
+
+    Args:
+        model: In eval mode. The copy keeps class, names, dtype, device and hooks.
+        example_inputs: A tensor, a tuple of positional arguments, or a list of such: a fold must hold for each of them.
+        example_kwargs: Keyword arguments of every example.
+        fixed_size: Take a pad by 0 at these sizes as none. The fused model then refuses inputs of other sizes.
+        allow_gamma: Fuse PRepBNs that still hold their norm, as they run in eval mode: as RepBN.
+
+    Returns:
+        The fused copy, and one outcome per norm.
+
+    Raises:
+        TypeError: If the example inputs are of the wrong kind.
+        ValueError: If the model is in train mode, wrapped, compiled, sharded, quantised, on the meta device, without
+            norms, still fading, cannot be copied, or does not run on the example inputs.
+    """
     check_model(model, allow_gamma)
     examples = check_examples(example_inputs, example_kwargs)
     copied = twin(model)
@@ -45,7 +69,9 @@ def fuse_(
     fixed_size: bool = False,
     allow_gamma: bool = False,
 ) -> FuseReport:
-    """doc"""
+    """:func:`fuse` in place: the same arguments and errors, all raised before anything changes; returns the report."""
+    check_model(model, allow_gamma)
+    check_not_compiled(model)
     return _fuse(model, check_examples(example_inputs, example_kwargs), fixed_size, allow_gamma)
 
 
@@ -54,6 +80,8 @@ def _fuse(model: nn.Module, examples: Sequence[Example], fixed_size: bool, allow
     trial = Trial(model, norms, examples)
     plan = _plan(model, norms, examples, fixed_size)
     commit(model, trial.settle(plan), plan.untouchable)
+    if fixed_size:
+        fix_size_(model, [sizes_of(example) for example in examples])
     report = FuseReport(_outcomes(norms, plan), shapes_of(examples))
     logger.info("%s: %s", type(model).__name__, report.summary())
     return report
@@ -63,7 +91,7 @@ def _plan(model: nn.Module, norms: Sequence[Norm], examples: Sequence[Example], 
     try:
         traces = [trace(deployed_twin(model), norms, example) for example in examples]
     except Exception as error:
-        reason = f"torch.export cannot trace the model ({export_error(error)})"
+        reason = f"torch.export cannot trace the model ({why_untraceable(error)})"
         return Plan(reasons={norm.index: reason for norm in norms})
     return decide(model, norms, traces, fixed_size)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from slabformer.nn.affine import Folded
 from slabformer.nn.norm import PRepBN
@@ -29,7 +30,7 @@ def check_model(model: nn.Module, allow_gamma: bool) -> list[Norm]:
 
     Raises:
         TypeError: If it is no module.
-        ValueError: If it is wrapped, in train mode, without norms, still fading, or its parameters are no plain tensors.
+        ValueError: If it is wrapped, in train mode, without norms, still fading, or holds no plain tensors.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse needs an nn.Module, got {type(model).__name__}")
@@ -39,7 +40,8 @@ def check_model(model: nn.Module, allow_gamma: bool) -> list[Norm]:
     norms = find_norms(model)
     if not norms and not any(isinstance(module, Folded) for module in model.modules()):
         raise ValueError(
-            f"no RepBN, PRepBN, BatchNorm or Affine to fuse in {type(model).__name__}; call convert_norms_(model), train"
+            f"no RepBN, PRepBN, BatchNorm or Affine to fuse in {type(model).__name__}; "
+            "call convert_norms_(model) and train it first"
         )
     if norms and "" in norms[0].names:
         raise ValueError(f"the model itself is a {type(model).__name__}; wrap it: nn.Sequential(norm)")
@@ -57,6 +59,19 @@ def _check_wrappers(model: nn.Module) -> None:
                 raise ValueError(f"fuse cannot edit {name or 'the model'}: {_WRAPPERS[base.__name__]}")
 
 
+def check_not_compiled(model: nn.Module) -> None:
+    """Refuse to edit modules that ``module.compile()`` has compiled in place; a copy of them is not compiled.
+
+    Raises:
+        ValueError: Naming the first one.
+    """
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{name or 'the model'} is compiled in place; use fuse(), which copies, and compile the copy"
+            )
+
+
 def _check_mode(model: nn.Module) -> None:
     if model.training:
         raise ValueError("fuse needs eval mode, got a model in train mode; call model.eval() first")
@@ -70,14 +85,16 @@ def _check_parameters(model: nn.Module) -> None:
         if type(module).__module__.startswith(("torch.ao.nn.", "torchao.")):
             raise ValueError(f"{name} is quantised ({type(module).__name__}); fuse first, quantise afterwards")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             raise ValueError(f"{name} has no shape yet; run the model once first")
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has no values; load the weights first")
-        if type(tensor) not in (nn.Parameter, nn.Buffer, Tensor):
-            raise ValueError(f"{name} is a {type(tensor).__name__}; fuse needs plain tensors (fuse before sharding or quantising)")
-        is_number = tensor.is_floating_point() and tensor.element_size() > 1
-        if tensor.is_quantized or (isinstance(tensor, nn.Parameter) and not is_number and not tensor.is_complex()):
+        if type(tensor) not in (nn.Parameter, Tensor):
+            raise ValueError(
+                f"{name} is a {type(tensor).__name__}; fuse needs plain tensors (fuse before sharding or quantising)"
+            )
+        is_byte = tensor.element_size() == 1 and tensor.dtype != torch.bool
+        if tensor.is_quantized or (isinstance(tensor, nn.Parameter) and is_byte):
             raise ValueError(f"{name} is quantised ({tensor.dtype}); fuse first, quantise afterwards")
 
 
@@ -120,8 +137,3 @@ def check_examples(example_inputs: Any, example_kwargs: Mapping[str, Any] | None
 def shapes_of(examples: Sequence[Example]) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Shapes of the tensors of each example."""
     return tuple(tuple(tuple(tensor.shape) for tensor in example.tensors()) for example in examples)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is torch's own, on a device with memory."""
-    return type(tensor) in (nn.Parameter, torch.Tensor)

@@ -67,9 +67,7 @@ def solve(model: nn.Module, norms: Sequence[Norm], edits: Iterable[Edit]) -> Sol
     return solution
 
 
-def _take_over(
-    model: nn.Module, solution: Solution, edit: Edit, target: Target, scale: Tensor, shift: Tensor
-) -> None:
+def _take_over(model: nn.Module, solution: Solution, edit: Edit, target: Target, scale: Tensor, shift: Tensor) -> None:
     weight = _current(model, solution, target.weight)
     bias = None if target.new_bias and target.bias not in solution.tensors else _current(model, solution, target.bias)
     scale, shift = scale.to(weight.device), shift.to(weight.device)
@@ -96,11 +94,11 @@ def commit(model: nn.Module, solution: Solution, untouchable: Collection[int]) -
     """
     norms = find_norms(model)
     for name, value in solution.tensors.items():
-        like = model.get_parameter(solution.new_biases.get(name, name))
+        if name in solution.new_biases:
+            create_bias(model, name, solution.new_biases[name], len(value))
+        like = model.get_parameter(name)
         owner, leaf = _parent(model, name)
         owner._parameters[leaf] = nn.Parameter(value.to(like).contiguous(), like.requires_grad)
-        if name in solution.new_biases:
-            setattr(owner, NEW_BIASES, (*getattr(owner, NEW_BIASES, ()), leaf))
     for norm in norms:
         if norm.index not in untouchable:
             new = _replacement(norm, solution.maps[norm.index], norm.index in solution.gone)
@@ -115,15 +113,20 @@ def _replacement(norm: Norm, scale_shift: ScaleShift, gone: bool) -> nn.Module:
     if isinstance(old, Affine):
         new = old
     else:
-        new = Affine(
-            norm.num_channels, channel_dim=norm.channel_dim, eps=old.eps, device=like.device, dtype=like.dtype
-        )
+        new = Affine(norm.num_channels, channel_dim=norm.channel_dim, eps=old.eps, device=like.device, dtype=like.dtype)
         new.requires_grad_(like.requires_grad)
         for name in _HOOKS:
             setattr(new, name, getattr(old, name))
     for parameter, value in zip((new.weight, new.bias), scale_shift, strict=True):
         parameter.data = value.to(parameter)
     return new
+
+
+def create_bias(model: nn.Module, name: str, weight: str, num_out: int) -> None:
+    """Give the module that holds ``weight`` a bias of zeros called ``name``, and note on it that it is new."""
+    like, (owner, leaf) = model.get_parameter(weight), _parent(model, name)
+    owner._parameters[leaf] = nn.Parameter(like.new_zeros(num_out), like.requires_grad)
+    setattr(owner, NEW_BIASES, (*getattr(owner, NEW_BIASES, ()), leaf))
 
 
 def set_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:

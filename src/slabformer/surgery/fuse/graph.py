@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import operator
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from slabformer.surgery.fuse.norms import Norm
-from slabformer.surgery.fuse.twin import Example, quiet, tensors_of
+from slabformer.surgery.fuse.twin import Example, first_line, quiet, tensors_of
 
 #: subgraphs that wrap a region of the forward and change nothing about which tensor goes where
 _REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
@@ -29,6 +32,7 @@ def _(x: Tensor, index: int) -> Tensor:
     return torch.empty_like(x)
 
 
+_TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 NORM = torch.ops.slabformer.norm.default
 
 
@@ -94,6 +98,15 @@ def first_names(model: nn.Module) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
 
 
+def why_untraceable(error: Exception) -> str:
+    """The first line of what ``torch.export`` says, and the line of the model at which it gave up."""
+    said = first_line(error)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((_TORCH, _HERE, "<")):
+            return f"{said} At {Path(frame.filename).name}:{frame.lineno}: {frame.line}"
+    return said
+
+
 def _marked(index: int) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         return torch.ops.slabformer.norm(x, index)
@@ -149,8 +162,8 @@ def _copy_body(module: GraphModule, graph: Graph, env: dict[Node, Any]) -> Any:
             inputs = [n for n in submodule.graph.nodes if n.op == "placeholder"]
             inner = {name: env[operand] for name, operand in zip(inputs, operands, strict=True)}
             env[node] = _copy_body(submodule, graph, inner)
-        elif isinstance(node.args and node.args[0], Node) and isinstance(env[node.args[0]], (tuple, list)):
-            env[node] = env[node.args[0]][node.args[1]]  # getitem of a region's outputs
+        elif node.target is operator.getitem and isinstance(env[node.args[0]], (tuple, list)):
+            env[node] = env[node.args[0]][node.args[1]]  # one of the outputs of a region
         else:
             env[node] = graph.node_copy(node, value)
     raise AssertionError("a graph without output")
@@ -160,5 +173,5 @@ def _region_of(module: GraphModule, node: Node) -> tuple[GraphModule, list[Node]
     if getattr(node.target, "_name", None) not in _REGIONS:
         return None
     position = next(i for i, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr")
-    submodule = getattr(module, str(node.args[position].target))
-    return submodule, [arg for arg in node.args[position + 1 :] if isinstance(arg, Node)]
+    holder: Any = node.args[position]
+    return getattr(module, holder.target), [arg for arg in node.args[position + 1 :] if isinstance(arg, Node)]

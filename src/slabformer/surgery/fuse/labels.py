@@ -150,7 +150,7 @@ def dropped(call: Call) -> Tensor:
 
 
 def padded(call: Call) -> Tensor:
-    """Padding comes after the norm, so border elements never saw the shift; a pad by 0 at this size may be more at another."""
+    """Zeros set after the norm never saw its shift; a pad by 0 at this size may be more at another."""
     if call.fixed_size and not any(call.arg(1, "pad")):
         return call.input
     raise RefusalError("its output is padded")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Norm:
 
     index: int
     names: tuple[str, ...]
-    module: nn.Module
+    module: Any
     num_channels: int
     channel_dim: int
     reference: Tensor
@@ -49,10 +50,10 @@ class Norm:
 class NormType:
     """A kind of norm that fuse knows: what it looks like and its map in eval mode."""
 
-    matches: Callable[[nn.Module], bool]
-    scale_shift: Callable[[nn.Module], ScaleShift]
-    num_channels: Callable[[nn.Module], int]
-    channel_dim: Callable[[nn.Module], int]
+    matches: Callable[[Any], bool]
+    scale_shift: Callable[[Any], ScaleShift]
+    num_channels: Callable[[Any], int]
+    channel_dim: Callable[[Any], int]
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
@@ -61,10 +62,9 @@ def _is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and plain and isinstance(module.running_mean, Tensor)
 
 
-def _batch_norm_map(module: nn.Module) -> ScaleShift:
-    assert isinstance(module, _BatchNorm)
-    assert isinstance(module.running_mean, Tensor)
-    assert isinstance(module.running_var, Tensor)
+def _batch_norm_map(module: _BatchNorm) -> ScaleShift:
+    assert module.running_mean is not None
+    assert module.running_var is not None
     scale = (module.running_var.double() + module.eps).rsqrt()
     if module.weight is not None:
         scale = scale * module.weight.double()
@@ -72,16 +72,11 @@ def _batch_norm_map(module: nn.Module) -> ScaleShift:
     return scale.detach(), (shift if module.bias is None else shift + module.bias.double()).detach()
 
 
-def _own_map(module: nn.Module) -> ScaleShift:
-    assert isinstance(module, (PRepBN, RepBN))
-    return module.scale_shift()
-
-
 #: a new kind of norm is one row
 NORM_TYPES: tuple[NormType, ...] = (
     NormType(
         lambda m: isinstance(m, (PRepBN, RepBN)),
-        _own_map,
+        lambda m: m.scale_shift(),
         lambda m: m.normalized_shape[0],
         lambda m: m.rep.channel_dim if isinstance(m, PRepBN) else m.channel_dim,
     ),

@@ -69,8 +69,8 @@ class FuseReport:
         count = Counter(outcome.action for outcome in self)
         shapes = "; ".join(", ".join(map(str, example)) for example in self.input_shapes)
         return (
-            f"{self.num_folded} of {len(self)} norms folded ({count['forward']} forward, {count['backward']} backward), "
-            f"{self.num_kept} kept; traced on inputs of shape {shapes}"
+            f"{self.num_folded} of {len(self)} norms folded ({count['forward']} forward, "
+            f"{count['backward']} backward), {self.num_kept} kept; traced on inputs of shape {shapes}"
         )
 
     def table(self) -> str:

@@ -93,8 +93,12 @@ RULES: tuple[Rule, ...] = (
         (lambda x: torch.cat([x, x.new_zeros(2, 1, 6)], 1), "its channels are spread over several axes"),
     ),
     Rule((aten.stack.default,), moved, lambda x: torch.stack([x, x], 1)),
-    Rule((aten.pixel_shuffle.default,), moved, lambda x: x.unflatten(1, (2, 2)).pixel_shuffle(1).flatten(1, 2)),
-    Rule((aten.pixel_unshuffle.default,), moved, lambda x: x.permute(2, 0, 1).pixel_unshuffle(2).permute(1, 2, 0)),
+    Rule((aten.pixel_shuffle.default,), moved, lambda x: F.pixel_shuffle(x.mT.reshape(2, 8, 1, 3), 2).flatten(1)),
+    Rule(
+        (aten.pixel_unshuffle.default,),
+        moved,
+        lambda x: F.pixel_unshuffle(x.permute(2, 0, 1)[..., None].expand(6, 2, 4, 2), 2).flatten(1).t(),
+    ),
     Rule((aten.unfold.default,), moved, lambda x: x.unfold(1, 2, 2).flatten(2)),
     Rule(
         (aten.index.Tensor,),
@@ -149,7 +153,14 @@ RULES: tuple[Rule, ...] = (
     Rule((aten.upsample_linear1d.vec,), resampled(1), lambda x: F.interpolate(x.mT, size=3, mode="linear").mT),
     Rule((aten.dropout.default, aten.feature_dropout.default), dropped, lambda x: F.dropout(x, 0.5, training=False)),
     Rule(
-        (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default),
+        (
+            aten.to.dtype,
+            aten.to.dtype_layout,
+            aten.to.device,
+            aten.to.other,
+            aten._to_copy.default,
+            aten.type_as.default,
+        ),
         same,
         lambda x: x.double().type_as(x),
         (lambda x: x.int().double(), "its output is cast to torch.int32"),

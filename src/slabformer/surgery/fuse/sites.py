@@ -73,7 +73,7 @@ def site_of(node: Node) -> Site | None:
         return Site(node, arg(0, "input"), arg(1, "weight"), arg(2, "bias"))
     if node.target is aten.addmm.default and arg(3, "beta", 1) == arg(4, "alpha", 1) == 1:
         return Site(node, arg(1, "mat1"), arg(2, "mat2"), arg(0, "self"), transposed=True)
-    spatial = _CONVS.get(node.target)
+    spatial = _CONVS.get(node.target)  # type: ignore[call-overload]
     if spatial is None:
         return None
     padding, groups = arg(4, "padding", [0]), arg(6, "groups", 1)

@@ -30,26 +30,25 @@ class Trial:
     def __init__(self, model: nn.Module, norms: Sequence[Norm], examples: Sequence[Example]) -> None:
         self.model, self.norms = model, norms
         try:
-            self.examples = list(examples)
-            self.dtype: torch.dtype | None = None
-            self.reference = self._outputs(deployed_twin(model), self.examples)
-        except Exception as error:
-            message = f"the model does not run on the example inputs: {first_line(error)}"
-            raise ValueError(message) from error
-        try:
-            widened = [example.map(_widen) for example in examples]
-            self.reference = self._outputs(deployed_twin(model, torch.float64), widened)
-            self.examples, self.dtype = widened, torch.float64
+            self._run_reference([example.map(_widen) for example in examples], torch.float64)
         except Exception as error:
             logger.debug("no trial in float64: %s", first_line(error))
+            try:
+                self._run_reference(examples, None)
+            except Exception as own:
+                raise ValueError(f"the model does not run on the example inputs: {first_line(own)}") from own
+
+    def _run_reference(self, examples: Sequence[Example], dtype: torch.dtype | None) -> None:
+        self.reference = self._outputs(deployed_twin(self.model, dtype), examples)
+        self.examples, self.dtype = examples, dtype
 
     def settle(self, plan: Plan) -> Solution:
         """The plan without the folds that change the outputs; ``plan`` is amended with reasons."""
-        if not self._holds([], plan.untouchable):
-            self._settle_affines(plan)
-        kept = self._settle_edits([], plan.edits, plan)
-        plan.edits = kept
-        return solve(self.model, self.norms, kept)
+        if not self._holds(plan.edits, plan.untouchable):
+            if plan.edits and not self._holds([], plan.untouchable):
+                self._settle_affines(plan)
+            plan.edits = self._settle_edits([], plan.edits, plan)
+        return solve(self.model, self.norms, plan.edits)
 
     def _settle_edits(self, accepted: list[Edit], edits: list[Edit], plan: Plan) -> list[Edit]:
         """``accepted`` and those of ``edits`` that hold beside them, by bisection."""
@@ -107,5 +106,9 @@ def _equal(expected: Tensor, actual: Tensor) -> bool:
 def _why(edit: Edit) -> str:
     names = ", ".join(target.name for target in edit.targets)
     unread = any(target.new_bias for target in edit.targets)
-    hint = "the bias that this needs is not read by the forward" if unread else "too large for its dtype, or read elsewhere"
+    hint = (
+        "the bias that this needs is not read by the forward"
+        if unread
+        else "too large for its dtype, or read elsewhere"
+    )
     return f"folding it {edit.action} into {names} changes the output: {hint}"

@@ -36,7 +36,7 @@ def twin(model: nn.Module, share: Callable[[Tensor], Tensor] | None = None) -> n
     """A copy of the module tree, hooks included; ``share`` says what stands for each of its tensors (None: a copy)."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for name, value in vars(module).items():
+        for value in vars(module).values():
             # computed attributes of weight_norm and the like are no leaves, which deepcopy refuses
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 memo[id(value)] = (share or torch.clone)(value.detach())
@@ -63,8 +63,9 @@ def deployed_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
     for module in copied.modules():
         if isinstance(module, PRepBN):
             module.blend_in_eval = False
-        if getattr(getattr(module, "config", None), "use_cache", False):
-            module.config.use_cache = False  # a cache is no tensor that a graph could return
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # a cache is no tensor that a graph could return
     return copied
 
 
@@ -105,7 +106,3 @@ def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def export_error(error: BaseException) -> str:
-    return first_line(error)

@@ -1,0 +1,168 @@
+"""A fused model as one safetensors file, whose header says what fusing changed about the module tree."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slabformer._extras import require
+from slabformer.nn.affine import Affine, Folded
+from slabformer.surgery.convert import switch_off_fast_paths
+from slabformer.surgery.fuse.fold import NEW_BIASES, create_bias, set_module
+from slabformer.surgery.fuse.size import fix_size_, fixed_sizes
+
+#: key of the header under which the changes are written, as JSON
+HEADER = "slabformer_fused"
+
+
+def save_fused(model: nn.Module, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
+    """Write the weights of a fused model, and which norms are gone and which biases are new, for :func:`load_fused`.
+
+    The file is written beside and renamed, so that it is complete or absent.
+
+    Args:
+        model: What :func:`fuse` returned.
+        path: Of the file.
+        metadata: More strings for the file's header.
+
+    Raises:
+        ValueError: If ``model`` is not fused.
+        ImportError: If safetensors is missing.
+    """
+    safetensors = require("safetensors.torch", "vision")
+    changes = _changes(model)
+    if not changes["norms"]:
+        raise ValueError(f"{type(model).__name__} is not fused; call slabformer.fuse(model, example_inputs) first")
+    tensors, changes["tied"] = _untie(model.state_dict())
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        safetensors.save_file(tensors, beside, metadata={**(metadata or {}), HEADER: json.dumps(changes)})
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _changes(model: nn.Module) -> dict[str, Any]:
+    norms: dict[nn.Module, dict[str, Any]] = {}
+    biases = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (Affine, Folded)):
+            row = {
+                "names": [],
+                "gone": isinstance(module, Folded),
+                "dim": module.normalized_shape[0],
+                "eps": module.eps,
+            }
+            row["channel_dim"] = getattr(module, "channel_dim", -1)
+            norms.setdefault(module, row)["names"].append(name)
+        biases += [f"{name}.{bias}".removeprefix(".") for bias in getattr(module, NEW_BIASES, ())]
+    return {"norms": list(norms.values()), "new_biases": biases, "fixed_sizes": fixed_sizes(model)}
+
+
+def _untie(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once, and under which name the others are found."""
+    first: dict[tuple[Any, ...], str] = {}
+    tied = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+        if first.setdefault(key, name) != name:
+            tied[name] = first[key]
+    # clones own their memory, which safetensors wants
+    return {name: tensor.clone().contiguous() for name, tensor in state.items() if name not in tied}, tied
+
+
+def load_fused(skeleton: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Turn ``skeleton``, a fresh unfused model, into the fused model of a file: its module tree and its weights.
+
+    Args:
+        skeleton: The architecture with any norms at all in their places (LayerNorm, PRepBN ...). Edited in place.
+        path: Written by :func:`save_fused`.
+
+    Returns:
+        ``skeleton``.
+
+    Raises:
+        ValueError: If the file is not a fused model's or does not fit; ``skeleton`` is then unchanged.
+        ImportError: If safetensors is missing.
+    """
+    tensors, changes = _read(path)
+    _check_fit(skeleton, path, tensors, changes)
+    for row in changes["norms"]:
+        _put_norm(skeleton, row)
+    for name in changes["new_biases"]:
+        create_bias(skeleton, name, _weight_beside(name), len(tensors[name]))
+    tensors |= {name: tensors[first] for name, first in changes["tied"].items()}
+    on_meta = any(tensor.is_meta for tensor in skeleton.parameters())
+    skeleton.load_state_dict(tensors, assign=on_meta)
+    switch_off_fast_paths(skeleton)
+    if changes["fixed_sizes"] is not None:
+        fix_size_(skeleton, changes["fixed_sizes"])
+    return skeleton
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    safetensors = require("safetensors", "vision")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(HEADER)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+    if header is None:
+        raise ValueError(f"{path} is not a fused model's file; write one with slabformer.save_fused")
+    return tensors, json.loads(header)
+
+
+def _check_fit(
+    skeleton: nn.Module, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], changes: Mapping[str, Any]
+) -> None:
+    expected = _expected_shapes(skeleton, changes)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found |= {name: found[first] for name, first in changes["tied"].items()}
+    places = dict(skeleton.named_modules(remove_duplicate=False))
+    absent = [name for row in changes["norms"] for name in row["names"] if name not in places]
+    missing, unexpected = [n for n in expected if n not in found], [n for n in found if n not in expected]
+    other = [f"{n} {found[n]}, not {expected[n]}" for n in expected if n in found and found[n] != expected[n]]
+    faults = {"norms absent": absent, "tensors missing": missing, "unexpected": unexpected, "of another shape": other}
+    said = [f"{len(names)} {what} (first: {names[0]})" for what, names in faults.items() if names]
+    if said:
+        raise ValueError(f"{path} does not fit {type(skeleton).__name__}: {', '.join(said)}")
+
+
+def _expected_shapes(skeleton: nn.Module, changes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the skeleton's state dict after the changes."""
+    inside = tuple(f"{name}." for row in changes["norms"] for name in row["names"])
+    state = skeleton.state_dict().items()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state if not name.startswith(inside)}
+    for row in changes["norms"]:
+        if not row["gone"]:
+            shapes |= {f"{name}.{leaf}": (row["dim"],) for name in row["names"] for leaf in ("weight", "bias")}
+    for name in changes["new_biases"]:
+        weight = shapes.get(_weight_beside(name))
+        if weight is not None:
+            shapes[name] = (weight[0],)
+    return shapes
+
+
+def _weight_beside(bias: str) -> str:
+    return f"{bias.removesuffix('bias')}weight"
+
+
+def _put_norm(skeleton: nn.Module, row: Mapping[str, Any]) -> None:
+    old = skeleton.get_submodule(row["names"][0])
+    like = next(iter((*old.parameters(), *old.buffers(), *skeleton.parameters())), torch.empty(0))
+    device = "cpu" if like.is_meta else like.device
+    if row["gone"]:
+        new: nn.Module = Folded(row["dim"], eps=row["eps"], device=device, dtype=like.dtype)
+    else:
+        new = Affine(row["dim"], channel_dim=row["channel_dim"], eps=row["eps"], device=device, dtype=like.dtype)
+    set_module(skeleton, row["names"], new.train(old.training))
