@@ -1,0 +1,39 @@
+"""What the documentation says about the code is what the code says."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import slabformer as sf
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_models_page_is_generated_from_the_table() -> None:
+    pytest.importorskip("timm", reason="the page marks the models that timm knows")
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert (ROOT / "docs" / "models.md").read_text() == generate.models_page(), "run `python docs/generate.py`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()) + re.findall(
+        r'src="(?!https?:)([^"]+)', page.read_text()
+    )
+    broken = [target for target in targets if not (page.parent / target).exists()]
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_public_names_in_prose_exist(page: Path) -> None:
+    unknown = {name for name in re.findall(r"\bsf\.(\w+)", page.read_text()) if not hasattr(sf, name)}
+    assert not unknown
