@@ -218,6 +218,12 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "none.safetensors")
 
 
+def test_a_published_checkpoint_needs_its_name(tmp_path: Path) -> None:
+    torch.save({"model": {}}, tmp_path / "published.pth")
+    with pytest.raises(ValueError, match=r"published.pth does not say which model it holds; give the model's name"):
+        load_model(tmp_path / "published.pth")
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     save_model(build(info_of("slab_deit_micro")), tmp_path / "wrong.safetensors", info_of("deit_micro"))
     with pytest.raises(

@@ -18,6 +18,8 @@ from slabformer.nn.affine import Affine, Folded
 from slabformer.nn.norm import PRepBN, RepBN
 from slabformer.tasks.engine.files import replaced
 
+#: files that PyTorch pickles, as published weights are
+CHECKPOINTS = (".pth", ".pt", ".bin")
 #: keys of the file's metadata
 INFO, TIED, DIGEST = "slabformer", "slabformer.tied", "slabformer.sha256"
 
@@ -112,6 +114,8 @@ def save_model(model: nn.Module, path: str | Path, info: ModelInfo) -> None:
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ModelInfo]:
     """The model that :func:`save_model` wrote to ``path``, in eval mode, and what it is.
 
+    Published ``.pth`` files name no model: build it and call :func:`slabformer.load_published`.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is truncated, altered, or no model of ours, or does not fit the model it names.
@@ -203,6 +207,9 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safetensors.safe_open(str(path), framework="pt") as file:
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
+        if path.suffix in CHECKPOINTS:
+            message = f"{path} does not say which model it holds; give the model's name, and the file as its checkpoint"
+            raise ValueError(message) from error
         raise ValueError(f"{path} is truncated, or no safetensors file ({error})") from error
 
 

@@ -23,17 +23,18 @@ class ClassResult:
 
     name: str
     images: int
-    top1: float
+    top1: float | None
+    """Share of 1; None without images."""
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Accuracies in percent, mean cross-entropy, and speed with reading included.
+    """Accuracies as shares of 1, mean cross-entropy, and speed with reading included.
 
     Attributes:
         loss: Mean cross-entropy, without label smoothing.
-        top1: Images whose first class is right, in percent.
-        top5: Images whose class is among the first five; None with fewer than five classes.
+        top1: Share of images whose first class is right.
+        top5: Share of images whose class is among the first five; None with fewer than five classes.
         images: Number of images, over all ranks.
         images_per_s: Images a second over all ranks, decoding included.
         per_class: One row a class, where asked for.
@@ -127,13 +128,13 @@ def _result(sums: Tensor, seconds: float, names: list[str] | None, per_class: bo
     if per_class:
         names = names or [str(label) for label in range(len(sums))]
         rows = [
-            ClassResult(name, int(row[0]), 100 * row[1] / row[0] if row[0] else float("nan"))
+            ClassResult(name, int(row[0]), row[1] / row[0] if row[0] else None)
             for name, row in zip(names, sums.tolist(), strict=True)
         ]
     return EvalResult(
         loss=loss / images,
-        top1=100 * top1 / images,
-        top5=100 * top5 / images if len(sums) >= TOP_K else None,
+        top1=top1 / images,
+        top5=top5 / images if len(sums) >= TOP_K else None,
         images=int(images),
         images_per_s=images / seconds,
         per_class=rows,

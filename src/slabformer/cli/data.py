@@ -1,0 +1,121 @@
+"""What the verbs that read images share: which data, where it runs, and how results leave as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from slabformer.cli.common import load, needs_weights
+from slabformer.tasks.classification.predict import data_config
+from slabformer.tasks.classification.sources import DataConfig, Split
+from slabformer.tasks.engine.files import write_text
+from slabformer.tasks.saved_model import ModelInfo
+
+MOST_WORKERS = 4
+STDOUT = Path("-")
+
+
+class ExamplesFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves the examples under the options as they are written."""
+
+
+def add_data_options(parser: ArgumentParser) -> None:
+    """Which images, and in what portions."""
+    parser.add_argument(
+        "--data", type=str, required=True, help="a folder, hfds/NAME, torch/NAME, wds/FOLDER, or digits"
+    )
+    parser.add_argument("--root", type=str | None, help="where a named data set lies")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch a torch/ data set")
+    parser.add_argument("--split", type=str | None, help="sub-folder, split or shard pattern, if not of a usual name")
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.2,
+        help="share held out when a folder holds classes but no splits; 1 takes all",
+    )
+    parser.add_argument(
+        "--max-unreadable",
+        type=float,
+        default=0.01,
+        help="unreadable images put up with: a share, or a count from 1 on",
+    )
+    parser.add_argument("--batch-size", type=int, default=128, help="images at once")
+    parser.add_argument(
+        "--num-workers", type=int, default=min(MOST_WORKERS, os.cpu_count() or 1), help="processes that decode images"
+    )
+
+
+def add_device_option(parser: ArgumentParser) -> None:
+    """Where to run."""
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 ...")
+
+
+def data_of(config: Namespace, info: ModelInfo, split: Split) -> DataConfig:
+    """The images that :func:`add_data_options` describes, prepared for the model of ``info``."""
+    return data_config(
+        info,
+        path=config.data,
+        root=config.root,
+        download=config.download,
+        train_split=config.split if split == "train" else None,
+        validation_split=config.split if split == "validation" else None,
+        validation_fraction=config.validation_fraction,
+        max_unreadable=config.max_unreadable,
+    )
+
+
+def load_trained(config: Namespace) -> tuple[nn.Module, ModelInfo]:
+    """:func:`slabformer.cli.common.load`, on the device that was asked for.
+
+    Raises:
+        ValueError: If the model would have random weights.
+    """
+    if needs_weights(config):
+        raise ValueError(
+            f"{config.model!r} names a model without weights; give a saved .safetensors file, "
+            "--pretrained, or --checkpoint FILE.pth"
+        )
+    model, info = load(config)
+    return model.to(_device(config.device)), info
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); use auto or cpu") from error
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Write ``value`` to a file, or to standard output for ``-``."""
+    if path is None:
+        return
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    if path == STDOUT:
+        sys.stdout.write(text)
+    else:
+        write_text(path, text)
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar on standard error, where that is a terminal; call what it yields with the number done (1 by default)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done=1: progress.advance(task, done)

@@ -1,0 +1,82 @@
+"""`slab predict`: name what is on images."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.table import Table
+
+from slabformer.cli.common import add_model_options, console
+from slabformer.cli.data import (
+    STDOUT,
+    ExamplesFormatter,
+    add_device_option,
+    load_trained,
+    progress_bar,
+    write_json,
+)
+from slabformer.tasks.classification.predict import Prediction, expand_paths, predict
+
+logger = logging.getLogger(__name__)
+EXAMPLES = """examples:
+  slab predict runs/digits/model.safetensors digit.png
+  slab predict slab_deit_tiny --pretrained holiday.jpg photos/ --top 3 --json labels.json
+"""
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab predict`."""
+    made = ArgumentParser(
+        prog="slab predict",
+        description="The likeliest classes of images: photographs turned upright, transparency laid on white.\n"
+        "An image that cannot be read costs one line and, when the others are done, exit code 1.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+    )
+    add_model_options(made)
+    made.add_argument("images", type=str, nargs="+", help="image files, and folders of them")
+    add_device_option(made)
+    made.add_argument("--top", type=int, default=5, help="classes an image")
+    made.add_argument("--batch-size", type=int, default=32, help="images at once")
+    made.add_argument(
+        "--json", type=Path | None, help="also write the predictions as JSON; - for standard output alone"
+    )
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Predict and print a table.
+
+    Raises:
+        RuntimeError: If an image could not be read, after all others are done.
+    """
+    model, info = load_trained(config)
+    paths = expand_paths(config.images)
+    predictions: list[Prediction] = []
+    with progress_bar("predict", len(paths)) as advance:
+        for prediction in predict(model, info, paths, top=config.top, batch_size=config.batch_size):
+            predictions.append(prediction)
+            advance()
+            if prediction.error is not None:
+                logger.warning("cannot read %s: %s", prediction.path, prediction.error)
+    if config.json != STDOUT:
+        console().print(_table(predictions))
+    write_json(config.json, [prediction.to_dict() for prediction in predictions])
+    failed = sum(prediction.error is not None for prediction in predictions)
+    if failed:
+        raise RuntimeError(f"{failed} of {len(predictions)} images could not be read")
+
+
+def _table(predictions: list[Prediction]) -> Table:
+    table = Table()
+    table.add_column("image", overflow="fold")
+    table.add_column("class")
+    table.add_column("probability", justify="right")
+    for prediction in predictions:
+        for rank, guess in enumerate(prediction.guesses):
+            last = rank == len(prediction.guesses) - 1
+            figure = f"{100 * guess.probability:.2f} %"
+            table.add_row("" if rank else prediction.path, guess.name, figure, end_section=last)
+    return table

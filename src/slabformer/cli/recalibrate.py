@@ -1,0 +1,86 @@
+"""`slab recalibrate`: replace running statistics by those of the training images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from torch import nn
+
+import slabformer as sf
+from slabformer.cli.common import add_model_options, console
+from slabformer.cli.data import (
+    ExamplesFormatter,
+    add_data_options,
+    add_device_option,
+    data_of,
+    load_trained,
+    progress_bar,
+)
+from slabformer.nn.controls import repbn_modules
+from slabformer.tasks.classification.augment import AugmentConfig
+from slabformer.tasks.classification.data import Loader, create_loader
+from slabformer.tasks.saved_model import save_model
+
+EXAMPLES = """examples:
+  slab recalibrate runs/digits/model.safetensors --data digits --output recalibrated.safetensors
+  slab recalibrate best.safetensors --data /data/imagenet --num-batches 1000 --output best-recalibrated.safetensors
+"""
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab recalibrate`."""
+    made = ArgumentParser(
+        prog="slab recalibrate",
+        description="Replace the running statistics of every norm by those of the training images; parameters stay.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+    )
+    add_model_options(made)
+    add_data_options(made)
+    add_device_option(made)
+    made.add_argument("--output", type=Path, required=True, help="the recalibrated model, a .safetensors file")
+    made.add_argument("--num-batches", type=int | None, help="stop after so many, drawn at random; all by default")
+    made.add_argument("--seed", type=int, default=0, help="picks the batches")
+    made.add_argument(
+        "--augment",
+        type=bool,
+        default=False,
+        help="augment images by the published recipe instead of as for evaluation",
+    )
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Recalibrate and save."""
+    if config.num_batches is not None and config.num_batches < 1:
+        raise ValueError(f"--num-batches must be at least 1, got {config.num_batches}")
+    model, info = load_trained(config)
+    if info.fused:
+        raise ValueError(f"{config.model} is fused, its statistics are in the weights; recalibrate before fusing")
+    loader = _loader(config, data_of(config, info, "train"))
+    total = min(config.num_batches or len(loader), len(loader))
+    with progress_bar("recalibrate", total) as advance:
+
+        def forward(model: nn.Module, batch: Any) -> None:
+            model(batch[0])
+            advance()
+
+        used = sf.recalibrate_(model, loader, config.num_batches, forward)
+    save_model(model.cpu(), config.output, info)
+    images = min(used * config.batch_size, loader.order.count)
+    norms = len(repbn_modules(model))
+    console().print(f"statistics of {norms} norms over {images:,} images; saved {config.output}", soft_wrap=True)
+
+
+def _loader(config: Namespace, data: Any) -> Loader:
+    return create_loader(
+        data,
+        AugmentConfig(policy="timm" if config.augment else "none"),
+        "train",
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_workers=config.num_workers,
+        drop_last=False,
+    )

@@ -1,0 +1,146 @@
+"""What is on an image: classes and their probabilities, image by image, whatever some of them are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slabformer._extras import require
+from slabformer.surgery.batches import eval_mode
+from slabformer.tasks.classification.augment import Transform, eval_transform
+from slabformer.tasks.classification.images import UNREADABLE, image_files, read_image
+from slabformer.tasks.classification.sources import DataConfig
+from slabformer.tasks.saved_model import ModelInfo
+
+IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One class that an image may show."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image, or why it could not be read."""
+
+    path: str
+    guesses: list[Guess]
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def predict(
+    model: nn.Module, info: ModelInfo, paths: Sequence[str | Path], *, top: int = 5, batch_size: int = 32
+) -> Iterator[Prediction]:
+    """The ``top`` likeliest classes of every image, in order, as they are done; images are prepared as for evaluation.
+
+    Args:
+        model: The classifier that ``info`` describes; it is run in eval mode, where it is.
+        info: How to prepare images, and the names of its classes.
+        paths: Image files; see :func:`expand_paths` for folders.
+        top: How many classes.
+        batch_size: Images at once.
+
+    Yields:
+        One prediction an image; ``error`` is set and ``guesses`` empty where one cannot be read.
+
+    Raises:
+        ValueError: If ``top`` or ``batch_size`` is not positive, or the model does not have ``info``'s classes.
+    """
+    if top < 1 or batch_size < 1:
+        raise ValueError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
+    transform = eval_transform(data_config(info))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    for start in range(0, len(paths), batch_size):
+        chunk = paths[start : start + batch_size]
+        images, errors = _read(chunk, transform)
+        guesses = iter(_guess(model, torch.stack(images).to(device), info, top) if images else [])
+        for path, error in zip(chunk, errors, strict=True):
+            yield Prediction(str(path), [] if error else next(guesses), error)
+
+
+def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
+    """``paths`` with folders replaced by the images below them.
+
+    Raises:
+        ValueError: If a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        files = image_files(path) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"no images in {path}; give image files, or a folder that holds some")
+        found += files
+    return found
+
+
+def data_config(info: ModelInfo, **options: Any) -> DataConfig:
+    """The input that ``info`` describes, as a :class:`DataConfig`; ``options`` are its further fields.
+
+    Raises:
+        ValueError: If the model does not take square RGB images.
+    """
+    channels, height, width = info.input_size
+    if channels != 3 or height != width:
+        raise ValueError(f"{info.model} takes images of {info.input_size}; only square RGB images can be prepared")
+    return DataConfig(
+        image_size=height,
+        mean=info.mean,  # type: ignore[arg-type]
+        std=info.std,  # type: ignore[arg-type]
+        interpolation=info.interpolation,
+        crop_pct=info.crop_pct,
+        **options,
+    )
+
+
+def class_names(info: ModelInfo, num_classes: int) -> list[str]:
+    """The model's names for its classes, else ImageNet's where there are 1000, else numbers.
+
+    Raises:
+        ValueError: If the model names another number of classes.
+    """
+    if info.class_names and len(info.class_names) != num_classes:
+        raise ValueError(f"{info.model} has {num_classes} classes and names for {len(info.class_names)}")
+    if info.class_names:
+        return info.class_names
+    if num_classes == IMAGENET_CLASSES:
+        imagenet = require("timm.data", extra="vision").ImageNetInfo()
+        return [imagenet.index_to_description(label) for label in range(num_classes)]
+    return [str(label) for label in range(num_classes)]
+
+
+def _read(paths: Sequence[str | Path], transform: Transform) -> tuple[list[Tensor], list[str | None]]:
+    """Tensors of the images that can be read, and for every path what went wrong, or None."""
+    images, errors = [], list[str | None]()
+    for path in paths:
+        try:
+            images.append(transform(read_image(path)))
+            errors.append(None)
+        except UNREADABLE as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            errors.append(" ".join(reason.split()) or type(error).__name__)
+    return images, errors
+
+
+@torch.inference_mode()
+def _guess(model: nn.Module, images: Tensor, info: ModelInfo, top: int) -> list[list[Guess]]:
+    with eval_mode(model):
+        probabilities = model(images).float().softmax(dim=-1)
+    names = class_names(info, probabilities.shape[-1])
+    values, labels = (t.tolist() for t in probabilities.topk(min(top, len(names))))
+    return [
+        [Guess(names[label], value) for value, label in zip(row, columns, strict=True)]
+        for row, columns in zip(values, labels, strict=True)
+    ]
