@@ -159,6 +159,19 @@ def test_a_fused_model_comes_back(tmp_path: Path, change: Callable[[nn.Module], 
     assert torch.equal(logits(loaded), logits(fused))
 
 
+def test_precision_of_a_fused_model_comes_back(tmp_path: Path) -> None:
+    info = info_of("slab_deit_micro")
+    model = build(info)
+    for module in model.modules():
+        if isinstance(module, PRepBN):
+            module.set_gamma(0.0)
+    fused, _ = sf.fuse(model, IMAGES)
+    save_model(fused.bfloat16(), tmp_path / "fused.safetensors", info)
+    loaded, _ = load_model(tmp_path / "fused.safetensors")
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.bfloat16}
+    assert torch.equal(loaded(IMAGES.bfloat16()), fused(IMAGES.bfloat16()))
+
+
 def test_loading_draws_nothing_from_the_global_generator(saved: Path) -> None:
     torch.manual_seed(7)
     load_model(saved)

@@ -125,7 +125,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     info = _info_of(path, metadata, tensors)
     model = _skeleton(info)
     if info.fused:
-        model = sf.load_fused(model, path)
+        dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+        model = sf.load_fused(model.to(dtypes.pop()) if len(dtypes) == 1 else model, path)
     else:
         for name, kept in json.loads(metadata.get(TIED, "{}")).items():
             tensors[name] = tensors[kept]
