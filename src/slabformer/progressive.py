@@ -55,9 +55,9 @@ class ProgressiveSchedule:
         self._norms = prepbn_modules(model)
         if not self._norms:
             raise ValueError("the model has no PRepBN to fade; call convert_norms_(model) first")
-        if total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {total_steps}")
-        if warmup < 0 or fade <= 0:
+        if total_steps < 1 or total_steps != int(total_steps):
+            raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps}")
+        if not (warmup >= 0 and fade > 0):
             raise ValueError(f"warmup must be at least 0 and fade above 0, got warmup={warmup}, fade={fade}")
         if warmup + fade > 1 + 1e-9:
             raise ValueError(

@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 from timm.utils.model import reparameterize_model
-from tolerances import ALGEBRA, EXACT, FLOAT32, assert_close
 from torch import Tensor, nn
 
 from slabformer import Affine, PRepBN, RepBN, blended, token_mask
+from tolerances import ALGEBRA, EXACT, FLOAT32, assert_close
 
 C = 6
 

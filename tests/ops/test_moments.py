@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import ALGEBRA, FLOAT32, assert_close
 from torch import Tensor
 
 from slabformer.ops.moments import Moments, MomentsAccumulator, batch_moments, update_running_
+from tolerances import ALGEBRA, FLOAT32, assert_close
 
 
 def flat(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerances import ALGEBRA, EXACT, assert_close
 from torch import Tensor
 
 from slabformer.ops.moments import batch_moments
 from slabformer.ops.rep_norm import keep_in_graph, rep_norm
+from tolerances import ALGEBRA, EXACT, assert_close
 
 EPS = 1e-5
 
