@@ -1,0 +1,239 @@
+"""What the loop adds up: accumulation, clipping, positions, reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slabformer as sf
+from slabformer.tasks.engine.checkpoint import CheckpointStore
+from slabformer.tasks.engine.devices import create_accelerator
+from slabformer.tasks.engine.ema import ModelEma
+from slabformer.tasks.engine.loop import Trainer
+from slabformer.tasks.engine.observers import CsvFile, Observer, RunStart, StepReport
+from slabformer.tasks.engine.parts import LoopConfig
+from slabformer.tasks.engine.seeds import random_state, reseed, set_random_state
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Points:
+    """Random points and labels; batch ``i`` of an epoch is always the same."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.sizes, self.epoch, self.start = sizes, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def set_start(self, batch_index: int) -> None:
+        self.start = batch_index
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        generator = torch.Generator().manual_seed(100 * epoch + index)
+        x = torch.randn(self.sizes[index], 6, generator=generator)
+        return x, (x.sum(1) > 0).long()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.batch(self.epoch, index) for index in range(self.start, len(self)))
+
+
+class Recorder(Observer):
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def on_start(self, start: RunStart) -> None:
+        self.events.append(start)
+
+    def on_step(self, report: StepReport) -> None:
+        self.events.append(report)
+
+    def on_epoch(self, row: dict[str, float]) -> None:
+        self.events.append(row)
+
+    def of(self, kind: type) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def make_trainer(
+    sizes: tuple[int, ...] = (4, 4, 4), model: nn.Module | None = None, lr: float = 0.1, **options: Any
+) -> Trainer:
+    config = LoopConfig(**{"epochs": 1, "log_every": 1, **options.pop("config", {})})
+    torch.manual_seed(0)
+    model = model or nn.Linear(6, 2)
+    return Trainer(
+        accelerator=create_accelerator(device="cpu"),
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=lr),
+        loader=Points(sizes),
+        step_fn=cross_entropy,
+        config=config,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4, 4, 4), (4, 4, 4, 4, 2), (3, 5, 4)], ids=str)
+def test_accumulated_batches_give_the_gradient_of_all_their_samples(sizes: tuple[int, ...]) -> None:
+    trainer = make_trainer(sizes, config={"accumulate": 2})
+    expected = nn.Linear(6, 2)
+    expected.load_state_dict(trainer.model.state_dict())
+    for start in range(0, len(sizes), 2):
+        batches = [trainer.loader.batch(0, index) for index in range(start, min(start + 2, len(sizes)))]
+        loss = cross_entropy(expected, (torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])))
+        grads = torch.autograd.grad(loss, list(expected.parameters()))
+        with torch.no_grad():
+            for parameter, grad in zip(expected.parameters(), grads, strict=True):
+                parameter -= 0.1 * grad
+    trainer.fit()
+    torch.testing.assert_close(dict(trainer.model.state_dict()), dict(expected.state_dict()), rtol=1e-6, atol=1e-7)
+    assert trainer.position.step == -(-len(sizes) // 2)
+
+
+def test_the_gradient_is_clipped_to_its_norm() -> None:
+    trainer = make_trainer((4,), lr=1.0, config={"clip_norm": 1e-3})
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.fit()
+    moved = [p.detach() - b for p, b in zip(trainer.model.parameters(), before, strict=True)]
+    assert torch.cat([m.flatten() for m in moved]).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_observers_hear_every_step_and_epoch() -> None:
+    recorder = Recorder()
+    trainer = make_trainer(
+        (4, 4, 2), config={"epochs": 2, "log_every": 2}, observers=[recorder], evaluate=lambda _: {"top1": 0.5}
+    )
+    trainer.fit()
+    assert recorder.of(RunStart) == [RunStart(epochs=2, steps_per_epoch=3, epoch=0, step=0)]
+    steps = recorder.of(StepReport)
+    assert [(s.epoch, s.step, s.samples) for s in steps] == [
+        (1, 1, 4),
+        (1, 2, 4),
+        (1, 3, 2),
+        (2, 4, 4),
+        (2, 5, 4),
+        (2, 6, 2),
+    ]
+    assert [s.loss is not None for s in steps] == [False, True] * 3
+    rows = recorder.of(dict)
+    assert [(row["epoch"], row["step"], row["top1"]) for row in rows] == [(1, 3, 0.5), (2, 6, 0.5)]
+
+
+def test_the_epoch_loss_is_the_mean_over_samples() -> None:
+    recorder = Recorder()
+    trainer = make_trainer((4, 4, 2), lr=0.0, observers=[recorder])
+    trainer.fit()
+    batches = list(Points((4, 4, 2)))
+    everything = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    assert recorder.of(dict)[0]["train_loss"] == pytest.approx(
+        cross_entropy(trainer.model, everything).item(), rel=1e-6
+    )
+
+
+def test_best_waits_until_gamma_is_0() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), sf.PRepBN(8), nn.Linear(8, 2))
+    scores = iter([0.9, 0.8, 0.5, 0.6, 0.55])
+    best: list[float] = []
+    trainer = make_trainer(model=model, config={"epochs": 5}, evaluate=lambda _: {"top1": next(scores)})
+    trainer.gamma_schedule = sf.ProgressiveSchedule(model, total_steps=15, fade=0.6)
+    trainer.best_metric, trainer.on_best = "top1", lambda t: best.append(t.best)
+    trainer.fit()
+    assert best == [0.5, 0.6]
+
+
+def test_evaluation_may_be_rarer_but_never_skips_the_last_epoch() -> None:
+    recorder = Recorder()
+    trainer = make_trainer(config={"epochs": 5, "eval_every": 2}, observers=[recorder], evaluate=lambda _: {"top1": 1})
+    trainer.fit()
+    assert ["top1" in row for row in recorder.of(dict)] == [False, True, False, True, True]
+
+
+def test_gamma_moves_once_an_optimizer_step() -> None:
+    recorder = Recorder()
+    model = nn.Sequential(nn.Linear(6, 8), sf.PRepBN(8), nn.Linear(8, 2))
+    trainer = make_trainer((4,) * 8, model=model, config={"accumulate": 2}, observers=[recorder])
+    trainer.gamma_schedule = sf.ProgressiveSchedule(model, total_steps=4, fade=1.0)
+    trainer.fit()
+    assert [s.gamma for s in recorder.of(StepReport)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_ema_averages_weights_and_copies_gamma() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), sf.PRepBN(8), nn.Linear(8, 2))
+    ema = ModelEma(model, decay=0.5)
+    model[1].set_gamma(0.25)
+    start = model[0].weight.detach().clone()
+    ema.update(model, 1)
+    with torch.no_grad():
+        model[0].weight += 1
+    model[1].set_gamma(0.0)
+    ema.update(model, 2)
+    torch.testing.assert_close(ema.module[0].weight, start + 0.5)
+    assert (float(ema.module[1].gamma), ema.module[1].phase) == (0.0, "done")
+
+
+def test_one_epoch_leaves_the_model_unwrapped(tmp_path: Path) -> None:
+    trainer = make_trainer(store=CheckpointStore(tmp_path))
+    trainer.fit()
+    assert list(trainer.model.state_dict()) == ["weight", "bias"]
+    assert "forward" not in vars(trainer.model)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3.pt"]
+
+
+def test_bf16_autocasts_the_step_and_keeps_weights_in_float32() -> None:
+    seen = []
+    trainer = make_trainer()
+    config = trainer.config
+    trainer = Trainer(
+        accelerator=create_accelerator("bf16", "cpu"),
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        loader=trainer.loader,
+        step_fn=lambda model, batch: (seen.append(model(batch[0]).dtype), cross_entropy(model, batch))[1],
+        config=config,
+    )
+    trainer.fit()
+    assert set(seen) == {torch.bfloat16}
+    assert trainer.model.weight.dtype == torch.float32
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs an accelerator"):
+        create_accelerator("fp16", "cpu")
+
+
+def test_random_state_comes_back() -> None:
+    import random
+
+    import numpy as np
+
+    reseed(1, 2, 3)
+    state = random_state()
+    first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
+    set_random_state(state)
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
+    reseed(1, 2, 4)
+    assert torch.rand(3).tolist() != first[0]
+
+
+def test_csv_rows_are_cut_back_and_half_a_line_is_dropped(tmp_path: Path) -> None:
+    file = CsvFile(tmp_path / "metrics.csv", ["epoch", "loss", "extra"])
+    file.cut("epoch", 1)
+    for epoch in (1, 2, 3):
+        file.append({"epoch": epoch, "loss": epoch / 10, "unknown": 7.0})
+    with file.path.open("a") as handle:
+        handle.write("4,0.")
+    assert file.rows() == [{"epoch": e, "loss": e / 10} for e in (1, 2, 3)]
+    file.cut("epoch", 3)
+    file.append({"epoch": 3, "loss": 0.5})
+    assert file.path.read_text() == "epoch,loss,extra\n1,0.1,\n2,0.2,\n3,0.5,\n"
