@@ -153,8 +153,11 @@ def test_wrong_options_are_one_line_with_the_nearest_name(
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
     script = (
-        "import sys, types, slabformer.cli.main as cli\n"
+        "import importlib.util, sys, types\n"
         "from jsonargparse import ArgumentParser\n"
+        f"spec = importlib.util.spec_from_file_location('main', {cli.__file__!r})\n"
+        "cli = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(cli)\n"
         "probe = types.ModuleType('probe'); sys.modules['probe'] = probe\n"
         "probe.parser = ArgumentParser\n"
         "probe.run = lambda config: [print(line) for line in range(100_000)]\n"

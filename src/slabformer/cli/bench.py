@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 import slabformer as sf
-from slabformer.cli.common import add_model_options, console, example_images, load, needs_weights
+from slabformer.cli.common import add_model_options, available_device, console, example_images, load, needs_weights
 from slabformer.deployment.bench import compare
 from slabformer.deployment.variants import twin_name
 from slabformer.nn.controls import prepbn_modules
@@ -40,6 +40,7 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Measure, print, write."""
+    device = available_device(config.device)
     model, info = load(config)
     twin = _twin(config, info)
     if config.convert:
@@ -48,9 +49,9 @@ def run(config: Namespace) -> None:
         _as_if_trained(model)
     with Console(stderr=True).status("loading") as status:
         report = compare(
-            model.to(config.device).eval(),
-            example_images(info, batch_size=min(8, max(config.batch_sizes))).to(config.device),
-            twin=None if twin is None else twin.to(config.device).eval(),
+            model.to(device).eval(),
+            example_images(info, batch_size=min(8, max(config.batch_sizes))).to(device),
+            twin=None if twin is None else twin.to(device).eval(),
             batch_sizes=config.batch_sizes,
             threads=config.threads,
             compiled=config.compile,

@@ -67,6 +67,30 @@ def needs_weights(config: Namespace) -> bool:
     return not (is_file(config.model) or config.checkpoint or config.pretrained)
 
 
+def available_device(name: str) -> torch.device:
+    """The device called ``name``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); use --device cpu") from error
+    return torch.device(name)
+
+
+def writable(path: Path) -> Path:
+    """``path``, whose folder is there: asked before the work, not after it.
+
+    Raises:
+        FileNotFoundError: If its folder is missing.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {str(path.parent)!r} to write {path.name} into; create it first")
+    return path
+
+
 def _named(name: str, checkpoint: Path | None, pretrained: bool, input_size: int | None) -> tuple[nn.Module, ModelInfo]:
     if checkpoint is not None and pretrained:
         raise ValueError("--checkpoint and --pretrained exclude each other; give one")

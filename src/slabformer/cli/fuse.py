@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 
 import slabformer as sf
-from slabformer.cli.common import add_model_options, console, example_images, load
+from slabformer.cli.common import add_model_options, console, example_images, load, writable
 from slabformer.deployment.equality import FUSED_RTOL, verify_fused
 from slabformer.surgery.fuse import FuseReport
 from slabformer.tasks.engine.files import write_text
@@ -32,6 +32,7 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Fuse, verify, print, save; nothing is saved that differs."""
+    files = [writable(path) for path in (config.output, config.json) if path is not None]
     model, info = load(config)
     fused, report = sf.fuse(model, example_images(info, batch_size=2), fixed_size=config.fixed_size)
     result = verify_fused(model, fused, [example_images(info, batch_size=4, seed=seed) for seed in (1, 2)], config.rtol)
@@ -41,7 +42,7 @@ def run(config: Namespace) -> None:
     save_model(fused, config.output, info)
     if config.json is not None:
         write_text(config.json, json.dumps({**report.to_dict(), "verify": asdict(result)}, indent=2) + "\n")
-    output.print(f"saved {config.output}", soft_wrap=True)
+    output.print("saved", *map(str, files), soft_wrap=True)
 
 
 def fuse_table(report: FuseReport) -> Table:

@@ -77,6 +77,8 @@ def compare(
     """
     if model.training:
         raise ValueError("bench needs eval mode, got a model in train mode; call model.eval() first")
+    if min(batch_sizes, default=0) < 1:
+        raise ValueError(f"batch_sizes must be at least 1 each, got {list(batch_sizes)}")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     device = inputs[0].device
     notes: list[str] = []
@@ -88,6 +90,7 @@ def compare(
         for batch_size in batch_sizes:
             batch = _cut(inputs, batch_size)
             candidates = _candidates(variants, batch, compiled, notes, progress)
+            compiled = any(mode == "compiled" for _, mode in candidates)
             progress(f"timing {len(candidates)} variants at batch {batch_size}")
             measurements += _measure(candidates, variants, batch, seconds, device)
         return BenchReport(
@@ -192,7 +195,5 @@ def _mebibytes(call: Callable[[], object], device: torch.device) -> float | None
 
 def _cut(inputs: Inputs, batch_size: int) -> Inputs:
     """``inputs`` with ``batch_size`` rows each, repeated where there are too few."""
-    if batch_size < 1:
-        raise ValueError(f"batch sizes must be at least 1, got {batch_size}")
     rows = torch.arange(batch_size, device=inputs[0].device) % len(inputs[0])
     return tuple(tensor[rows] for tensor in inputs)

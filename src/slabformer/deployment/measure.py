@@ -139,7 +139,6 @@ def memory_of(call: Callable[[], object], device: torch.device) -> float | None:
 
     On a GPU by the allocator's peak, on a CPU by the peak of the process's resident memory, which Linux can reset.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

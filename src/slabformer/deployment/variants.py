@@ -47,14 +47,12 @@ def ceiling_of(model: nn.Module) -> nn.Module:
         ValueError: If no attention is recognised, since the ceiling would then be none.
     """
     ceiling = copy.deepcopy(model).eval()
-    found = False
-    for name, module in list(ceiling.named_modules()):
-        if _is_norm(module):
-            _replace(ceiling, name, _nothing_left_of(module))
-        elif _is_attention(module):
-            found = True
-            _replace(ceiling, name, ProjectionsOnly(module))
-    if not found:
+    attentions = _outermost(ceiling, _is_attention)
+    for name, attention in attentions.items():
+        _replace(ceiling, name, ProjectionsOnly(attention))
+    for name, norm in _outermost(ceiling, _is_norm).items():
+        _replace(ceiling, name, _nothing_left_of(norm))
+    if not attentions:
         raise ValueError(
             f"no attention with proj and qkv, or proj, q and kv, in {type(model).__name__}: no ceiling to measure"
         )
@@ -102,6 +100,15 @@ def _own_code(model: nn.Module) -> Callable[..., object]:
         return model(*inputs)
 
     return types.FunctionType(run.__code__.replace(), run.__globals__, "run", run.__defaults__, run.__closure__)
+
+
+def _outermost(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """Modules that are wanted, by name, without those inside another one that is."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not any(name.startswith(f"{outer}.") for outer in found) and is_wanted(module):
+            found[name] = module
+    return found
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -1,0 +1,59 @@
+"""`slab bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slabformer.cli.main import main
+from small_models import saved
+
+QUICK = ["--no-compile", "--batch-sizes", "2", "--seconds", "0.1"]
+
+
+def bench(folder: Path, *arguments: str) -> dict:
+    assert main(["bench", *arguments, *QUICK, "--output", str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == {"bench.csv", "bench.json", "bench.png"}
+    return json.loads((folder / "bench.json").read_text())
+
+
+def test_a_saved_model_is_held_against_the_twin_that_its_name_tells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = bench(tmp_path / "out", str(saved(tmp_path / "model.safetensors")))
+    assert [row["variant"] for row in found["measurements"]] == ["as given", "fused", "LayerNorm twin", "ceiling"]
+    assert {row["mode"] for row in found["measurements"]} == {"eager"}
+    printed = capsys.readouterr().out
+    for text in ("speed of slab_deit_micro", "images/s", "of ceiling", "norms folded"):
+        assert text in printed
+
+
+def test_any_model_is_converted_and_is_its_own_twin(tmp_path: Path) -> None:
+    found = bench(tmp_path / "out", "deit_micro", "--convert", "--threads", "1")
+    assert len(found["measurements"]) == 4
+    assert found["machine"]["threads"] == 1
+    assert found["equality"]["max_rel"] > 0
+
+
+def test_the_twin_can_be_left_out(tmp_path: Path) -> None:
+    found = bench(tmp_path / "out", "slab_deit_micro", "--twin", "none")
+    assert [row["variant"] for row in found["measurements"]] == ["as given", "fused", "ceiling"]
+    assert all(row["over_twin"] is None for row in found["measurements"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["slab_deit_micro", "--twin", "deit_micr"], "did you mean 'deit_micro'?"),
+        (["slab_deit_micro", "--batch-sizes", "0"], "at least 1"),
+        (["slab_deit_micro", "--device", "cuda:99"], "no device 'cuda:99' here"),
+    ],
+    ids=["unknown-twin", "batch-size", "device"],
+)
+def test_mistakes_are_one_line(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert complaint in printed
+    assert printed.count("\n") == 1

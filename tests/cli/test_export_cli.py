@@ -1,0 +1,66 @@
+"""`slab export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from slabformer.cli.main import main
+from small_models import saved
+
+# torch.onnx's own code warns about its own internals
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return str(saved(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.slow
+def test_onnx_is_written_checked_and_describes_itself(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnxruntime
+
+    output = tmp_path / "model.onnx"
+    assert main(["export", model, "--output", str(output), "--batch-sizes", "1", "3"]) == 0
+    assert "at batch sizes 1, 3" in capsys.readouterr().out
+    header = onnxruntime.InferenceSession(output).get_modelmeta().custom_metadata_map
+    assert json.loads(header["slabformer"])["class_names"] == list("abcde")
+    assert [path.name for path in tmp_path.iterdir() if "onnx" in path.name] == ["model.onnx"]
+
+
+@pytest.mark.slow
+def test_pt2_is_written_and_checked(model: str, tmp_path: Path) -> None:
+    assert main(["export", model, "--output", str(tmp_path / "model.pt2")]) == 0
+    with torch.no_grad():
+        assert torch.export.load(tmp_path / "model.pt2").module()(torch.randn(4, 3, 16, 16)).shape == (4, 5)
+
+
+@pytest.mark.slow
+def test_a_file_that_fails_its_check_does_not_appear(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(tmp_path.iterdir())
+    assert main(["export", model, "--output", str(tmp_path / "model.pt2"), "--rtol", "-1"]) == 1
+    assert "outputs differ" in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_name_without_a_known_format_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", model, "--output", "model.tflite"]) == 2
+    assert "name it .onnx or .pt2" in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_told_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slabformer.cli.export.load", lambda config: pytest.fail("loaded a model first"))
+    assert main(["export", "slab_deit_micro", "--output", str(tmp_path / "missing" / "model.onnx")]) == 2
+    printed = capsys.readouterr().err
+    assert "missing" in printed
+    assert printed.count("\n") == 1

@@ -1,0 +1,109 @@
+"""`slab fuse`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import slabformer as sf
+from slabformer.cli.main import main
+from slabformer.nn.affine import Folded
+from slabformer.surgery.fuse import fuse
+from slabformer.tasks.saved_model import load_model
+from small_models import images, saved
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return saved(tmp_path / "model.safetensors")
+
+
+def test_a_saved_model_is_fused_verified_and_saved(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, report = tmp_path / "fused.safetensors", tmp_path / "report.json"
+    assert main(["fuse", str(model), "--output", str(output), "--json", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert "9 of 9 norms folded" in printed
+    assert "blocks.3.norm2" in printed
+    found = json.loads(report.read_text())
+    assert (found["num_folded"], found["num_kept"]) == (9, 0)
+    assert 0 <= found["verify"]["max_rel"] <= 1e-5
+    (unfused, info), (fused, fused_info) = load_model(model), load_model(output)
+    assert fused_info.fused
+    assert fused_info.class_names == info.class_names == list("abcde")
+    assert sum(isinstance(module, Folded) for module in fused.modules()) == 9
+    with torch.no_grad():
+        assert torch.allclose(fused(images()), unfused(images()), atol=1e-4)
+
+
+def test_a_model_whose_norms_still_fade_is_refused_and_nothing_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "fused.safetensors"
+    assert main(["fuse", "slab_deit_micro", "--output", str(output)]) == 2
+    printed = capsys.readouterr().err
+    assert "gamma" in printed
+    assert printed.count("\n") == 1
+    assert not output.exists()
+
+
+def test_a_fused_model_that_differs_is_not_saved(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: object, **options: object) -> tuple[nn.Module, sf.FuseReport]:
+        fused, report = fuse(*args, **options)
+        with torch.no_grad():
+            fused.head.bias += 0.1
+        return fused, report
+
+    monkeypatch.setattr(sf, "fuse", wrong)
+    assert main(["fuse", str(model), "--output", str(tmp_path / "fused.safetensors")]) == 1
+    assert "outputs differ" in capsys.readouterr().err
+    assert not (tmp_path / "fused.safetensors").exists()
+
+
+def test_a_missing_folder_is_told_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slabformer.cli.fuse.load", lambda config: pytest.fail("loaded a model first"))
+    assert main(["fuse", "slab_deit_micro", "--output", str(tmp_path / "missing" / "fused.safetensors")]) == 2
+    assert "missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["slab_deit_micr"], "did you mean 'slab_deit_micro'?"),
+        (["missing.safetensors"], "missing.safetensors"),
+        (["slab_deit_micro", "--checkpoint", "missing.pth"], "missing.pth"),
+        (["slab_deit_micro", "--checkpoint", "x.pth", "--pretrained"], "exclude each other"),
+        (["slab_deit_micro", "--input-sice", "32"], "did you mean 'input_size'?"),
+    ],
+    ids=["unknown-model", "missing-file", "missing-checkpoint", "two-sources", "unknown-option"],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fuse", *arguments, "--output", str(tmp_path / "fused.safetensors")]) == 2
+    printed = capsys.readouterr().err
+    assert complaint in printed
+    assert printed.count("\n") == 1
+
+
+def test_weights_of_a_file_are_not_given_twice(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuse", str(model), "--pretrained", "--output", str(tmp_path / "fused.safetensors")]) == 2
+    assert "holds its weights" in capsys.readouterr().err
+
+
+def test_a_model_is_fused_for_another_input_size(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "fused.safetensors"
+    assert main(["fuse", str(model), "--input-size", "32", "--output", str(output)]) == 0
+    fused, info = load_model(output)
+    assert info.input_size == (3, 32, 32)
+    with torch.no_grad():
+        assert fused(torch.randn(1, 3, 32, 32)).shape == (1, 5)
