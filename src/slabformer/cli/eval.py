@@ -66,8 +66,7 @@ def run(config: Namespace) -> None:
     _compare_names(info, loader)
     if config.fused and not info.fused:
         images = example_images(info, batch_size=2).to(next(model.parameters()).device)
-        model, report = sf.fuse(model, images)
-        logger.info(report.summary())
+        model, _ = sf.fuse(model, images)
     results = dict(_evaluate(model, loader, "fused" if config.fused or info.fused else "deployed", config.per_class))
     deployed = next(iter(results.values()))
     if config.json != STDOUT:

@@ -61,7 +61,7 @@ def run(config: Namespace) -> None:
             advance()
             if prediction.error is not None:
                 logger.warning("cannot read %s: %s", prediction.path, prediction.error)
-    if config.json != STDOUT:
+    if config.json != STDOUT and any(prediction.guesses for prediction in predictions):
         console().print(_table(predictions))
     write_json(config.json, [prediction.to_dict() for prediction in predictions])
     failed = sum(prediction.error is not None for prediction in predictions)
