@@ -11,7 +11,7 @@ FLOAT32 = 1e-5
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Hold the largest difference against ``tolerance`` times the expected values' root mean square; EXACT is bitwise."""
+    """Hold the largest difference against ``tolerance`` times the root mean square expected; EXACT is bitwise."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     if tolerance == EXACT:
         assert torch.equal(actual, expected), f"not equal, largest difference {(actual - expected).abs().max():.3g}"
