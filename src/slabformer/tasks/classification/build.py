@@ -18,20 +18,20 @@ from slabformer.tasks.saved_model import create_model, load_model
 logger = logging.getLogger(__name__)
 
 
-def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
-    """The model of ``config``, with its weights loaded and its norms converted.
+def build_model(config: ModelConfig, num_classes: int, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of ``config``, its weights loaded and its norms converted, and its arguments for ``timm.create_model``.
 
     Raises:
         ValueError: If timm does not know it, refuses an argument, or the file in ``weights`` holds something else.
     """
     if config.weights is not None:
-        model = _load(config, config.weights, num_classes, image_size)
+        model, arguments = _load(config, config.weights, num_classes, image_size)
     else:
         arguments = model_arguments(config, num_classes, image_size)
         model = create_model(config.name, pretrained=config.pretrained, **arguments)
     if config.convert_norms:
         logger.info("converted %d norms of %s", len(sf.convert_norms_(model)), config.name)
-    return model
+    return model, arguments
 
 
 def model_arguments(config: ModelConfig, num_classes: int, image_size: int) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def model_arguments(config: ModelConfig, num_classes: int, image_size: int) -> d
     return {"num_classes": num_classes, **size, **config.args}
 
 
-def _load(config: ModelConfig, path: str, num_classes: int, image_size: int) -> nn.Module:
+def _load(config: ModelConfig, path: str, num_classes: int, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
     model, info = load_model(path)
     if info.fused:
         raise ValueError(f"{path} holds a fused model, whose norms are gone; train from the file before fusing")
@@ -56,7 +56,7 @@ def _load(config: ModelConfig, path: str, num_classes: int, image_size: int) -> 
     if len(info.class_names) != num_classes:
         logger.info("new head: %s has %d classes, the data %d", path, len(info.class_names), num_classes)
         model.reset_classifier(num_classes)  # type: ignore[operator]
-    return model.train()
+    return model.train(), {**info.model_args, "num_classes": num_classes}
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module, total_batch: int) -> Optimizer:

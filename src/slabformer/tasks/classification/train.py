@@ -45,7 +45,8 @@ def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Seq
 
     Args:
         config: The recipe.
-        model: Trained instead of ``config.model``; build and convert it the same way when a run goes on.
+        model: Trained instead of what ``config.model`` builds, which must still describe it: name and arguments are
+            saved with the weights. Build and convert it the same way when a run goes on.
         observers: Told how training goes, on the main process.
 
     Raises:
@@ -88,7 +89,8 @@ class _Run:
         self.train_loader, self.val_loader = self._loader("train"), self._loader("validation")
         self.class_names = self.train_loader.class_names
         reseed(config.seed)
-        self.model = model or build_model(config.model, len(self.class_names), config.data.image_size)
+        needed = (config.model, len(self.class_names), config.data.image_size)
+        self.model, self.model_args = build_model(*needed) if model is None else (model, model_arguments(*needed))
         self.model.to(self.accelerator.device)
         if self.accelerator.num_processes > 1:
             sf.sync_norms_(self.model)
@@ -207,7 +209,7 @@ class _Run:
         data = self.config.data
         info = ModelInfo(
             model=self.config.model.name,
-            model_args=model_arguments(self.config.model, len(self.class_names), data.image_size),
+            model_args=self.model_args,
             class_names=self.class_names,
             input_size=(3, data.image_size, data.image_size),
             mean=data.mean,

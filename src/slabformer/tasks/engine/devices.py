@@ -28,11 +28,7 @@ def create_accelerator(precision: str = "fp32", device: str = "auto") -> Acceler
     accelerate = require("accelerate", extra="train")
     # accelerate keeps its first settings for the life of the process; a second run may want others
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    # norms share their statistics themselves, gamma is the same on all ranks: there is nothing to broadcast
-    ddp = accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = accelerate.Accelerator(
-        mixed_precision=PRECISIONS[precision], cpu=device == "cpu", kwargs_handlers=[ddp]
-    )
+    accelerator = accelerate.Accelerator(mixed_precision=PRECISIONS[precision], cpu=device == "cpu")
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision 'fp16' needs an accelerator; use 'bf16' or 'fp32' on a CPU")
     return accelerator

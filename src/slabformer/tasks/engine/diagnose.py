@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from slabformer.tasks.engine.devices import to_device
-from slabformer.tasks.engine.nonfinite import first_nonfinite_module, first_nonfinite_tensor, tensors_in
+from slabformer.tasks.engine.nonfinite import first_nonfinite_module, tensors_in
 from slabformer.tasks.engine.parts import windows
 from slabformer.tasks.engine.seeds import reseed
 
@@ -20,14 +20,14 @@ def describe_nonfinite(trainer: Trainer, step: int) -> str:
     """One line about optimizer step ``step`` (counted from 0) of this epoch, which gave a NaN or an infinity.
 
     The step's batches are fetched and run again with the same random numbers, in the same mode, without moving
-    statistics. Where the weights were already lost (an accelerator is only asked now and then), those of the last
-    checkpoint are used.
+    statistics. Where the step has been taken since (an accelerator is only asked now and then), its weights are gone
+    and those of the last checkpoint are used.
     """
     safe = trainer.store.load_latest() if trainer.store is not None else None
-    if first_nonfinite_tensor(trainer.model.state_dict()) is not None and safe is not None:
+    if safe is not None and step < trainer.position.step:
         trainer.model.load_state_dict(safe[1]["model"])
     start = trainer.position.batch - (trainer.position.step - step) * trainer.config.accumulate
-    where = f"step {step} (epoch {trainer.position.epoch}, batch {start})"
+    where = f"step {step + 1} (epoch {trainer.position.epoch + 1}, batch {start + 1})"
     kept = f"; the last good checkpoint is {safe[0]}" if safe is not None else "; there is no checkpoint yet"
     return f"the loss or its gradient became non-finite in {where}: {_culprit(trainer, step, start)}{kept}"
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
@@ -47,6 +48,9 @@ class Update:
         self.accelerator, self.optimizer, self.config = accelerator, optimizer, config
         compiled = cast(nn.Module, torch.compile(model)) if config.compile else model
         self.train_step = accelerator.prepare_model(TrainStep(compiled, step_fn))
+        if isinstance(self.train_step, DistributedDataParallel):
+            # norms share their statistics themselves and gamma is the same on all ranks: nothing to send every step
+            self.train_step.broadcast_buffers = False
         self._stepper = accelerator.prepare_optimizer(optimizer)
 
     def gradients(self, window: list[Any], step: int) -> tuple[Tensor, list[Tensor]]:
