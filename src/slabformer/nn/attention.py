@@ -45,17 +45,22 @@ class LinearAttentionCore(nn.Module):
         table = torch.zeros(1, grid_size[0] * grid_size[1], dim, device=device, dtype=dtype)
         self.positional_encoding = nn.Parameter(table)
 
+    def heads(self, *tokens: Tensor) -> tuple[Tensor, ...]:
+        """Tokens ``(B, N, C)`` as ``(B, num_heads, N, D)``, without a copy."""
+        return tuple(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in tokens)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_grid: Grid, mask: Tensor | None = None) -> Tensor:
-        """Linear attention of ``(B, N, C)`` queries over keys on ``key_grid``, with the table added to them."""
+        """Linear attention of heads over keys on ``key_grid``, with the table added to them."""
         table: Tensor = self.positional_encoding
         if key_grid != self.grid_size:
             table = resample_table(table, self.grid_size, key_grid)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k + table.to(k.dtype), v))
-        return linear_attention(q, k, v, mask=mask).flatten(2)
+        (table,) = self.heads(table.to(k.dtype))
+        return linear_attention(q, k + table, v, mask=mask)
 
-    def local(self, v: Tensor, grid_size: Grid) -> Tensor:
-        """The depthwise branch: values ``(B, N, C)`` on their grid, every head through the same kernels."""
-        return depthwise_tokens(v, grid_size, self.dwc.weight, self.dwc.bias)
+    def local(self, v: Tensor, old: Grid, new: Grid) -> Tensor:
+        """The depthwise branch: heads of values on the grid ``old``, through the kernels they share, on ``new``."""
+        tokens = resize_tokens(v.flatten(0, 1), old, new)
+        return depthwise_tokens(tokens, new, self.dwc.weight, self.dwc.bias).unflatten(0, v.shape[:2])
 
     @torch.no_grad()
     def set_grid_size(self, grid_size: Grid) -> None:
@@ -137,14 +142,14 @@ class SimplifiedLinearAttention(LinearAttentionCore):
         """
         if is_causal:
             raise ValueError("SimplifiedLinearAttention is not causal; mask keys with a boolean (B, N) attn_mask")
-        q, k, v = self._project(x, context)
-        key_grid = resolve_grid(k.shape[1], grid_size if context is None else context_grid_size, self.grid_size)
+        q, k, v = self.heads(*self._project(x, context))
+        key_grid = resolve_grid(k.shape[2], grid_size if context is None else context_grid_size, self.grid_size)
         mask = key_mask(attn_mask)
+        v = mask_tokens(v, mask).contiguous()  # once for both branches
         out = self.attend(q, k, v, key_grid, mask)
-        if grid_size is not None or k.shape[1] == q.shape[1]:
-            grid = resolve_grid(q.shape[1], grid_size, key_grid)
-            out = out + self.local(resize_tokens(mask_tokens(v, mask), key_grid, grid), grid)
-        return self.proj_drop(self.proj(out))
+        if grid_size is not None or k.shape[2] == q.shape[2]:
+            out = out + self.local(v, key_grid, resolve_grid(q.shape[2], grid_size, key_grid))
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
         if context is None:

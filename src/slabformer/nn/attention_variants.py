@@ -70,8 +70,10 @@ class PyramidLinearAttention(LinearAttentionCore):
         grid = resolve_grid(x.shape[1], grid_size, (self.grid_size[0] * r, self.grid_size[1] * r))
         key_grid = (grid[0] // r, grid[1] // r)
         k, v = self.kv(self._reduce(x, grid)).chunk(2, dim=-1)
-        out = self.attend(self.q(x), k, v, key_grid)
-        return self.proj_drop(self.proj(out + self.local(resize_tokens_1d(v, x.shape[1]), grid)))
+        local = resize_tokens_1d(v, x.shape[1])
+        q, k, v, local = self.heads(self.q(x), k, v, local)
+        out = self.attend(q, k, v, key_grid) + self.local(local, grid, grid)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def _reduce(self, x: Tensor, grid: Grid) -> Tensor:
         if self.sr_ratio == 1:
@@ -116,4 +118,6 @@ class WindowLinearAttention(LinearAttentionCore):
         window = window_size or self.grid_size
         q, k, v = (window_partition(t, grid_size, window) for t in (q, k, v))
         lepe = depthwise_tokens(v, window, self.get_v.weight, self.get_v.bias)
-        return window_merge(self.attend(q, k, v, window) + self.local(v, window) + lepe, grid_size, window)
+        q, k, v = self.heads(q, k, v)
+        out = self.attend(q, k, v, window) + self.local(v, window, window)
+        return window_merge(out.transpose(1, 2).flatten(2) + lepe, grid_size, window)

@@ -12,16 +12,16 @@ def linear_attention_reference(
     """:func:`slabformer.ops.linear_attention` in float64, head by head, with the whole attention matrix.
 
     Shape:
-        ``q`` ``(B, N, num_heads, D)``, ``k`` ``(B, M, num_heads, D)``, ``v`` ``(B, M, num_heads, E)``, ``mask``
-        ``(B, M)``, to float64 ``(B, N, num_heads, E)``.
+        ``q`` ``(B, num_heads, N, D)``, ``k`` ``(B, num_heads, M, D)``, ``v`` ``(B, num_heads, M, E)``, ``mask``
+        ``(B, M)``, to float64 ``(B, num_heads, N, E)``.
     """
     q, k, v = q.double(), k.double(), v.double()
     images = []
     for b in range(q.shape[0]):
         valid = slice(None) if mask is None else mask[b]
         heads = []
-        for h in range(q.shape[2]):
-            weights = q[b, :, h].relu() @ k[b, valid, h].relu().T
-            heads.append(weights @ v[b, valid, h] / (weights.sum(-1, keepdim=True) + eps))
-        images.append(torch.stack(heads, 1))
+        for h in range(q.shape[1]):
+            weights = q[b, h].relu() @ k[b, h, valid].relu().T
+            heads.append(weights @ v[b, h, valid] / (weights.sum(-1, keepdim=True) + eps))
+        images.append(torch.stack(heads))
     return torch.stack(images)
