@@ -157,11 +157,13 @@ class _Decider:
             raise RefusalError(end.refusal)
         if end.node.target is NORM:
             return self.next_norm(norm, end)
+        if end.node.op == "output":
+            raise RefusalError("its output is the model's output")
         site = site_of(end.node)
         if site is None:
             raise RefusalError(f"its output feeds {describe(end.node)}")
         if end.source is not site.input:
-            raise RefusalError(f"its output is a weight of {describe(end.node)}")
+            raise RefusalError(f"its output serves as a weight of {describe(end.node)}")
         index = along(end.labels, site.axis, site.num_in, site.words)
         weight = weight_of(site, self.owners, trace.parameters)
         if site.padded:
@@ -265,6 +267,6 @@ def _join(refusals: list[str], also: bool) -> str:
     """At most two different reasons in one clause."""
     unique = list(dict.fromkeys(refusals))[:2]
     if also:
-        unique = [reason.replace("its output feeds", "its output also feeds") for reason in unique]
+        unique = [reason.replace("its output ", "its output also ", 1) for reason in unique]
         unique = [f"{reason} (post-norm block)" if reason.endswith("an add") else reason for reason in unique]
     return " and ".join(unique)

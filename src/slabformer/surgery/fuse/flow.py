@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from slabformer.surgery.fuse.graph import NORM, Trace
-from slabformer.surgery.fuse.labels import Call, Labels, RefusalError, describe
+from slabformer.surgery.fuse.labels import Call, Labels, RefusalError, describe, unread
 from slabformer.surgery.fuse.rules import CHECKS, FOLLOW
 from slabformer.surgery.fuse.sites import Site, site_of
 
@@ -90,7 +90,9 @@ def producers(node: Node, gone: Collection[int]) -> list[Site]:
         if site is not None:
             found[current] = site
             continue
-        passes = current.target in FOLLOW or (current.target is NORM and current.args[1] in gone)
+        passes = FOLLOW.get(current.target, unread) is not unread or (
+            current.target is NORM and current.args[1] in gone
+        )
         if not passes:
             raise RefusalError(f"its input comes from {_origin(current)}")
         first = current.args[0]

@@ -149,6 +149,11 @@ def dropped(call: Call) -> Tensor:
     return call.input
 
 
+def unread(call: Call) -> Tensor:
+    """A new tensor that takes nothing but shape, dtype and device from its input."""
+    return torch.full((1,) * call.node.meta["val"].ndim, -1)
+
+
 def padded(call: Call) -> Tensor:
     """Zeros set after the norm never saw its shift; a pad by 0 at this size may be more at another."""
     if call.fixed_size and not any(call.arg(1, "pad")):

@@ -23,6 +23,7 @@ from slabformer.surgery.fuse.labels import (
     pooled,
     resampled,
     same,
+    unread,
 )
 
 aten = torch.ops.aten
@@ -77,7 +78,6 @@ RULES: tuple[Rule, ...] = (
         (aten.select.int, aten.narrow.default),
         moved,
         lambda x: x[:, 0].narrow(0, 0, 1),
-        (lambda x: x[:, :, 0], "a Linear mixes another axis"),
     ),
     Rule((aten.slice.Tensor,), moved, lambda x: x[:, 1::2, 2:5]),
     Rule((aten.roll.default, aten.flip.default), moved, lambda x: x.roll((1, 2), (1, 2)).flip(1)),
@@ -167,6 +167,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule((aten.contiguous.default, aten.clone.default), same, lambda x: x.clone().transpose(0, 1).contiguous()),
     Rule((aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default), same, lambda x: x.detach()),
+    Rule(
+        (
+            *(aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
+            *(aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default),
+        ),
+        unread,
+        lambda x: torch.cat([x, x.new_ones(2, 4, 1), torch.zeros_like(x)], -1),
+    ),
     Rule(
         (aten.pad.default, aten.constant_pad_nd.default),
         padded,

@@ -45,7 +45,7 @@ class Trial:
     def settle(self, plan: Plan) -> Solution:
         """The plan without the folds that change the outputs; ``plan`` is amended with reasons."""
         if not self._holds(plan.edits, plan.untouchable):
-            if plan.edits and not self._holds([], plan.untouchable):
+            if not plan.edits or not self._holds([], plan.untouchable):
                 self._settle_affines(plan)
             plan.edits = self._settle_edits([], plan.edits, plan)
         return solve(self.model, self.norms, plan.edits)
