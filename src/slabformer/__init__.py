@@ -9,6 +9,7 @@ from slabformer.progressive import ProgressiveSchedule
 from slabformer.surgery.convert import convert_norms_
 from slabformer.surgery.fit import fit_norms_
 from slabformer.surgery.fuse import FuseReport, NormOutcome, fuse, fuse_
+from slabformer.surgery.fuse.files import load_fused, save_fused
 from slabformer.surgery.recalibrate import recalibrate_
 from slabformer.surgery.verify import VerificationError, VerifyResult, verify
 
@@ -29,9 +30,11 @@ __all__ = [
     "fit_norms_",
     "fuse",
     "fuse_",
+    "load_fused",
     "load_published",
     "ops",
     "recalibrate_",
+    "save_fused",
     "set_token_mask",
     "sync_norms_",
     "testing",

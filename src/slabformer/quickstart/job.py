@@ -101,7 +101,7 @@ Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 def recipe(model: str, config: QuickstartConfig) -> TrainConfig:
     """How either model is trained; the same but for the model."""
     return TrainConfig(
-        model=ModelConfig(name=model, args={"img_size": 16, "patch_size": 4}),
+        model=ModelConfig(name=model),
         data=DataConfig(path="digits", image_size=16, crop_pct=1.0, mean=(0.3,) * 3, std=(0.37,) * 3),
         augment=AugmentConfig(policy="light", mixup=0.0, cutmix=0.0, label_smoothing=0.1),
         optimizer=OptimizerConfig(lr=2e-3, lr_base_batch=None),
