@@ -15,6 +15,7 @@ from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.ema import ModelEma
 from slabformer.tasks.engine.loop import Trainer
+from slabformer.tasks.engine.nonfinite import NonFiniteError
 from slabformer.tasks.engine.observers import CsvFile, Observer, RunStart, StepReport
 from slabformer.tasks.engine.parts import LoopConfig
 from slabformer.tasks.engine.seeds import random_state, reseed, set_random_state
@@ -188,6 +189,42 @@ def test_one_epoch_leaves_the_model_unwrapped(tmp_path: Path) -> None:
     assert list(trainer.model.state_dict()) == ["weight", "bias"]
     assert "forward" not in vars(trainer.model)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3.pt"]
+
+
+class Overflowing(Points):
+    """One batch is too large for the model, though finite."""
+
+    def __init__(self, sizes: tuple[int, ...], epoch: int, index: int, factor: float) -> None:
+        super().__init__(sizes)
+        self.bad, self.factor = (epoch, index), factor
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        x, labels = super().batch(epoch, index)
+        return (x * self.factor if (epoch, index) == self.bad else x), labels
+
+
+@pytest.mark.parametrize("check_every", [1, 100], ids=["at once", "long after"])
+@pytest.mark.parametrize(
+    ("factor", "culprit"),
+    [(1e38, "first in the output of 1 (Linear)"), (float("inf"), "the batch itself is not finite")],
+    ids=["overflow", "bad batch"],
+)
+def test_a_non_finite_step_is_traced_however_late_it_is_seen(
+    check_every: int, factor: float, culprit: str, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Identity(), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[1].weight.fill_(10.0)
+    trainer = make_trainer(
+        (4,) * 7, model=model, config={"accumulate": 2, "epochs": 2}, store=CheckpointStore(tmp_path), lr=1e-3
+    )
+    trainer.loader = Overflowing((4,) * 7, 1, 3, factor)
+    trainer.batch_names = lambda index: [f"sample of {index}"]
+    trainer._check_every = check_every
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.fit()
+    assert f"in step 6 (epoch 2, batch 3): {culprit}, on sample of 3; the last good" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4.pt"]
 
 
 def test_bf16_autocasts_the_step_and_keeps_weights_in_float32() -> None:

@@ -37,16 +37,22 @@ def parser() -> ArgumentParser:
     return options
 
 
+def to_train_config(config: Namespace) -> TrainConfig:
+    """The parsed options as a :class:`TrainConfig`."""
+    options = parser()
+    # its name before jsonargparse 4.49 was another
+    instantiate = options.instantiate if hasattr(options, "instantiate") else options.instantiate_classes
+    return TrainConfig(**{key: value for key, value in vars(instantiate(config)).items() if key != "config"})
+
+
 def run(config: Namespace) -> None:
     """Train as the options say; exit code 143 after SIGTERM, 130 after SIGINT, 1 if training fails."""
     from slabformer.tasks.classification.train import train
     from slabformer.tasks.engine.console import ConsoleObserver
     from slabformer.tasks.engine.signals import StoppedError
 
-    settings = parser().instantiate_classes(config)
-    values = {key: value for key, value in vars(settings).items() if key != "config"}
     try:
-        result = train(TrainConfig(**values), observers=[ConsoleObserver()])
+        result = train(to_train_config(config), observers=[ConsoleObserver()])
     except StoppedError as stopped:
         sys.stderr.write(f"slab: {stopped}\n")
         raise SystemExit(stopped.exit_code) from None

@@ -26,7 +26,7 @@ def describe_nonfinite(trainer: Trainer, step: int) -> str:
     safe = trainer.store.load_latest() if trainer.store is not None else None
     if safe is not None and step < trainer.position.step:
         trainer.model.load_state_dict(safe[1]["model"])
-    start = trainer.position.batch - (trainer.position.step - step) * trainer.config.accumulate
+    start = (step - trainer.position.epoch * trainer.steps_per_epoch) * trainer.config.accumulate
     where = f"step {step + 1} (epoch {trainer.position.epoch + 1}, batch {start + 1})"
     kept = f"; the last good checkpoint is {safe[0]}" if safe is not None else "; there is no checkpoint yet"
     return f"the loss or its gradient became non-finite in {where}: {_culprit(trainer, step, start)}{kept}"

@@ -1,0 +1,196 @@
+"""Recipes are data: they parse, they hold the published figures, and mistakes in them are named."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import torch
+from torch import nn
+
+import slabformer as sf
+from slabformer.cli.train import parser, to_train_config
+from slabformer.models.published import BY_MODEL
+from slabformer.tasks.classification.augment import AugmentConfig
+from slabformer.tasks.classification.build import (
+    build_gamma_schedule,
+    build_lr_schedule,
+    build_model,
+    build_optimizer,
+    rate_scale,
+)
+from slabformer.tasks.classification.config import GammaConfig, LrConfig, ModelConfig, OptimizerConfig, TrainConfig
+from slabformer.tasks.classification.mixup import MixedStep
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PUBLISHED = ("deit_tiny_prepbn", "deit_small_prepbn", "slab_deit_tiny", "slab_deit_small")
+IMAGENET_STEPS, PUBLISHED_BATCH = 1_281_167 // 1024, 1024
+
+
+def load(name: str) -> TrainConfig:
+    return to_train_config(parser().parse_args(["--config", str(RECIPES / f"{name}.yaml")]))
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(RECIPES.glob("*.yaml"))])
+def test_every_recipe_parses_and_says_what_it_gives_and_costs(name: str) -> None:
+    config = load(name)
+    assert config.output == f"runs/{name}"
+    head = (RECIPES / f"{name}.yaml").read_text().split("model:")[0]
+    assert "Expected top-1" in head
+    assert "Cost" in head
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_recipe_holds_the_published_figures(name: str) -> None:
+    config, row = load(name), BY_MODEL[name]
+    assert config.model.name == name
+    assert config.model.args["drop_path_rate"] == row.drop_path
+    assert config.model.args.get("norm_layer", "prepbn") == row.norm
+    if row.fade is not None:
+        assert config.gamma == GammaConfig(warmup=0.0, fade=row.fade, shape="linear", warm_statistics=False)
+    assert config.optimizer == OptimizerConfig(
+        name="adamw", lr=5e-4, lr_base_batch=512, weight_decay=0.05, clip_norm=5.0,
+        args={"betas": [0.9, 0.999], "eps": 1e-8},
+    )  # fmt: skip
+    assert config.lr_schedule == LrConfig(warmup_epochs=20, warmup_lr=5e-7, min_lr=5e-6)
+    assert (config.epochs, config.batch_size, config.precision, config.ema.decay) == (300, 128, "fp32", 0.0)
+    assert config.augment == AugmentConfig(
+        policy="timm", auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, re_prob=0.25, re_mode="pixel",
+        mixup=0.8, cutmix=1.0, mixup_prob=1.0, mixup_switch_prob=0.5, label_smoothing=0.1,
+    )  # fmt: skip
+    assert (config.data.image_size, config.data.interpolation, config.data.crop_pct) == (224, "bicubic", 0.875)
+
+
+def test_the_published_rates_come_out_of_the_published_batch() -> None:
+    config = load("slab_deit_tiny")
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(config, model, PUBLISHED_BATCH)
+    schedule, epochs = build_lr_schedule(config, optimizer, IMAGENET_STEPS, PUBLISHED_BATCH)
+    rates = []
+    for step in (0, 20 * IMAGENET_STEPS, 300 * IMAGENET_STEPS):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[-1]["lr"])
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[1] == pytest.approx(1e-3, rel=0.02)
+    assert rates[2] == pytest.approx(1e-5)
+    assert epochs == 300
+
+
+def test_the_published_fade_comes_out_of_the_published_steps() -> None:
+    config = load("slab_deit_tiny")
+    config.model.args.update(embed_dim=48, depth=1)
+    model, _ = build_model(config.model, 10, 224)
+    total = 300 * IMAGENET_STEPS
+    schedule = build_gamma_schedule(config, model, build_optimizer(config, model, PUBLISHED_BATCH), total)
+    assert schedule is not None
+    assert schedule.fade_steps == pytest.approx(60_000, rel=0.001)
+
+
+def test_decay_spares_norms_biases_and_what_the_model_names() -> None:
+    config = load("slab_deit_tiny")
+    config.model.args.update(embed_dim=48, depth=1)
+    model, _ = build_model(config.model, 10, 224)
+    groups = build_optimizer(config, model, PUBLISHED_BATCH).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] > 0 for p in group["params"]}
+    assert "blocks.0.attn.positional_encoding" in decayed
+    assert "blocks.0.attn.qkv.weight" in decayed
+    spared = set(names.values()) - decayed
+    assert {"pos_embed", "blocks.0.norm1.rep.eta", "blocks.0.norm1.norm.weight", "head.bias"} <= spared
+
+
+def test_rates_are_taken_as_they_are_without_a_base_batch() -> None:
+    assert rate_scale(TrainConfig(optimizer=OptimizerConfig(lr_base_batch=None)), 4096) == 1.0
+    assert rate_scale(TrainConfig(optimizer=OptimizerConfig(lr_base_batch=512)), 1024) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"keep": 0}, "keep must be at least 1"),
+        ({"seed": -1}, "seed must not be negative"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_senseless_numbers_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+def test_a_warmup_longer_than_training_is_refused() -> None:
+    config = TrainConfig(epochs=5, lr_schedule=LrConfig(warmup_epochs=5))
+    with pytest.raises(ValueError, match=r"warmup_epochs \(5\) must be below epochs \(5\)"):
+        build_lr_schedule(config, torch.optim.SGD(nn.Linear(1, 1).parameters()), 10, 512)
+
+
+def test_an_unknown_optimizer_is_refused_by_name() -> None:
+    config = TrainConfig(optimizer=OptimizerConfig(name="adamv"))
+    with pytest.raises(ValueError, match="adamv"):
+        build_optimizer(config, nn.Linear(1, 1), 512)
+
+
+def test_a_model_without_fading_norms_has_no_schedule() -> None:
+    config = TrainConfig()
+    twin, _ = build_model(ModelConfig(name="deit_micro"), 10, 32)
+    optimizer = build_optimizer(config, twin, 512)
+    assert build_gamma_schedule(config, twin, optimizer, 100) is None
+    rep, _ = build_model(ModelConfig(name="deit_micro_prepbn", args={"norm_layer": "repbn"}), 10, 32)
+    assert build_gamma_schedule(config, rep, build_optimizer(config, rep, 512), 100) is None
+
+
+def test_the_image_size_of_the_data_reaches_the_model() -> None:
+    model, arguments = build_model(ModelConfig(name="slab_deit_micro"), 4, 16)
+    assert arguments == {"num_classes": 4, "img_size": 16}
+    assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 4)
+
+
+def test_convert_norms_works_on_any_timm_model() -> None:
+    config = ModelConfig(name="vit_tiny_patch16_224", args={"depth": 1}, convert_norms=True)
+    model, _ = build_model(config, 5, 32)
+    assert sum(isinstance(module, sf.PRepBN) for module in model.modules()) == 3
+
+
+def test_an_odd_batch_cannot_be_mixed() -> None:
+    with pytest.raises(ValueError, match="mixup needs an even batch_size, got 9"):
+        MixedStep(AugmentConfig(mixup=0.8), 10, 9)
+
+
+@pytest.mark.parametrize(
+    ("augment", "expected"),
+    [
+        (AugmentConfig(mixup=0, cutmix=0, label_smoothing=0), "cross entropy"),
+        (AugmentConfig(mixup=0, cutmix=0, label_smoothing=0.1), "smoothed"),
+        (AugmentConfig(mixup=0.8, cutmix=0, mixup_prob=0.0, label_smoothing=0.1), "smoothed"),
+    ],
+    ids=["plain", "smoothing", "never mixed"],
+)
+def test_the_loss_is_that_of_its_targets(augment: AugmentConfig, expected: str) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+    loss = MixedStep(augment, 5, 6)(nn.Identity(), (images, labels))
+    smoothing = 0.1 if expected == "smoothed" else 0.0
+    reference = nn.functional.cross_entropy(images, labels, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, reference)
+
+
+def test_mixing_leaves_the_loader_s_batch_alone() -> None:
+    images, labels = torch.randn(6, 3, 8, 8), torch.zeros(6, dtype=torch.long)
+    before = images.clone()
+    MixedStep(AugmentConfig(), 5, 6)(lambda x: x.flatten(1)[:, :5], (images, labels))
+    assert torch.equal(images, before)
+
+
+def test_every_field_is_explained_on_the_command_line() -> None:
+    text = parser().format_help()
+    undocumented = [
+        f"{owner.__name__}.{field.name}"
+        for owner in (TrainConfig, *(kind for kind in get_type_hints(TrainConfig).values() if is_dataclass(kind)))
+        for field in fields(owner)
+        if field.name not in text
+    ]
+    assert not undocumented
+    assert "Share of training over which it fades" in " ".join(text.split())
