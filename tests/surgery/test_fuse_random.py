@@ -18,7 +18,7 @@ C, GRID = 6, 4
 
 
 class Step(NamedTuple):
-    """One value of a graph: what computes it, from which values back, in which variant, with an earlier step's module."""
+    """One value: what computes it, from which values back, in which variant, with an earlier step's module or not."""
 
     kind: str
     back: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -186,7 +187,7 @@ class _Decider:
         found: dict[str, _Found] = {}
         for trace in self.traces:
             for call in trace.calls.get(norm.index, []):
-                for site in producers(call.args[0], self.gone):  # type: ignore[arg-type]
+                for site in producers(trace, call, self.gone):  # type: ignore[arg-type]
                     weight = weight_of(site, self.owners, trace.parameters)
                     if self.owners.module(weight)._forward_hooks:
                         raise RefusalError(f"{display(weight)} has forward hooks, which see its output")
@@ -267,6 +268,6 @@ def _join(refusals: list[str], also: bool) -> str:
     """At most two different reasons in one clause."""
     unique = list(dict.fromkeys(refusals))[:2]
     if also:
-        unique = [reason.replace("its output ", "its output also ", 1) for reason in unique]
+        unique = [re.sub("^its output ", "its output also ", reason) for reason in unique]
         unique = [f"{reason} (post-norm block)" if reason.endswith("an add") else reason for reason in unique]
     return " and ".join(unique)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
@@ -76,14 +77,15 @@ def _any(labels: Labels) -> bool:
     return any(bool((item >= 0).any()) for item in ([labels] if isinstance(labels, Tensor) else labels))
 
 
-def producers(node: Node, gone: Collection[int]) -> list[Site]:
-    """The Linears and Convs that ``node`` is made of by operations with a rule.
+def producers(trace: Trace, call: Node, gone: Collection[int]) -> list[Site]:
+    """The Linears and Convs, in order, that the input of a norm's ``call`` is made of by operations with a rule.
 
     Raises:
         RefusalError: If something else has a part in it.
     """
     found: dict[Node, Site] = {}
-    pending, seen = [node], {node}
+    pending: list[Any] = [call.args[0]]
+    seen = set(pending)
     while pending:
         current = pending.pop()
         site = site_of(current)
@@ -99,7 +101,7 @@ def producers(node: Node, gone: Collection[int]) -> list[Site]:
         parts = list(first) if isinstance(first, (list, tuple)) else [first]
         pending += [part for part in parts if isinstance(part, Node) and part not in seen]
         seen.update(pending)
-    return list(found.values())
+    return [found[node] for node in sorted(found, key=trace.order.__getitem__)]
 
 
 def _origin(node: Node) -> str:

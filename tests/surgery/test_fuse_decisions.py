@@ -1,0 +1,494 @@
+"""Where norms go in small models, and the reasons for those that stay."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from fusing import FUSED, Net, assert_same_outputs, fused, net, norm, ready, tokens
+from slabformer.nn import Affine, Folded, PRepBN, RepBN
+from slabformer.surgery.fuse import fuse, fuse_
+from tolerances import assert_close
+
+X = tokens(2, 4, 6)
+MAPS = tokens(2, 6, 5, 5)
+NORMS = {
+    "RepBN": lambda: RepBN(6),
+    "PRepBN": lambda: PRepBN(6),
+    "Affine": lambda: Affine(6),
+}
+
+
+def outcomes(model: nn.Module, example: Any = X, **options: Any) -> list[tuple[str, str, tuple[str, ...], str]]:
+    _, report = fused(model, example, **options)
+    return [(o.name, o.action, o.into, o.reason) for o in report]
+
+
+def reason(model: nn.Module, example: Any = X, name: str = "norm", **options: Any) -> str:
+    _, report = fused(model, example, **options)
+    assert report[name].action == "kept"
+    return report[name].reason
+
+
+# --- forward -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_each_kind_of_norm_folds_forward(kind: str) -> None:
+    model = net(lambda m, x: m.linear(m.norm(x)), norm=NORMS[kind](), linear=nn.Linear(6, 3))
+    assert outcomes(model) == [("norm", "forward", ("linear",), "")]
+
+
+@pytest.mark.parametrize("batch_norm", [nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False), nn.SyncBatchNorm(6)])
+def test_batch_norm_folds_over_its_channel_axis(batch_norm: nn.Module) -> None:
+    model = net(lambda m, x: m.conv(m.norm(x)), norm=batch_norm, conv=nn.Conv2d(6, 4, 3))
+    assert outcomes(model, MAPS) == [("norm", "forward", ("conv",), "")]
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5)], ids=["2-D", "3-D"])
+def test_batch_norm_1d_folds_backward(shape: tuple[int, ...]) -> None:
+    if len(shape) == 2:
+        model = net(lambda m, x: torch.tanh(m.norm(m.layer(x))), norm=nn.BatchNorm1d(3), layer=nn.Linear(6, 3))
+    else:
+        model = net(lambda m, x: torch.tanh(m.norm(m.layer(x))), norm=nn.BatchNorm1d(3), layer=nn.Conv1d(6, 3, 3))
+    assert outcomes(model, tokens(*shape)) == [("norm", "backward", ("layer",), "")]
+
+
+def test_a_norm_folds_into_all_its_consumers() -> None:
+    model = net(
+        lambda m, x: m.q(m.norm(x)).sum() + m.conv(m.norm(x).mT).sum() + m.v(m.norm(x)[:, :2]).sum(),
+        norm=norm(),
+        q=nn.Linear(6, 3),
+        conv=nn.Conv1d(6, 4, 2, stride=2),
+        v=nn.Linear(6, 2, bias=False),
+    )
+    result, report = fused(model, X)
+    assert report["norm"].into == ("q", "conv", "v")
+    assert isinstance(result.v.bias, nn.Parameter)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_a_norm_folds_into_an_unpadded_conv(groups: int) -> None:
+    conv = nn.Conv2d(6, 12, 3, stride=2, dilation=2, groups=groups)
+    model = net(lambda m, x: m.conv(m.norm(x)), norm=norm(6, 1), conv=conv)
+    assert outcomes(model, MAPS) == [("norm", "forward", ("conv",), "")]
+
+
+def test_a_flattened_map_folds_into_a_linear_over_all_of_it() -> None:
+    model = net(lambda m, x: m.head(m.norm(x).flatten(1)), norm=norm(6, 1), head=nn.Linear(150, 3))
+    assert outcomes(model, MAPS) == [("norm", "forward", ("head",), "")]
+
+
+def test_two_norms_fold_into_their_own_columns_of_one_linear() -> None:
+    model = net(
+        lambda m, x: m.linear(torch.cat([m.one(x), x.sin(), m.two(x)], -1)),
+        one=norm(),
+        two=norm(),
+        linear=nn.Linear(18, 3),
+    )
+    assert [row[:3] for row in outcomes(model)] == [("one", "forward", ("linear",)), ("two", "forward", ("linear",))]
+
+
+def test_gpt2s_transposed_weights_take_a_norm_over() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 3)), nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x.view(-1, 6), self.weight).view(*x.shape[:-1], 3)
+
+    model = net(lambda m, x: m.c_attn(m.norm(x)), norm=norm(), c_attn=Conv1D())
+    assert outcomes(model) == [("norm", "forward", ("c_attn",), "")]
+
+
+def test_multihead_attention_takes_a_norm_over_in_its_packed_weight() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(x)
+        return m.attn(y, y, y, need_weights=False)[0]
+
+    model = net(forward, norm=norm(), attn=nn.MultiheadAttention(6, 2, batch_first=True))
+    assert outcomes(model) == [("norm", "forward", ("attn.in_proj_weight",), "")]
+
+
+def test_a_transformer_encoder_keeps_its_outputs_and_folds_its_pre_norms() -> None:
+    layer = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True, norm_first=True, activation="gelu")
+    layer.norm1, layer.norm2 = PRepBN(6), PRepBN(6)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    for module in encoder.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # as convert_norms_ does: the fused kernel calls no norm
+    _, report = fused(ready(encoder), X)
+    assert [o.action for o in report] == ["forward"] * 4
+
+
+# --- backward ------------------------------------------------------------------------------------------------------
+
+
+def test_a_norm_folds_backward_into_a_padded_conv() -> None:
+    model = net(lambda m, x: F.gelu(m.norm(m.conv(x))), conv=nn.Conv2d(6, 8, 3, padding=1), norm=nn.BatchNorm2d(8))
+    assert outcomes(model, MAPS) == [("norm", "backward", ("conv",), "")]
+
+
+def test_a_norm_over_each_head_folds_backward_into_its_channels_alone() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).unflatten(-1, (3, 2, 3)).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(m.q_norm(q), m.k_norm(k), v)
+
+    model = net(forward, qkv=nn.Linear(6, 18), q_norm=norm(3), k_norm=norm(3))
+    assert [row[:3] for row in outcomes(model)] == [("q_norm", "backward", ("qkv",)), ("k_norm", "backward", ("qkv",))]
+
+
+def test_a_norm_folds_backward_into_all_that_is_concatenated() -> None:
+    model = net(
+        lambda m, x: torch.tanh(m.norm(torch.cat([m.one(x), m.two(x)], -1))),
+        one=nn.Linear(6, 2),
+        two=nn.Linear(6, 4, bias=False),
+        norm=norm(),
+    )
+    assert outcomes(model)[0][1:3] == ("backward", ("one", "two"))
+
+
+def test_forward_is_preferred() -> None:
+    model = net(lambda m, x: m.two(m.norm(m.one(x))), one=nn.Linear(6, 6), norm=norm(), two=nn.Linear(6, 6))
+    assert outcomes(model) == [("norm", "forward", ("two",), "")]
+
+
+def test_a_chain_of_norms_collapses() -> None:
+    model = net(
+        lambda m, x: torch.tanh(m.three(m.two(m.one(m.linear(x))))),
+        linear=nn.Linear(6, 6),
+        one=norm(),
+        two=norm(),
+        three=norm(),
+    )
+    assert [row[1:3] for row in outcomes(model)] == [
+        ("forward", ("three",)),
+        ("forward", ("three",)),
+        ("backward", ("linear",)),
+    ]
+
+
+def test_a_chain_of_norms_without_linear_becomes_one_affine() -> None:
+    model = net(lambda m, x: torch.tanh(m.two(m.one(x))), one=norm(), two=norm())
+    result, report = fused(model, X)
+    assert [o.action for o in report] == ["forward", "kept"]
+    assert isinstance(result.one, Folded)
+    assert isinstance(result.two, Affine)
+
+
+# --- ties and several calls ----------------------------------------------------------------------------------------
+
+
+def test_a_norm_called_twice_folds_where_both_calls_go() -> None:
+    model = net(lambda m, x: m.a(m.norm(x)) + m.b(m.norm(x.sin())), norm=norm(), a=nn.Linear(6, 3), b=nn.Linear(6, 3))
+    assert outcomes(model) == [("norm", "forward", ("a", "b"), "")]
+
+
+def test_a_layer_called_repeatedly_folds_once() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + m.linear(m.norm(x))
+        return x
+
+    assert outcomes(net(forward, norm=norm(), linear=nn.Linear(6, 6))) == [("norm", "forward", ("linear",), "")]
+
+
+def test_tied_norms_stay_tied() -> None:
+    shared = norm()
+    model = net(lambda m, x: m.a(m.one(x)) + torch.tanh(m.two(x)), one=shared, two=shared, a=nn.Linear(6, 6))
+    result, report = fused(model, X)
+    assert len(report) == 1
+    assert result.one is result.two
+    assert isinstance(result.one, Affine)
+
+
+def test_a_norm_that_one_call_cannot_lose_is_kept() -> None:
+    model = net(lambda m, x: m.a(m.norm(x)) + torch.tanh(m.norm(x.sin())), norm=norm(), a=nn.Linear(6, 6))
+    assert reason(model).startswith("its output also feeds a tanh")
+
+
+def test_tied_weights_keep_the_norm() -> None:
+    model = net(
+        lambda m, ids: m.head(m.norm(m.embed(ids))),
+        embed=nn.Embedding(5, 6),
+        norm=norm(),
+        head=nn.Linear(6, 5, bias=False),
+    )
+    model.head.weight = model.embed.weight
+    assert "embed.weight is tied with head.weight" in reason(model, torch.tensor([[0, 1, 2, 4]]))
+
+
+def test_a_linear_that_also_works_on_something_else_keeps_the_norm() -> None:
+    model = net(lambda m, x: m.linear(m.norm(x)) + m.linear(x), norm=norm(), linear=nn.Linear(6, 6))
+    assert "linear is also used on another input by a linear" in reason(model)
+
+
+def test_a_weight_that_is_also_read_raw_keeps_the_norm() -> None:
+    model = net(lambda m, x: m.linear(m.norm(x)) * m.linear.weight.sum(), norm=norm(), linear=nn.Linear(6, 6))
+    assert "linear is also read raw by a sum" in reason(model)
+
+
+# --- reasons -------------------------------------------------------------------------------------------------------
+
+KEPT = {
+    "post-norm": (lambda m, x: m.linear(m.norm(x)) + m.norm(x), "its output also feeds an add (post-norm block)"),
+    "residual": (lambda m, x: m.norm(x) + x, "its output feeds an add"),
+    "sum": (lambda m, x: m.linear(m.norm(x).sum(1)), "its output feeds a sum"),
+    "activation": (lambda m, x: m.linear(F.gelu(m.norm(x))), "its output feeds a gelu"),
+    "output": (lambda m, x: m.norm(x.sin()), "its output is the model's output"),
+    "raw matmul": (lambda m, x: m.norm(x) @ m.linear.weight, "its output feeds a matmul"),
+    "tokens mixed": (lambda m, x: m.mix(m.norm(x).mT), "a Linear mixes another axis than its channels"),
+    "weight computed": (lambda m, x: F.linear(m.norm(x), m.linear.weight * 2), "computed in the forward"),
+    "bias computed": (
+        lambda m, x: F.linear(m.norm(x), m.linear.weight, torch.cat([m.linear.bias[:3], m.linear.bias[3:]])),
+        "the bias of linear is computed in the forward",
+    ),
+    "bias not read": (lambda m, x: F.linear(m.norm(x), m.linear.weight), "linear has no bias to take the shift"),
+    "in place": (lambda m, x: _late_read(m, x), "its input is changed in place before its output is read"),
+    "never called": (lambda m, x: m.linear(x), "it is not called on the example inputs"),
+    "norm of itself": (
+        lambda m, x: m.linear(m.norm(m.norm(x))),
+        "its output also feeds a norm that cannot take it over",
+    ),
+    "producer shared": (
+        lambda m, x: torch.tanh(m.norm(y := m.linear(x))) + y,
+        "the output of linear also feeds an add",
+    ),
+}
+
+
+def _late_read(m: Any, x: Tensor) -> Tensor:
+    x = x * 2
+    y = m.norm(x)
+    x.add_(1)
+    return m.linear(y) + x
+
+
+@pytest.mark.parametrize(("forward", "why"), KEPT.values(), ids=KEPT)
+def test_a_norm_is_kept_with_its_reason(forward: Any, why: str) -> None:
+    assert why in reason(net(forward, norm=norm(), linear=nn.Linear(6, 6), mix=nn.Linear(4, 4)))
+
+
+def test_a_padded_convolution_keeps_the_norm() -> None:
+    model = net(lambda m, x: m.conv(m.norm(x)), norm=norm(6, 1), conv=nn.Conv2d(6, 4, 3, padding=1))
+    assert reason(model, MAPS).startswith("it is followed by a padded convolution (conv)")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [parametrizations.weight_norm, lambda m: parametrizations.spectral_norm(m, n_power_iterations=1)],
+    ids=["weight_norm", "spectral_norm"],
+)
+def test_a_parametrized_weight_keeps_the_norm(wrap: Any) -> None:
+    model = net(lambda m, x: m.linear(m.norm(x)), norm=norm(), linear=wrap(nn.Linear(6, 6)))
+    assert "computed in the forward (parametrized?)" in reason(model)
+    assert parametrize.is_parametrized(fuse(model, X)[0].linear)
+
+
+def test_a_linear_that_ignores_its_bias_has_the_fold_rolled_back_alone() -> None:
+    class Biasless(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias if type(self) is nn.Linear else None)
+
+    model = net(
+        lambda m, x: m.b(m.two(torch.tanh(m.a(m.one(x))))),
+        one=norm(),
+        a=Biasless(6, 6, bias=False),
+        two=norm(),
+        b=nn.Linear(6, 6),
+    )
+    result, report = fused(model, X)
+    assert "the bias that this needs is not read by the forward" in report["one"].reason
+    assert report["two"].action == "forward"
+    assert result.a.bias is None
+
+
+def test_folds_that_would_overflow_half_precision_are_left_out() -> None:
+    model = net(lambda m, x: m.b(torch.tanh(m.a(m.norm(x)))), norm=norm(), a=nn.Linear(6, 6), b=nn.Linear(6, 2))
+    with torch.no_grad():
+        model.norm.weight.fill_(3e4)
+        model.a.weight.fill_(30)
+    _, report = fuse(model.half(), X.half())
+    assert "too large for its dtype" in report["norm"].reason
+
+
+def test_a_norm_whose_weight_is_read_raw_is_left_alone() -> None:
+    model = net(lambda m, x: m.linear(m.norm(x)) * m.norm.weight.sum(), norm=norm(), linear=nn.Linear(6, 6))
+    result, report = fused(model, X)
+    assert report["norm"].reason == "left as it is, norm.weight is read raw by a sum"
+    assert isinstance(result.norm, RepBN)
+
+
+# --- several examples, sizes ---------------------------------------------------------------------------------------
+
+
+def windows(m: Any, x: Tensor) -> Tensor:
+    y, size = m.norm(x), x.shape[1]
+    if size % 4:
+        y = F.pad(y, (0, 0, 0, 4 - size % 4))
+    return m.linear(y)
+
+
+def test_a_fold_must_hold_for_every_example() -> None:
+    model = net(windows, norm=norm(), linear=nn.Linear(6, 6))
+    assert outcomes(model, [tokens(2, 4, 6), tokens(3, 8, 6)])[0][1] == "forward"
+    assert reason(model, [tokens(2, 4, 6), tokens(2, 5, 6)]).startswith("its output also is padded")
+
+
+def test_the_report_names_the_shapes_that_it_holds_for() -> None:
+    _, report = fuse(net(windows, norm=norm(), linear=nn.Linear(6, 6)), [tokens(2, 4, 6), tokens(3, 8, 6)])
+    assert report.input_shapes == (((2, 4, 6),), ((3, 8, 6),))
+    assert "(2, 4, 6); (3, 8, 6)" in report.table()
+
+
+def test_fixed_size_takes_a_pad_by_0_as_none_and_refuses_other_sizes() -> None:
+    model = net(
+        lambda m, x: m.linear(F.pad(m.norm(x), (0, 0, 0, -x.shape[1] % 4))), norm=norm(), linear=nn.Linear(6, 6)
+    )
+    assert reason(model).startswith("its output is padded")
+    result, report = fused(model, X, fixed_size=True)
+    assert report["norm"].action == "forward"
+    assert_same_outputs(model, result, (tokens(7, 4, 6),))
+    with pytest.raises(ValueError, match="fused with fixed_size=True for inputs of size 4x6, got 5x6"):
+        result(tokens(2, 5, 6))
+
+
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+def simple(dtype: torch.dtype = torch.float64) -> nn.Module:
+    return ready(Net(lambda m, x: m.linear(m.norm(x)), norm=norm(), linear=nn.Linear(6, 3, bias=False)), dtype)
+
+
+def test_fuse_leaves_the_model_alone_and_fuse_edits_it() -> None:
+    model = simple()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result, _ = fuse(model, X)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        expected = model(X)
+        report = fuse_(model, X)
+        assert_close(model(X), expected, FUSED)
+    assert report.num_folded == 1
+    assert torch.equal(model.linear.weight, result.linear.weight)
+
+
+def test_a_second_fuse_changes_nothing() -> None:
+    model = net(
+        lambda m, x: m.b(m.two(m.a(m.one(x)) + m.one(x))), one=norm(), a=nn.Linear(6, 6), two=norm(), b=nn.Linear(6, 2)
+    )
+    first, report = fused(model, X)
+    second, again = fused(first, X)
+    assert [(o.name, o.action, o.reason) for o in again] == [(o.name, o.action, o.reason) for o in report if not o.into]
+    assert first.state_dict().keys() == second.state_dict().keys()
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+def test_a_model_that_is_all_folded_fuses_to_itself() -> None:
+    first, _ = fused(simple(), X)
+    _, report = fused(first, X)
+    assert len(report) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_dtype_mode_and_requires_grad_survive(dtype: torch.dtype) -> None:
+    model = simple(dtype).requires_grad_(False)
+    result, report = fuse(model, X.to(dtype))
+    assert report.num_folded == 1
+    assert {p.dtype for p in result.parameters()} == {dtype}
+    assert not any(p.requires_grad for p in result.parameters())
+    assert not any(module.training for module in result.modules())
+    assert_close(result(X.to(dtype)), model(X.to(dtype)), 40 * torch.finfo(dtype).eps)
+
+
+def test_hooks_survive_and_keep_what_they_look_at() -> None:
+    model, seen = simple(), []
+    model.norm.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    model.linear.register_forward_hook(lambda module, args, output: output * 2)
+    result, report = fused(model, X)
+    assert report["norm"].reason == "it has forward hooks, which see its output"
+    seen.clear()
+    model(X), result(X)
+    assert_close(seen[1], seen[0], FUSED)
+
+
+def test_hooks_on_neighbours_keep_what_they_look_at() -> None:
+    model = simple()
+    model.linear.register_forward_pre_hook(lambda module, args: None)
+    assert "linear has forward pre-hooks, which see its input" in reason(model)
+    model = net(lambda m, x: torch.tanh(m.norm(m.linear(x))), norm=norm(), linear=nn.Linear(6, 6))
+    model.linear.register_forward_hook(lambda module, args, output: None)
+    assert "linear has forward hooks, which see its output" in reason(model)
+
+
+def test_a_model_that_cannot_be_traced_still_loses_its_norms() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.linear(m.norm(x))
+        return y if y.sum().item() > 0 else -y
+
+    model = net(forward, norm=PRepBN(6), linear=nn.Linear(6, 6))
+    result, report = fused(model, X)
+    assert isinstance(result.norm, Affine)
+    assert report["norm"].reason.startswith("torch.export cannot trace the model (GuardOnDataDependentSymNode: ")
+    assert "y.sum().item() > 0" in report["norm"].reason
+
+
+def test_models_that_change_themselves_are_traced_on_a_twin() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.calls += 1
+        m.count += 1
+        m.last = x
+        return m.linear(m.norm(x))
+
+    model = net(forward, norm=norm(), linear=nn.Linear(6, 3))
+    model.calls, model.last = 0, None
+    model.register_buffer("count", torch.zeros(()))
+    fuse_(model, X)
+    assert (model.calls, model.last, model.count.item()) == (0, None, 0)
+
+
+def test_outputs_may_be_any_container() -> None:
+    class Output:
+        def __init__(self, logits: Tensor) -> None:
+            self.logits, self.rest = logits, {"hidden": [logits + 1]}
+
+    model = net(lambda m, x: Output(m.linear(m.norm(x))), norm=norm(), linear=nn.Linear(6, 3))
+    assert outcomes(model)[0][1] == "forward"
+
+
+def test_keyword_arguments_are_passed_to_every_trace() -> None:
+    model = net(
+        lambda m, x=None, scale=1.0, flip=False: m.linear(m.norm(x).flip(1) if flip else x * scale),
+        norm=norm(),
+        linear=nn.Linear(6, 3),
+    )
+    _, report = fused(model, (), {"x": X, "flip": True})
+    assert report["norm"].action == "forward"
+
+
+def test_no_grad_and_autocast_regions_are_seen_through() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            y = m.norm(x)
+        with torch.set_grad_enabled(False):
+            return m.linear(y)
+
+    assert outcomes(net(forward, norm=norm(), linear=nn.Linear(6, 3)))[0][1] == "forward"
+
+
+def test_the_report_is_a_table_and_plain_data() -> None:
+    model = net(lambda m, x: m.a(m.one(x)) + m.two(x), one=norm(), a=nn.Linear(6, 6), two=norm())
+    _, report = fused(model, X)
+    assert (report.num_folded, report.num_kept, len(report)) == (1, 1, 2)
+    assert str(report["one"]) == "one folded forward into a"
+    assert str(report["two"]).startswith("two kept as Affine: its output feeds an add")
+    assert report.table().splitlines()[0] == "one  forward   a"
+    data = report.to_dict()
+    assert data["norms"][0] == {"name": "one", "action": "forward", "into": ["a"], "reason": ""}
+    assert (data["num_folded"], data["input_shapes"]) == (1, [[[2, 4, 6]]])

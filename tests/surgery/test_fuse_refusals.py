@@ -1,0 +1,155 @@
+"""What fuse refuses, in words, before anything changes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fusing import net, norm, tokens
+from slabformer.nn import PRepBN
+from slabformer.surgery.fuse import fuse, fuse_
+
+X = tokens(2, 4, 6)
+
+
+def simple(**children: nn.Module) -> nn.Module:
+    return net(lambda m, x: m.linear(m.norm(x)), **{"norm": norm(), "linear": nn.Linear(6, 3), **children})
+
+
+def with_gamma(value: float) -> nn.Module:
+    model = simple(norm=PRepBN(6))
+    model.norm.set_gamma(value)
+    return model
+
+
+def with_mode_of_child() -> nn.Module:
+    model = simple()
+    model.linear.train()
+    return model
+
+
+def compiled_child() -> nn.Module:
+    model = simple()
+    model.linear = torch.compile(model.linear, backend="eager")
+    return model
+
+
+def compiled_in_place() -> nn.Module:
+    model = simple()
+    model.compile(backend="eager")
+    return model
+
+
+def with_int8_weight() -> nn.Module:
+    model = simple()
+    model.linear.weight = nn.Parameter(torch.ones(3, 6, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def with_lazy_weight() -> nn.Module:
+    model = simple()
+    model.linear = nn.LazyLinear(3).eval()
+    return model
+
+
+def with_subclass() -> nn.Module:
+    class Sharded(torch.Tensor):
+        pass
+
+    model = simple()
+    model.linear.weight = nn.Parameter(torch.randn(3, 6).as_subclass(Sharded))
+    return model
+
+
+MODELS = {
+    "train mode": (
+        lambda: simple().train(),
+        "fuse needs eval mode, got a model in train mode; call model.eval() first",
+    ),
+    "mixed modes": (with_mode_of_child, "fuse needs eval mode, but linear is in train mode"),
+    "fading": (
+        lambda: with_gamma(0.25),
+        "norm still holds its norm (gamma is 0.25); finish the schedule, or pass allow_gamma",
+    ),
+    "fresh": (lambda: with_gamma(1.0), "norm still holds its norm (gamma is 1)"),
+    "no norms": (lambda: simple(norm=nn.LayerNorm(6)), "no RepBN, PRepBN, BatchNorm or Affine to fuse in Net"),
+    "norm alone": (lambda: norm().eval(), "the model itself is a RepBN; wrap it"),
+    "DataParallel": (lambda: nn.DataParallel(simple()).eval(), "wrapped in DataParallel; pass model.module"),
+    "compiled": (lambda: torch.compile(simple(), backend="eager"), "it is compiled; pass model._orig_mod"),
+    "compiled child": (compiled_child, "fuse cannot edit linear: it is compiled"),
+    "meta": (lambda: simple().to("meta"), "is on the meta device and has no values; load the weights first"),
+    "lazy": (with_lazy_weight, "linear.weight has no shape yet; run the model once first"),
+    "int8": (with_int8_weight, "linear.weight is quantised (torch.int8); fuse first, quantise afterwards"),
+    "subclass": (with_subclass, "linear.weight is a Sharded; fuse needs plain tensors"),
+    "wrong width": (
+        lambda: simple(linear=nn.Linear(5, 3)),
+        "the model does not run on the example inputs: RuntimeError",
+    ),
+    "uncopyable": (
+        lambda: simple(linear=Uncopyable(6, 3)),
+        "cannot be copied, which fuse needs: TypeError: one of a kind",
+    ),
+}
+
+
+class Uncopyable(nn.Linear):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Uncopyable":
+        raise TypeError("one of a kind")
+
+
+@pytest.mark.parametrize("call", [fuse, fuse_], ids=["fuse", "fuse_"])
+@pytest.mark.parametrize(("build", "message"), MODELS.values(), ids=MODELS)
+def test_fuse_refuses_the_model(build: Any, message: str, call: Any) -> None:
+    model = build()
+    modules = list(model.named_modules())
+    with pytest.raises(ValueError) as caught:
+        call(model, X)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(model.named_modules()) == modules
+
+
+def test_fuse_copies_what_was_compiled_in_place_and_fuse_in_place_refuses_it() -> None:
+    model = compiled_in_place()
+    with pytest.raises(ValueError, match="is compiled in place; use fuse"):
+        fuse_(model, X)
+    assert fuse(model, X)[1].num_folded == 1
+
+
+def test_allow_gamma_fuses_what_runs_in_eval_mode() -> None:
+    model = with_gamma(0.25)
+    result, report = fuse(model, X, allow_gamma=True)
+    assert report.num_folded == 1
+    assert torch.allclose(result(X), model(X), rtol=1e-9, atol=1e-9)
+
+
+EXAMPLES = {
+    "array": ([[1.0]], "got list"),
+    "dict": ({"x": X}, "got dict; pass a dict as example_kwargs"),
+    "None": (None, "got NoneType"),
+    "number": (3, "got int"),
+}
+
+
+@pytest.mark.parametrize(("example", "message"), EXAMPLES.values(), ids=EXAMPLES)
+def test_fuse_refuses_example_inputs_of_the_wrong_kind(example: Any, message: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        fuse(simple(), example)
+    assert message in str(caught.value)
+
+
+def test_fuse_refuses_example_kwargs_that_are_no_dict() -> None:
+    with pytest.raises(TypeError, match="example_kwargs must be a dict"):
+        fuse(simple(), X, [X])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("example", [[], ()], ids=["list", "tuple"])
+def test_fuse_refuses_to_guess_inputs(example: Any) -> None:
+    with pytest.raises(ValueError, match="fuse needs"):
+        fuse(simple(), example)
+
+
+def test_fuse_refuses_what_is_no_module() -> None:
+    with pytest.raises(TypeError, match="needs an nn.Module, got function"):
+        fuse(lambda x: x, X)  # type: ignore[arg-type]
