@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
+import torch.distributed as dist
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from slabformer.tasks.classification.config import TrainConfig
@@ -54,7 +56,17 @@ def run(config: Namespace) -> None:
     try:
         result = train(to_train_config(config), observers=[ConsoleObserver()])
     except StoppedError as stopped:
-        sys.stderr.write(f"slab: {stopped}\n")
+        _write(sys.stderr, f"slab: {stopped}\n")
         raise SystemExit(stopped.exit_code) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-    sys.stdout.write(f"{'already finished' if result.already_finished else 'finished'}: {result.output}  {figures}\n")
+    verdict = "already finished" if result.already_finished else "finished"
+    _write(sys.stdout, f"{verdict}: {result.output}  {figures}\n")
+
+
+def _write(stream: TextIO, line: str) -> None:
+    """Write ``line`` once, however many processes train."""
+    if os.environ.get("RANK", "0") == "0":
+        stream.write(line)

@@ -73,7 +73,7 @@ def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Seq
                 stack.callback(observer.on_end)
         run.accelerator.wait_for_everyone()
         checkpoint = trainer.resume()
-        if checkpoint is not None:
+        if checkpoint is not None and run.accelerator.is_main_process:
             logger.info("going on from %s", checkpoint)
         stack.enter_context(trainer.signals)
         trainer.fit()

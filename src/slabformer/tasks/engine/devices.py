@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +23,18 @@ def create_accelerator(precision: str = "fp32", device: str = "auto") -> Acceler
         device: "auto" takes the accelerator where there is one; "cpu" does not.
 
     Raises:
-        ValueError: If the device cannot compute in ``precision``.
+        ValueError: If the device cannot compute in ``precision``, or not in several processes.
         ImportError: If accelerate is missing; names the extra that brings it.
     """
     accelerate = require("accelerate", extra="train")
     # accelerate keeps its first settings for the life of the process; a second run may want others
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = accelerate.Accelerator(mixed_precision=PRECISIONS[precision], cpu=device == "cpu")
+    # without cpu=True accelerate does not see torchrun's other processes on a machine that has nothing else
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    accelerator = accelerate.Accelerator(mixed_precision=PRECISIONS[precision], cpu=cpu)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(f"{launched} processes were launched, {accelerator.device.type} takes 1; use --device cpu")
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision 'fp16' needs an accelerator; use 'bf16' or 'fp32' on a CPU")
     return accelerator
