@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -109,26 +110,26 @@ def test_large_mean_costs_no_more_digits_than_in_batchnorm(mean: float, std: flo
 
 
 @pytest.mark.parametrize(
-    ("x", "channel_dim"),
+    ("layout", "channel_dim"),
     [
-        (torch.randn(5, C, 2).transpose(1, 2), -1),
-        (torch.randn(4, 10, 2 * C)[:, ::2, ::2], -1),
-        (torch.randn(2, C, 4, 3).to(memory_format=torch.channels_last), 1),
-        (torch.randn(2, 1, C).expand(2, 7, C), -1),
+        (lambda: torch.randn(5, C, 2, dtype=torch.float64).transpose(1, 2), -1),
+        (lambda: torch.randn(4, 10, 2 * C, dtype=torch.float64)[:, ::2, ::2], -1),
+        (lambda: torch.randn(2, C, 4, 3, dtype=torch.float64).to(memory_format=torch.channels_last), 1),
+        (lambda: torch.randn(2, 1, C, dtype=torch.float64).expand(2, 7, C), -1),
     ],
     ids=["transposed", "strided", "channels_last", "expanded"],
 )
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_memory_layout_changes_nothing(x: Tensor, channel_dim: int, training: bool) -> None:
-    outputs = []
-    for layout in (x, x.clone(memory_format=torch.contiguous_format)):
-        norm = trained(channel_dim, torch.float32).train(training)
-        layout = layout.detach().requires_grad_()
-        y = norm(layout)
+def test_memory_layout_changes_nothing(layout: Callable[[], Tensor], channel_dim: int, training: bool) -> None:
+    outputs, x = [], layout()
+    for tokens in (x, x.clone(memory_format=torch.contiguous_format)):
+        norm = trained(channel_dim).train(training)
+        tokens = tokens.detach().requires_grad_()
+        y = norm(tokens)
         y.square().sum().backward()
-        outputs.append([y, layout.grad, norm.weight.grad, norm.running_var])
+        outputs.append([y, tokens.grad, norm.weight.grad, norm.running_var])
     for ours, theirs in zip(*outputs, strict=True):
-        assert_close(ours, theirs, FLOAT32)
+        assert_close(ours, theirs, ALGEBRA)
 
 
 def test_channels_last_maps_stay_channels_last() -> None:
@@ -226,7 +227,7 @@ def test_all_true_mask_is_no_mask() -> None:
         (lambda: PRepBN(C).fuse(), "still holds its norm"),
     ],
 )
-def test_misuse_is_refused(call: object, message: str) -> None:
+def test_misuse_is_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -264,7 +265,7 @@ def test_warm_statistics_average_first_then_follow_momentum() -> None:
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_copies_compute_the_same_and_share_nothing(copier: object) -> None:
+def test_copies_compute_the_same_and_share_nothing(copier: Callable[[PRepBN], PRepBN]) -> None:
     norm = PRepBN(C)
     norm.set_gamma(0.4)
     norm.rep.token_mask = MASK

@@ -37,7 +37,8 @@ def test_sums_of_half_precision_do_not_overflow() -> None:
 
 def test_small_variance_survives_a_large_mean() -> None:
     x = 1e4 + 0.1 * torch.randn(16, 197, 3)
-    assert_close(batch_moments(x).var, flat(x)[1], FLOAT32)
+    # float32 places the mean to 5e-4, and its square over the variance is what is lost
+    assert_close(batch_moments(x).var, flat(x)[1], 1e-4)
 
 
 def test_masked_moments_are_those_of_the_valid_tokens() -> None:
