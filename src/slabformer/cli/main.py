@@ -123,6 +123,8 @@ def _log_to_stderr() -> None:
     """The library's log: its messages as they are, warnings marked as such; other libraries' warnings only."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("slabformer").setLevel(logging.INFO)
+    # compiling on a machine without a GPU warns that there is none
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _one_line(error: BaseException) -> str:

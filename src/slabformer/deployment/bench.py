@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -189,8 +188,8 @@ def _over(turns: Turns, other: Variant, variant: Variant, mode: Mode) -> float |
 
 
 def _mebibytes(call: Callable[[], object], device: torch.device) -> float | None:
-    peaks = [peak for peak in (memory_of(call, device) for _ in range(3)) if peak is not None]
-    return median(peaks) / MEBIBYTE if peaks else None
+    peaks = [peak for peak in (memory_of(call, device) for _ in range(5)) if peak is not None]
+    return min(peaks) / MEBIBYTE if peaks else None
 
 
 def _cut(inputs: Inputs, batch_size: int) -> Inputs:

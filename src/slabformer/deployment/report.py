@@ -27,7 +27,8 @@ class Measurement:
     Attributes:
         p50_ms: Median latency of a batch; ``p90_ms`` the latency that nine of ten calls stay under.
         images_per_second: Batch size over the median latency.
-        memory_mib: Most memory that one forward took beyond what was held before it; None where it cannot be measured.
+        memory_mib: Most memory that one forward took beyond what was held before it, the least of five; on a CPU with
+            what the allocator keeps aside, so that a tenth more or less means nothing. None where it is not measured.
         macs: Multiply-adds of one image in matrix products, convolutions and attention.
         over_twin: Speed over the LayerNorm twin's in the same mode: median over rounds of the two times' ratio.
         over_given: The same over the model as given.
