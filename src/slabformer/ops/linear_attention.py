@@ -25,8 +25,8 @@ def linear_attention(
 
     Heads before tokens, as in ``F.scaled_dot_product_attention``, in whatever strides: the pass that applies the ReLU
     also brings queries and keys into the order that batched products read, so a transpose on the way in costs nothing.
-    Sums over tokens are scaled by ``1/M``, and ``eps`` with them, so half precision neither overflows nor needs
-    autocast switched off; the normaliser is summed in float32 (float64 for float64).
+    Sums over tokens are scaled, and ``eps`` with them, so half precision neither overflows nor needs autocast switched
+    off; the normaliser is float32 (float64 for float64).
 
     Args:
         q: Queries before the ReLU, ``(B, num_heads, N, D)``.
@@ -62,15 +62,17 @@ def cheaper_order(q: Tensor, v: Tensor) -> Order:
 
 
 def _linear(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    num_keys = k.shape[2]
-    # half before the product and half after it: k / M alone would be subnormal in float16, k alone would overflow
-    scale = num_keys**-0.5
-    dtype = accumulation_dtype(q.dtype)
-    q, k, v = q.contiguous(), (k * scale).contiguous(), v.contiguous()
-    kv = (k.transpose(2, 3) @ v) * scale  # (B, num_heads, D, E)
-    k_mean = k.sum(2, keepdim=True, dtype=dtype) * scale
-    normaliser = (q * k_mean).sum(3, keepdim=True, dtype=dtype) + eps / num_keys  # (B, num_heads, N, 1)
-    return ((q @ kv) / normaliser).to(q.dtype)
+    # sums over tokens grow with M, or with its root where signs cancel: scaled by the root, float16 holds either
+    scale = k.shape[2] ** -0.5
+    dtype, wide = q.dtype, accumulation_dtype(q.dtype)
+    k, v = (k * scale).contiguous(), v.contiguous()
+    kv = k.transpose(2, 3) @ v  # (B, num_heads, D, E)
+    normaliser = (q * k.sum(2, keepdim=True, dtype=wide)).sum(3, keepdim=True, dtype=wide) + eps * scale
+    # dividing before the product keeps it within the range of v
+    q = q / normaliser
+    if kv.dtype == torch.float16:  # keys that are all 0 leave a normaliser of eps, and infinity times 0
+        q = q.clamp(max=torch.finfo(torch.float16).max)
+    return (q.to(kv.dtype).contiguous() @ kv).to(dtype)
 
 
 def _quadratic(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
