@@ -106,9 +106,11 @@ def test_files_hold_the_figures_and_where_they_were_taken(report: BenchReport, t
 
 @pytest.mark.slow
 def test_compiled_forms_are_held_against_eager_and_against_each_other() -> None:
-    report = compare(trained_looking(), images(), batch_sizes=(2,), seconds=0.3, threads=1)
-    assert [(row.mode, row.variant) for row in report] == [
-        (mode, variant) for mode in ("eager", "compiled") for variant in ("as given", "fused", "ceiling")
+    report = compare(trained_looking(), images(), batch_sizes=(1, 2), compiled=(2,), seconds=0.3, threads=1)
+    assert [(row.batch_size, row.mode, row.variant) for row in report] == [
+        (batch_size, mode, variant)
+        for batch_size, mode in ((1, "eager"), (2, "eager"), (2, "compiled"))
+        for variant in ("as given", "fused", "ceiling")
     ]
     given = report.find("as given", "compiled", 2)
     assert given is not None

@@ -13,7 +13,7 @@ median over rounds of the ratio of two times from the same round.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -51,7 +51,7 @@ def compare(
     twin: nn.Module | None = None,
     batch_sizes: Sequence[int] = (1, 8),
     threads: int | None = None,
-    compiled: bool = True,
+    compiled: bool | Collection[int] = True,
     seconds: float = 10.0,
     name: str = "model",
     progress: Callable[[str], None] = logger.debug,
@@ -65,7 +65,8 @@ def compare(
         twin: The model that it replaces, taking the same inputs; None leaves its column out.
         batch_sizes: Each measured by itself.
         threads: torch's threads on a CPU; None leaves them.
-        compiled: Also measure under ``torch.compile``; left out with a note where there is no compiler.
+        compiled: Also measure under ``torch.compile``, at all batch sizes or those given: each variant takes seconds to
+            compile, the first more. Left out with a note where there is no compiler.
         seconds: Length of the measurement for each batch size, after compiling.
         name: Of the model, in the report.
         progress: Told what is being done.
@@ -81,6 +82,7 @@ def compare(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     device = inputs[0].device
     notes: list[str] = []
+    to_compile = set(batch_sizes if compiled is True else compiled or ())
     with num_threads(threads), torch.no_grad():
         machine = Machine.here(device)
         progress("fusing and verifying")
@@ -88,8 +90,9 @@ def compare(
         measurements: list[Measurement] = []
         for batch_size in batch_sizes:
             batch = _cut(inputs, batch_size)
-            candidates = _candidates(variants, batch, compiled, notes, progress)
-            compiled = any(mode == "compiled" for _, mode in candidates)
+            candidates = _candidates(variants, batch, batch_size in to_compile, notes, progress)
+            if batch_size in to_compile and all(mode == "eager" for _, mode in candidates):
+                to_compile.clear()
             progress(f"timing {len(candidates)} variants at batch {batch_size}")
             measurements += _measure(candidates, variants, batch, seconds, device)
         return BenchReport(
@@ -118,7 +121,7 @@ def _variants(
         _check_twin(model, twin, inputs)
         variants["LayerNorm twin"] = twin.eval()
     try:
-        variants["ceiling"] = ceiling_of(fused or model)
+        variants["ceiling"] = ceiling_of(model if fused is None else fused)
     except ValueError as error:
         notes.append(str(error))
     return variants, equality

@@ -142,6 +142,7 @@ def speed_bars(report: BenchReport) -> Figure:
 
 def _speed_panel(axes: Axes, report: BenchReport, mode: Mode, batch_size: int) -> None:
     rows = [row for variant in VARIANT_COLOURS if (row := report.find(variant, mode, batch_size))]
+    axes.set_visible(bool(rows))
     for index, row in enumerate(rows):
         hatch, edge = ("///", GREY) if row.variant == "ceiling" else (None, VARIANT_COLOURS[row.variant])
         axes.bar(index, row.images_per_second, 0.72, color=VARIANT_COLOURS[row.variant], hatch=hatch, edgecolor=edge)
