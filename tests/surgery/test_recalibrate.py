@@ -187,10 +187,20 @@ def recalibrate_rank(rank: int, num_ranks: int, parts: list[list[int]]) -> dict[
     return statistics(model)
 
 
-@pytest.mark.parametrize("parts", [[[0], [1, 2, 3]], [[0, 1, 2, 3], []]], ids=["unequal", "one_has_none"])
-def test_ranks_with_unequal_shares_agree_with_one_process(tmp_path: Path, parts: list[list[int]]) -> None:
-    model = Net()
-    recalibrate_(model, data().split(3))
+@pytest.mark.parametrize(
+    ("parts", "as_one"),
+    [
+        ([[0, 1], [2, 3]], [[0, 2], [1, 3]]),
+        ([[0], [1, 2, 3]], [[0, 1], [2], [3]]),
+        ([[0, 1, 2, 3], []], [[0], [1], [2], [3]]),
+    ],
+    ids=["equal", "unequal", "one_has_none"],
+)
+def test_ranks_agree_with_one_process_that_sees_their_batches_together(
+    tmp_path: Path, parts: list[list[int]], as_one: list[list[int]]
+) -> None:
+    model, batches = Net(), data().split(3)
+    recalibrate_(model, [torch.cat([batches[index] for index in together]) for together in as_one])
     for rank in run_ranks(recalibrate_rank, tmp_path, parts):
         for name, value in rank.items():
             assert_close(value, statistics(model)[name], ALGEBRA)

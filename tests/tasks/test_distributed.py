@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from slabformer.tasks.classification.augment import AugmentConfig
-from slabformer.tasks.classification.config import ModelConfig, OptimizerConfig, RecalibrateConfig, TrainConfig
+from slabformer.tasks.classification.config import ModelConfig, OptimizerConfig, TrainConfig
 from slabformer.tasks.classification.result import read_history
 from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.observers import Observer
@@ -24,16 +24,12 @@ WEIGHT_SCALE = 0.02
 
 
 def undisturbed(output: Path, batch_size: int, **changes: object) -> TrainConfig:
-    """Without mixup and drop path, which draw by rank; SGD, since Adam turns rounding of tiny gradients into steps.
-
-    The statistics are those of training: recalibration normalises by the batches of each rank.
-    """
+    """Without mixup and drop path, which draw by rank; SGD, since Adam turns rounding of tiny gradients into steps."""
     return tiny_config(
         output,
         model=ModelConfig(name="slab_deit_micro", args=TINY_MODEL),
         augment=AugmentConfig(scale=(0.5, 1.0), mixup=0.0, cutmix=0.0),
         optimizer=OptimizerConfig(name="sgd", lr=0.05, lr_base_batch=None),
-        recalibrate=RecalibrateConfig(enabled=False),
         batch_size=batch_size,
         **changes,
     )

@@ -91,7 +91,7 @@ class RepBN(nn.Module):
             weight, bias, eta = weight * share, bias * share, eta * share
         if self.training or self.accumulator is not None:
             moments = self.observe(tokens, tokens_last=True)
-            shared = self.sync is not None and self.sync.active
+            shared = self._shares_batch()
             group = self.sync.group if self.sync is not None else None
             y = rep_norm(tokens, weight, bias, eta, moments, self.eps, self.token_mask, shared, group)
         else:
@@ -110,10 +110,11 @@ class RepBN(nn.Module):
             moments = batch_moments(tokens, self.token_mask, dtype)
             if self.accumulator is not None:
                 self.accumulator.add(moments)
+            if self._shares_batch() and self.sync is not None:
+                moments = share_moments(moments, self.sync.group)
+            if self.accumulator is not None:
                 dtype = accumulation_dtype(tokens.dtype)
                 return Moments(*(t.to(dtype) for t in (moments.count, moments.mean, moments.var)))
-            if self.sync is not None and self.sync.active:
-                moments = share_moments(moments, self.sync.group)
             self._check_recomputation()
             update_running_(
                 self.running_mean,
@@ -124,6 +125,11 @@ class RepBN(nn.Module):
                 average_first=self.warm_statistics,
             )
         return moments
+
+    def _shares_batch(self) -> bool:
+        """Whether the batch is that of all ranks together; while recalibrating, one may have run out of data."""
+        together = self.accumulator is None or self.accumulator.normalise_together
+        return together and self.sync is not None and self.sync.active
 
     def _check_recomputation(self) -> None:
         """Refuse another token mask in the recomputation by activation checkpointing than in its forward."""

@@ -141,6 +141,8 @@ class MomentsAccumulator:
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.mean = torch.zeros(num_channels, dtype=torch.float64, device=device)
         self.squares = torch.zeros(num_channels, dtype=torch.float64, device=device)
+        #: whether every rank has a batch at this moment, so that all normalise by what they hold together
+        self.normalise_together = False
 
     def add(self, moments: Moments) -> None:
         """Merge the moments of one more batch; nothing is read back to the host."""

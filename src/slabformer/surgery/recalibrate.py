@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from slabformer.nn.controls import repbn_modules
 from slabformer.nn.norm import RepBN
 from slabformer.ops.moments import Moments, MomentsAccumulator
 from slabformer.surgery.batches import NO_BATCH, eval_mode, run_batches
+
+_END = object()
 
 
 def recalibrate_(
@@ -48,12 +52,31 @@ def recalibrate_(
         norm.accumulator = MomentsAccumulator(norm.running_mean.numel(), norm.running_mean.device)
     try:
         with eval_mode(model):
-            count = run_batches(model, batches, num_batches, forward)
+            count = run_batches(model, _in_step(batches, list(norms.values())), num_batches, forward)
         _write_statistics(norms)
     finally:
         for norm in norms.values():
             norm.accumulator = None
     return count
+
+
+def _in_step(batches: Iterable[Any], norms: list[RepBN]) -> Iterator[Any]:
+    """``batches``, with norms told whether all ranks have one: then they normalise by the statistics of all of them.
+
+    Ranks may bring different numbers: once one has run out, the others go on with their own statistics.
+    """
+    sync = norms[0].sync
+    together = sync is not None and sync.active
+    for batch in itertools.chain(batches, [_END]):
+        if together and sync is not None:
+            here = torch.tensor(batch is not _END, dtype=torch.int32, device=norms[0].running_mean.device)
+            dist.all_reduce(here, op=dist.ReduceOp.MIN, group=sync.group)
+            together = bool(here)
+        for norm in norms:
+            assert norm.accumulator is not None
+            norm.accumulator.normalise_together = together
+        if batch is not _END:
+            yield batch
 
 
 @torch.no_grad()

@@ -18,8 +18,11 @@ def replaced(path: Path) -> Iterator[Path]:
     the old file or the new one.
     """
     temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(mode)  # some writers put a file of their own there that nobody else may read
         sync_file(temporary)
         os.replace(temporary, path)  # noqa: PTH105 - the one call that is atomic on every platform
     except BaseException:
