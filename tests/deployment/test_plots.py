@@ -68,7 +68,7 @@ def test_speed_bars_carry_figures_machine_versions_and_command(report: BenchRepo
 
 def test_speed_bars_have_a_panel_for_each_mode_and_batch_size(report: BenchReport) -> None:
     figure = speed_bars(report)
-    assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == [
+    assert [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()] == [
         "eager, batch 1",
         "compiled, batch 1",
         "eager, batch 8",
@@ -78,7 +78,7 @@ def test_speed_bars_have_a_panel_for_each_mode_and_batch_size(report: BenchRepor
 
 def test_speed_bars_leave_out_what_was_not_measured(report: BenchReport) -> None:
     fewer = replace(report, measurements=[row for row in report if (row.mode, row.batch_size) != ("compiled", 1)])
-    titles = [axes.get_title() for axes in speed_bars(fewer).axes if axes.get_visible()]
+    titles = [axes.get_title(loc="left") for axes in speed_bars(fewer).axes if axes.get_visible()]
     assert "compiled, batch 1" not in titles
     assert len(titles) == 3
 
