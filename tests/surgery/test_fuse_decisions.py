@@ -302,7 +302,7 @@ def test_a_linear_that_ignores_its_bias_has_the_fold_rolled_back_alone() -> None
         b=nn.Linear(6, 6),
     )
     result, report = fused(model, X)
-    assert "the bias that this needs is not read by the forward" in report["one"].reason
+    assert "the forward does not take the bias that this needs" in report["one"].reason
     assert report["two"].action == "forward"
     assert result.a.bias is None
 

@@ -21,7 +21,6 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "its parameters are sharded; load a full state dict into a plain model first",
     "FSDPModule": "its parameters are sharded; load a full state dict into a plain model first",
     "ScriptModule": "it is scripted; pass the Python module it was made from",
-    "GraphModule": "it is a traced graph; pass the module it was traced from",
 }
 
 

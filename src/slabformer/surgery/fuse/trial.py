@@ -107,8 +107,6 @@ def _why(edit: Edit) -> str:
     names = ", ".join(target.name for target in edit.targets)
     unread = any(target.new_bias for target in edit.targets)
     hint = (
-        "the bias that this needs is not read by the forward"
-        if unread
-        else "too large for its dtype, or read elsewhere"
+        "the forward does not take the bias that this needs" if unread else "too large for its dtype, or read elsewhere"
     )
     return f"folding it {edit.action} into {names} changes the output: {hint}"
