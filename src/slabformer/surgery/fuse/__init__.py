@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from slabformer.surgery.fuse.check import check_examples, check_model, check_not_compiled, shapes_of
-from slabformer.surgery.fuse.decide import Plan, decide
+from slabformer.surgery.fuse.decide import decide
 from slabformer.surgery.fuse.files import load_fused, save_fused
 from slabformer.surgery.fuse.fold import commit
 from slabformer.surgery.fuse.graph import trace, why_untraceable
 from slabformer.surgery.fuse.norms import Norm
+from slabformer.surgery.fuse.plan import Plan
 from slabformer.surgery.fuse.report import FuseReport, NormOutcome
 from slabformer.surgery.fuse.size import fix_size_, sizes_of
 from slabformer.surgery.fuse.trial import Trial

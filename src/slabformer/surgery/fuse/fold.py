@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from slabformer.nn.affine import Affine, Folded
 from slabformer.ops.affine import compose, fold_into_next, fold_into_previous, spread
 from slabformer.surgery.convert import switch_off_fast_paths
-from slabformer.surgery.fuse.decide import Edit, Target
 from slabformer.surgery.fuse.norms import Norm, ScaleShift, find_norms
+from slabformer.surgery.fuse.plan import Edit, Target
 
 #: attribute of a module that names the biases it got by folding; a plain tuple survives copies, moves and pickling
 NEW_BIASES = "slabformer_new_biases"

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from slabformer.surgery.fuse.decide import Edit, Plan
 from slabformer.surgery.fuse.fold import Solution, commit, solve
 from slabformer.surgery.fuse.norms import Norm
+from slabformer.surgery.fuse.plan import Edit, Plan
 from slabformer.surgery.fuse.twin import Example, deployed_twin, first_line, run
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,64 @@
+"""What a decision consists of: edits, their targets, and reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from slabformer.surgery.fuse.report import Action
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one neighbour takes over.
+
+    Attributes:
+        name: Of the neighbour, for the report.
+        index: Channel of the norm that each channel of the neighbour belongs to, -1 for none.
+        weight: Name of its weight; empty if the neighbour is a norm.
+        bias: Name of its bias.
+        new_bias: Whether that bias must be created.
+        groups: Of a Conv.
+        transposed: Whether the weight is ``(in, out)``.
+        norm: Index of the norm that takes it over instead, or None.
+    """
+
+    name: str
+    index: Tensor
+    weight: str = ""
+    bias: str = ""
+    new_bias: bool = False
+    groups: int = 1
+    transposed: bool = False
+    norm: int | None = None
+
+    def agrees(self, other: Target) -> bool:
+        """Whether both are one and the same change."""
+        mine, others = ((t.bias, t.groups, t.transposed) for t in (self, other))
+        return mine == others and torch.equal(self.index, other.index)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One norm's way into its neighbours."""
+
+    norm: int
+    action: Action
+    targets: tuple[Target, ...]
+
+
+@dataclass
+class Plan:
+    """What is to be done.
+
+    Attributes:
+        edits: In the order in which they must be made.
+        reasons: Why each other norm is kept.
+        untouchable: Norms that cannot even become an Affine.
+    """
+
+    edits: list[Edit] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+    untouchable: set[int] = field(default_factory=set)
