@@ -159,8 +159,7 @@ def test_norms_may_be_constructors_and_unknown_names_are_refused():
 
 @pytest.mark.parametrize("name", [*TINIES, "deit_micro"])
 def test_epsilons_are_the_published_ones(name):
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = timm.create_model(name, depth=1)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             assert module.eps == 1e-6

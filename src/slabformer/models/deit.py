@@ -36,7 +36,7 @@ class DeiT(VisionTransformer):
         """Load a published file, fitted to this model's head, input channels and image size; timm calls this."""
         state = read_published(checkpoint_path)
         fit_head(state, self.head)
-        fit_stem(state, self.in_chans)
+        fit_stem(state, self.patch_embed.proj.in_channels)
         fit_tables(state, (14, 14), self.patch_embed.grid_size, self.num_prefix_tokens)
         load_published(self, state)
 
