@@ -112,7 +112,7 @@ def test_files_stay_short(path: Path) -> None:
         ("models", "from slabformer import surgery", {"surgery"}),
         ("surgery", "import slabformer as sf", {"__init__"}),
         ("tasks", "from slabformer.deployment import bench", {"deployment"}),
-        ("surgery", "from slabformer.nn.norm import RepBN", set()),
+        ("surgery", "from slabformer.nn.repbn import RepBN", set()),
         ("tasks", "from slabformer import fuse", set()),
     ],
     ids=["ops-nn", "inside-function", "room-from-root", "root", "tasks-deployment", "down", "public-name"],

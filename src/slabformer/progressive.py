@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from slabformer.nn.controls import prepbn_modules
-from slabformer.nn.norm import Phase
+from slabformer.nn.prepbn import Phase
 
 Shape = Literal["linear", "cosine"]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slabformer.nn.affine import Affine
-from slabformer.nn.norm import RepBN
+from slabformer.nn.repbn import RepBN
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from torch import nn
 
 from slabformer.deployment.measure import count_macs
 from slabformer.deployment.variants import Compiled, ProjectionsOnly, ceiling_of, twin_name
+from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Folded
-from slabformer.nn.norm import PRepBN, RepBN
 from small_models import images, trained_looking
 
 

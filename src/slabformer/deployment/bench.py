@@ -33,7 +33,7 @@ from slabformer.deployment.measure import (
 )
 from slabformer.deployment.report import BenchReport, Measurement, Mode, Variant
 from slabformer.deployment.variants import Compiled, ceiling_of
-from slabformer.nn.norm import PRepBN, RepBN
+from slabformer.nn import PRepBN, RepBN
 from slabformer.surgery.fuse import fuse
 from slabformer.surgery.verify import VerifyResult, verify
 

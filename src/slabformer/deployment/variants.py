@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._extras import require
+from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
-from slabformer.nn.norm import PRepBN, RepBN
 from slabformer.surgery.convert import recognise
 
 #: what timm appends to the names of the models that ours replace

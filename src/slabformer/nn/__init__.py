@@ -2,6 +2,7 @@
 
 from slabformer.nn.affine import Affine, Folded
 from slabformer.nn.attention import SimplifiedLinearAttention
-from slabformer.nn.norm import PRepBN, RepBN
+from slabformer.nn.prepbn import PRepBN
+from slabformer.nn.repbn import RepBN
 
 __all__ = ["Affine", "Folded", "PRepBN", "RepBN", "SimplifiedLinearAttention"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer.nn.attention import LinearAttentionCore, refuse_attn_drop, shared_depthwise
-from slabformer.nn.norm import PRepBN
+from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.resample import Grid, resize_tokens_1d, resolve_grid, window_merge, window_partition
 from slabformer.ops.depthwise import depthwise_tokens
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from slabformer.nn.norm import PRepBN, RepBN
+from slabformer.nn.prepbn import PRepBN
+from slabformer.nn.repbn import RepBN
 from slabformer.nn.sync import StatisticsSync
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
-from slabformer.nn.norm import PRepBN, RepBN
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer.nn.controls import blended, prepbn_modules
-from slabformer.nn.norm import PRepBN
+from slabformer.nn.prepbn import PRepBN
 from slabformer.surgery.batches import NO_BATCH, eval_mode, run_batches
 
 

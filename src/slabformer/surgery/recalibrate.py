@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from slabformer.nn.controls import repbn_modules
-from slabformer.nn.norm import RepBN
+from slabformer.nn.repbn import RepBN
 from slabformer.ops.moments import Moments, MomentsAccumulator
 from slabformer.surgery.batches import NO_BATCH, eval_mode, run_batches
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer._extras import require
+from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
-from slabformer.nn.norm import PRepBN, RepBN
 from slabformer.tasks.engine.files import replaced
 
 #: files that PyTorch pickles, as published weights are

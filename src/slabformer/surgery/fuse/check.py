@@ -11,7 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from slabformer.nn.affine import Folded
-from slabformer.nn.norm import PRepBN
+from slabformer.nn.prepbn import PRepBN
 from slabformer.surgery.fuse.norms import Norm, find_norms
 from slabformer.surgery.fuse.twin import Example
 

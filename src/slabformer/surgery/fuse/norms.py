@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine
-from slabformer.nn.norm import PRepBN, RepBN
 
 ScaleShift = tuple[Tensor, Tensor]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slabformer.nn.norm import PRepBN
+from slabformer.nn.prepbn import PRepBN
 
 
 @dataclasses.dataclass(frozen=True)
