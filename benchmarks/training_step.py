@@ -3,7 +3,8 @@
     python benchmarks/training_step.py                              # eager and compiled, deit_tiny, batch 8, one thread
     python benchmarks/training_step.py --model vit_small_patch16_224 --batch-size 32 --threads 4
 
-The three forms take turns in one process; a ratio is the median over rounds. Writes benchmarks/results/training_step.json.
+The three forms take turns in one process; a ratio is the median over rounds. Writes
+benchmarks/results/training_step.json.
 """
 
 from __future__ import annotations
