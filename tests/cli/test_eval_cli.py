@@ -98,3 +98,8 @@ def test_classes_of_other_names_are_warned_about(
     fill_classes(tmp_path / "val", {f"digit-{digit}": 1 for digit in range(10)})
     assert main(["eval", model_file, "--data", str(tmp_path), "--num-workers", "0"]) == 0
     assert "10 classes are named otherwise" in caplog.text
+
+
+def test_an_unknown_name_is_called_unknown_and_the_nearest_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "slab_deit_tinny", "--data", "digits"]) == 2
+    assert "unknown model 'slab_deit_tinny'; did you mean 'slab_deit_tiny'?" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from slabformer.cli.common import load, needs_weights
 from slabformer.tasks.classification.predict import data_config
 from slabformer.tasks.classification.sources import DataConfig, Split
 from slabformer.tasks.engine.files import write_text
-from slabformer.tasks.saved_model import ModelInfo
+from slabformer.tasks.saved_model import ModelInfo, check_model_name
 
 MOST_WORKERS = 4
 STDOUT = Path("-")
@@ -80,9 +80,10 @@ def load_trained(config: Namespace) -> tuple[nn.Module, ModelInfo]:
     """:func:`slabformer.cli.common.load`, on the device that was asked for.
 
     Raises:
-        ValueError: If the model would have random weights.
+        ValueError: If the model is unknown, or would have random weights.
     """
     if needs_weights(config):
+        check_model_name(config.model)
         raise ValueError(
             f"{config.model!r} names a model without weights; give a saved .safetensors file, "
             "--pretrained, or --checkpoint FILE.pth"

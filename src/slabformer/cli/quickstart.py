@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Run the job and print its table."""
+    logging.getLogger("slabformer").setLevel(logging.WARNING)  # the bars and the table say it all
     console = Console()
     settings = QuickstartConfig(**vars(config))
     bars = Progress(

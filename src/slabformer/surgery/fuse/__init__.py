@@ -84,7 +84,7 @@ def _fuse(model: nn.Module, examples: Sequence[Example], fixed_size: bool, allow
     if fixed_size:
         fix_size_(model, [sizes_of(example) for example in examples])
     report = FuseReport(_outcomes(norms, plan), shapes_of(examples))
-    logger.info("%s: %s", type(model).__name__, report.summary())
+    logger.debug("%s: %s", type(model).__name__, report.summary())
     return report
 
 
