@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from slabformer.quickstart.job import QuickstartConfig, QuickstartResult, run_quickstart
+from slabformer.quickstart.job import run_quickstart
+from slabformer.quickstart.result import QuickstartConfig, QuickstartResult
 from slabformer.tasks.engine.observers import Observer, RunStart, StepReport
 
 PLAIN_EVERY = 10

@@ -8,9 +8,8 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -19,10 +18,9 @@ from torch import Tensor, nn
 import slabformer as sf
 from slabformer.deployment.bench import compare
 from slabformer.deployment.measure import num_threads
-from slabformer.deployment.report import BenchReport
 from slabformer.quickstart.beside import training_beside
-from slabformer.surgery.fuse import FuseReport
-from slabformer.surgery.verify import VerifyResult
+from slabformer.quickstart.report import write_report
+from slabformer.quickstart.result import QuickstartConfig, QuickstartResult
 from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.config import LrConfig, ModelConfig, OptimizerConfig, TrainConfig
 from slabformer.tasks.classification.data import create_loader
@@ -36,68 +34,6 @@ SLAB, TWIN = "slab_deit_micro", "deit_micro"
 BATCH_SIZES = (1, 64)
 #: what the fused model may differ by, as a share of the output's root mean square
 FUSED_RTOL = 1e-5
-
-
-@dataclass(kw_only=True)
-class QuickstartConfig:
-    """What the main job does; the defaults take about three minutes on two CPU cores."""
-
-    output: str = "runs/quickstart"
-    """Folder that everything is written to; what an earlier quickstart left there is replaced."""
-    epochs: int = 40
-    """Passes over the 1,437 training images, for either model."""
-    seed: int = 0
-    """Of weights, order and augmentation."""
-    bench_seconds: float = 2.0
-    """Length of the measurement at each batch size."""
-    compiled: bool = True
-    """Also measure under `torch.compile`, at the larger batch size."""
-    threads: int = 1
-    """torch's threads on a CPU. Operations this small gain nothing from a second one, and lose twenty times their speed
-    where another process wants the same core."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuickstartResult:
-    """Everything that the report shows."""
-
-    config: QuickstartConfig
-    """What was asked for."""
-    slab: TrainResult
-    """SLA and PRepBN, recalibrated."""
-    twin: TrainResult
-    """Softmax attention and LayerNorm, the same budget."""
-    fused: nn.Module
-    """The SLAB model without norms."""
-    fuse_report: FuseReport
-    """Where each norm went."""
-    equality: VerifyResult
-    """Fused against unfused on all 360 test images."""
-    bench: BenchReport
-    """Speeds."""
-    images: Tensor
-    """The test images ``(360, 3, H, W)``, normalised."""
-    labels: Tensor
-    """Their digits ``(360,)``."""
-    fused_predictions: Tensor
-    """The fused model's digits ``(360,)``."""
-    twin_predictions: Tensor
-    """The twin's digits ``(360,)``."""
-    seconds: float
-    """Of the whole job."""
-
-    def summary(self) -> dict[str, Any]:
-        """The figures of ``summary.json``; accuracies are shares of 1, speed-ups are over the twin in the same mode."""
-        return {
-            "slab_accuracy": _accuracy(self.fused_predictions, self.labels),
-            "twin_accuracy": _accuracy(self.twin_predictions, self.labels),
-            "fused_difference": self.equality.max_rel,
-            "norms_total": self.fuse_report.num_folded + self.fuse_report.num_kept,
-            "norms_folded": self.fuse_report.num_folded,
-            "seconds": round(self.seconds, 1),
-            "speeds": [asdict(row) for row in self.bench],
-            "machine": self.bench.machine.to_dict(),
-        }
 
 
 #: shows that a named part of the job is running; what the block gets is told about its progress
@@ -189,8 +125,6 @@ def _run(
 
 
 def _write(output: Path, result: QuickstartResult) -> None:
-    from slabformer.quickstart.report import write_report
-
     result.bench.write(output)
     _write_metrics(output, result)
     write_report(result, output / "report.html")
@@ -240,7 +174,3 @@ def _write_metrics(output: Path, result: QuickstartResult) -> None:
 
 def _runs(result: QuickstartResult) -> dict[str, TrainResult]:
     return {SLAB: result.slab, TWIN: result.twin}
-
-
-def _accuracy(predictions: Tensor, labels: Tensor) -> float:
-    return (predictions == labels).double().mean().item()

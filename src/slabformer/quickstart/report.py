@@ -8,7 +8,6 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -17,10 +16,8 @@ from torch import Tensor
 import slabformer as sf
 from slabformer.deployment.plots import curves, gamma_over_time, norm_map, speed_bars, to_svg
 from slabformer.deployment.report import Measurement
+from slabformer.quickstart.result import QuickstartResult
 from slabformer.tasks.engine.files import write_text
-
-if TYPE_CHECKING:
-    from slabformer.quickstart.job import QuickstartResult
 
 MOST_MISTAKES = 24
 

@@ -1,0 +1,79 @@
+"""What the main job is asked for, and what it finds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from slabformer.deployment.report import BenchReport
+from slabformer.surgery.fuse import FuseReport
+from slabformer.surgery.verify import VerifyResult
+from slabformer.tasks.classification.train import TrainResult
+
+
+@dataclass(kw_only=True)
+class QuickstartConfig:
+    """What the main job does; the defaults take about three minutes on two CPU cores."""
+
+    output: str = "runs/quickstart"
+    """Folder that everything is written to; what an earlier quickstart left there is replaced."""
+    epochs: int = 40
+    """Passes over the 1,437 training images, for either model."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    bench_seconds: float = 2.0
+    """Length of the measurement at each batch size."""
+    compiled: bool = True
+    """Also measure under `torch.compile`, at the larger batch size."""
+    threads: int = 1
+    """torch's threads on a CPU. Operations this small gain nothing from a second one, and lose twenty times their speed
+    where another process wants the same core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartResult:
+    """Everything that the report shows."""
+
+    config: QuickstartConfig
+    """What was asked for."""
+    slab: TrainResult
+    """SLA and PRepBN, recalibrated."""
+    twin: TrainResult
+    """Softmax attention and LayerNorm, the same budget."""
+    fused: nn.Module
+    """The SLAB model without norms."""
+    fuse_report: FuseReport
+    """Where each norm went."""
+    equality: VerifyResult
+    """Fused against unfused on all 360 test images."""
+    bench: BenchReport
+    """Speeds."""
+    images: Tensor
+    """The test images ``(360, 3, H, W)``, normalised."""
+    labels: Tensor
+    """Their digits ``(360,)``."""
+    fused_predictions: Tensor
+    """The fused model's digits ``(360,)``."""
+    twin_predictions: Tensor
+    """The twin's digits ``(360,)``."""
+    seconds: float
+    """Of the whole job."""
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of ``summary.json``; accuracies are shares of 1, speed-ups are over the twin in the same mode."""
+        return {
+            "slab_accuracy": _accuracy(self.fused_predictions, self.labels),
+            "twin_accuracy": _accuracy(self.twin_predictions, self.labels),
+            "fused_difference": self.equality.max_rel,
+            "norms_total": self.fuse_report.num_folded + self.fuse_report.num_kept,
+            "norms_folded": self.fuse_report.num_folded,
+            "seconds": round(self.seconds, 1),
+            "speeds": [asdict(row) for row in self.bench],
+            "machine": self.bench.machine.to_dict(),
+        }
+
+
+def _accuracy(predictions: Tensor, labels: Tensor) -> float:
+    return (predictions == labels).double().mean().item()
