@@ -29,6 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "training_step.json"
 FORMS = {"LayerNorm": None, "PRepBN, fading": 0.5, "PRepBN, done": 0.0}
 
 
+@torch.enable_grad()
 def step(model: nn.Module, call: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> None:
     """Forward and backward; the optimizer is the same for all."""
     model.zero_grad()

@@ -27,6 +27,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def flat_tokens(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``x`` as ``(N, C)`` and ``mask`` as ``(N,)`` where that costs no copy.
+
+    Compiled sums over one axis take half the time of sums over two.
+    """
+    return (x.flatten(0, -2), None if mask is None else mask.flatten()) if x.is_contiguous() else (x, mask)
+
+
 def batch_moments(x: Tensor, mask: Tensor | None = None, dtype: torch.dtype | None = None) -> Moments:
     """Moments of ``x`` over every axis but the last, in two passes so that a large mean costs no digits.
 
@@ -35,7 +43,7 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, dtype: torch.dtype | No
         mask: Valid tokens, boolean ``(*,)``; the others count as absent whatever they hold.
         dtype: Dtype of the sums; float32 by default, float64 for float64 input.
     """
-    x = x.to(dtype or accumulation_dtype(x.dtype))
+    x, mask = flat_tokens(x.to(dtype or accumulation_dtype(x.dtype)), mask)
     axes = tuple(range(x.ndim - 1))
     if mask is None:
         count = x.new_full((), x.numel() // x.shape[-1])

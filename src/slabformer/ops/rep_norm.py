@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slabformer.ops.moments import Moments, accumulation_dtype
+from slabformer.ops.moments import Moments, accumulation_dtype, flat_tokens
 
 
 def rep_norm(
@@ -39,7 +39,9 @@ def rep_norm(
         group: Process group of those ranks; the default group when None.
     """
     inv_std = torch.rsqrt(moments.var + eps)
-    return _RepNorm.apply(x, weight, bias, eta, moments.mean, inv_std, moments.count, mask, shared, group)
+    tokens, mask = flat_tokens(x, mask)
+    y = _RepNorm.apply(tokens, weight, bias, eta, moments.mean, inv_std, moments.count, mask, shared, group)
+    return y.view(x.shape)
 
 
 class _RepNorm(torch.autograd.Function):
