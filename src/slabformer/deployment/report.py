@@ -48,6 +48,27 @@ class Measurement:
     over_given: float
     of_ceiling: float | None
 
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, in the table's order."""
+
+        def times(value: float | None) -> str:
+            return "-" if value is None else f"{value:.2f}"
+
+        return (
+            str(self.batch_size),
+            self.mode,
+            self.variant,
+            f"{self.p50_ms:.2f}",
+            f"{self.p90_ms:.2f}",
+            f"{self.images_per_second:,.0f}",
+            times(self.over_twin),
+            times(self.over_given),
+            "-" if self.of_ceiling is None else f"{self.of_ceiling:.0%}",
+            "-" if self.memory_mib is None else f"{self.memory_mib:.1f}",
+            f"{self.parameters / 1e6:.2f} M",
+            f"{self.macs / 1e9:.3f} G",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
@@ -96,7 +117,7 @@ class BenchReport:
             if before not in (None, (row.batch_size, row.mode)):
                 table.add_section()
             before = (row.batch_size, row.mode)
-            table.add_row(*_cells(row))
+            table.add_row(*row.cells())
         return table
 
     def caption(self) -> str:
@@ -127,23 +148,3 @@ class BenchReport:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _cells(row: Measurement) -> tuple[str, ...]:
-    def times(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
-
-    return (
-        str(row.batch_size),
-        row.mode,
-        row.variant,
-        f"{row.p50_ms:.2f}",
-        f"{row.p90_ms:.2f}",
-        f"{row.images_per_second:,.0f}",
-        times(row.over_twin),
-        times(row.over_given),
-        "-" if row.of_ceiling is None else f"{row.of_ceiling:.0%}",
-        "-" if row.memory_mib is None else f"{row.memory_mib:.1f}",
-        f"{row.parameters / 1e6:.2f} M",
-        f"{row.macs / 1e9:.3f} G",
-    )

@@ -26,8 +26,8 @@ NORMALIZERS: dict[str, Callable[[Tensor, float], Tensor]] = {
 GAINS: dict[str, Callable[[Tensor], Tensor]] = {"weight": lambda w: w, "1 + weight": lambda w: 1 + w}
 
 _OURS = (PRepBN, RepBN, Affine, Folded)
-#: where a module keeps the hooks on its calls
-_HOOKS = (
+#: where a module keeps the hooks on its calls, and what kind its backward hooks are
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -35,6 +35,7 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 
@@ -124,7 +125,13 @@ def recognise(module: nn.Module) -> tuple[int, str] | None:
     if dim is None:
         return None
     bare = copy.copy(module)
-    bare.__dict__.update({name: type(hooks)() for name, hooks in vars(module).items() if name in _HOOKS})
+    bare.__dict__.update(
+        {
+            name: type(hooks)()
+            for name, hooks in vars(module).items()
+            if name in HOOKS and name != "_is_full_backward_hook"
+        }
+    )
     twin = copy.deepcopy(bare).to_empty(device="cpu").double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -205,7 +212,7 @@ def _tie(converted: dict[nn.Module, nn.Module]) -> None:
 
 def _move_hooks(norm: nn.Module, new: nn.Module) -> None:
     """Hooks follow the name that they were put on: the old norm is not called in eval mode, nor once it has faded."""
-    for name in (*_HOOKS, "_is_full_backward_hook"):
+    for name in HOOKS:
         theirs = vars(norm)[name]
         vars(norm)[name], vars(new)[name] = vars(new)[name], theirs
 

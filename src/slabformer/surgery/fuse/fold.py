@@ -9,23 +9,12 @@ from torch import Tensor, nn
 
 from slabformer.nn.affine import Affine, Folded
 from slabformer.ops.affine import compose, fold_into_next, fold_into_previous, spread
-from slabformer.surgery.convert import switch_off_fast_paths
+from slabformer.surgery.convert import HOOKS, switch_off_fast_paths
 from slabformer.surgery.fuse.norms import Norm, ScaleShift, find_norms
 from slabformer.surgery.fuse.plan import Edit, Target
 
 #: attribute of a module that names the biases it got by folding; a plain tuple survives copies, moves and pickling
 NEW_BIASES = "slabformer_new_biases"
-#: an Affine inherits the hooks of the norm that it stands for
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 @dataclass
@@ -115,7 +104,7 @@ def _replacement(norm: Norm, scale_shift: ScaleShift, gone: bool) -> nn.Module:
     else:
         new = Affine(norm.num_channels, channel_dim=norm.channel_dim, eps=old.eps, device=like.device, dtype=like.dtype)
         new.requires_grad_(like.requires_grad)
-        for name in _HOOKS:
+        for name in HOOKS:  # it stands for the norm, so it inherits them
             setattr(new, name, getattr(old, name))
     for parameter, value in zip((new.weight, new.bias), scale_shift, strict=True):
         parameter.data = value.to(parameter)
