@@ -28,7 +28,7 @@ def images(height: int = 32, width: int = 32, batch: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize("config", ["deit_t_prepbn", "deit_s_prepbn", "slab_deit_t", "slab_deit_s"])
 def test_parameters_are_as_many_as_published(config):
     row = PUBLISHED[config]
-    model = timm.create_model(row.model, norm_layer=row.norm)
+    model = timm.create_model(row.model, norm=row.norm)
     unused = model.embed_dim if config.startswith("slab") else 0  # their class token, which nothing reads
     assert sum(p.numel() for p in model.parameters()) == description(config)["parameters"] - unused
 
@@ -142,19 +142,19 @@ def test_layer_groups_cover_every_parameter_once(name):
     assert sorted(names) == sorted(n for n, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize(("norm_layer", "kind"), [("prepbn", PRepBN), ("repbn", RepBN), ("layernorm", nn.LayerNorm)])
+@pytest.mark.parametrize(("norm", "kind"), [("prepbn", PRepBN), ("repbn", RepBN), ("layernorm", nn.LayerNorm)])
 @pytest.mark.parametrize("name", ["deit_micro_prepbn", "slab_deit_micro"])
-def test_norms_have_names(name, norm_layer, kind):
-    model = timm.create_model(name, norm_layer=norm_layer)
+def test_norms_have_names(name, norm, kind):
+    model = timm.create_model(name, norm=norm)
     norms = [model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))]
     assert {type(norm) for norm in norms} == {kind}
     assert len(norms) == 9
 
 
 def test_norms_may_be_constructors_and_unknown_names_are_refused():
-    assert isinstance(timm.create_model("slab_deit_micro", norm_layer=nn.RMSNorm).norm, nn.RMSNorm)
-    with pytest.raises(ValueError, match="unknown norm_layer 'batchnorm'; choose from prepbn, repbn, layernorm"):
-        timm.create_model("slab_deit_micro", norm_layer="batchnorm")
+    assert isinstance(timm.create_model("slab_deit_micro", norm=nn.RMSNorm).norm, nn.RMSNorm)
+    with pytest.raises(ValueError, match="unknown norm 'batchnorm'; choose from prepbn, repbn, layernorm"):
+        timm.create_model("slab_deit_micro", norm="batchnorm")
 
 
 @pytest.mark.parametrize("name", [*TINIES, "deit_micro"])

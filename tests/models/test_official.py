@@ -44,10 +44,10 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("norm_layer", ["prepbn", "repbn"])
+@pytest.mark.parametrize("norm", ["prepbn", "repbn"])
 @pytest.mark.parametrize("name", ["slab_deit_t", "deit_t_prepbn"])
-def test_logits_equal_the_published_ones(name, norm_layer):
-    model = timm.create_model(PUBLISHED[name].model, norm_layer=norm_layer).eval()
+def test_logits_equal_the_published_ones(name, norm):
+    model = timm.create_model(PUBLISHED[name].model, norm=norm).eval()
     load_published(model, {"model": published_state(name)})
     expected = reference(name)["logits"]
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_a_repbn_file_leaves_layernorms_alone_and_ends_the_schedule(micro):
 
 
 def test_a_repbn_model_takes_its_part_of_a_prepbn_file(micro):
-    model = timm.create_model("slab_deit_micro", norm_layer="repbn").eval()
+    model = timm.create_model("slab_deit_micro", norm="repbn").eval()
     load_published(model, to_published(micro, "prepbn"))
     images = torch.randn(2, 3, 32, 32)
     assert_close(model(images), micro(images), EXACT)
@@ -214,4 +214,4 @@ def test_layouts_that_cannot_be_written_are_refused(micro):
     with pytest.raises(ValueError, match="layout must be one of"):
         to_published(micro, "layernorm")
     with pytest.raises(ValueError, match="this model has none; use 'repbn'"):
-        to_published(timm.create_model("slab_deit_micro", norm_layer="repbn"), "prepbn")
+        to_published(timm.create_model("slab_deit_micro", norm="repbn"), "prepbn")

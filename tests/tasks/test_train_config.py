@@ -47,7 +47,7 @@ def test_a_published_recipe_holds_the_published_figures(name: str) -> None:
     config, row = load(name), BY_MODEL[name]
     assert config.model.name == name
     assert config.model.args["drop_path_rate"] == row.drop_path
-    assert config.model.args.get("norm_layer", "prepbn") == row.norm
+    assert config.model.args.get("norm", "prepbn") == row.norm
     if row.fade is not None:
         assert config.gamma == GammaConfig(warmup=0.0, fade=row.fade, shape="linear", warm_statistics=False)
     assert config.optimizer == OptimizerConfig(
@@ -138,7 +138,7 @@ def test_a_model_without_fading_norms_has_no_schedule() -> None:
     twin, _ = build_model(ModelConfig(name="deit_micro"), 10, 32)
     optimizer = build_optimizer(config, twin, 512)
     assert build_gamma_schedule(config, twin, optimizer, 100) is None
-    rep, _ = build_model(ModelConfig(name="deit_micro_prepbn", args={"norm_layer": "repbn"}), 10, 32)
+    rep, _ = build_model(ModelConfig(name="deit_micro_prepbn", args={"norm": "repbn"}), 10, 32)
     assert build_gamma_schedule(config, rep, build_optimizer(config, rep, 512), 100) is None
 
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from slabformer.models.norms import NormLayer, resolve_norm_layer
 from slabformer.models.official import PublishedLayout, load_published, read_published
-from slabformer.models.pretrained import fit_head, fit_stem, fit_tables, pretrained_source
-from slabformer.models.published import BY_MODEL
+from slabformer.models.pretrained import fit_head, fit_stem, fit_tables
+from slabformer.models.registry import cfg, create
 from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.nn.resample import Grid
 
@@ -24,13 +24,13 @@ class DeiT(VisionTransformer):
     """timm's ``VisionTransformer`` whose norms have names.
 
     Args:
-        norm_layer: "prepbn", "repbn", "layernorm", or a constructor.
+        norm: "prepbn", "repbn", "layernorm", or a constructor.
         norm_eps: LayerNorm's epsilon.
         kwargs: As timm's.
     """
 
-    def __init__(self, norm_layer: str | NormLayer = "prepbn", norm_eps: float = 1e-6, **kwargs: Any) -> None:
-        super().__init__(norm_layer=resolve_norm_layer(norm_layer, norm_eps), **kwargs)
+    def __init__(self, norm: str | NormLayer = "prepbn", norm_eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__(norm_layer=resolve_norm_layer(norm, norm_eps), **kwargs)
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
         """Load a published file, fitted to this model's head, input channels and image size; timm calls this."""
@@ -144,93 +144,71 @@ class SlabDeiT(DeiT):
         return block(x, attn_mask, is_causal, grid)
 
 
-def _cfg(model: str, **kwargs: Any) -> dict[str, Any]:
-    published = BY_MODEL.get(model)
-    return {
-        "url": published.url if published else "",
-        "custom_load": True,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "paper_ids": "arXiv:2405.11582",
-        **kwargs,
-    }
-
-
-_MICRO_CFG: dict[str, Any] = {"num_classes": 10, "input_size": (3, 32, 32)}
+_FIXED: dict[str, Any] = {"fixed_input_size": True}
+_MICRO_CFG: dict[str, Any] = _FIXED | {"num_classes": 10, "input_size": (3, 32, 32)}
 _CFGS: dict[str, Any] = {
-    "deit_tiny_prepbn": _cfg("deit_tiny_prepbn"),
-    "deit_small_prepbn": _cfg("deit_small_prepbn"),
-    "slab_deit_tiny": _cfg("slab_deit_tiny"),
-    "slab_deit_small": _cfg("slab_deit_small"),
-    "deit_micro": _cfg("deit_micro", **_MICRO_CFG),
-    "deit_micro_prepbn": _cfg("deit_micro_prepbn", **_MICRO_CFG),
-    "slab_deit_micro": _cfg("slab_deit_micro", **_MICRO_CFG),
+    "deit_tiny_prepbn": cfg("deit_tiny_prepbn", **_FIXED),
+    "deit_small_prepbn": cfg("deit_small_prepbn", **_FIXED),
+    "slab_deit_tiny": cfg("slab_deit_tiny", **_FIXED),
+    "slab_deit_small": cfg("slab_deit_small", **_FIXED),
+    "deit_micro": cfg("deit_micro", **_MICRO_CFG),
+    "deit_micro_prepbn": cfg("deit_micro_prepbn", **_MICRO_CFG),
+    "slab_deit_micro": cfg("slab_deit_micro", **_MICRO_CFG),
 }
 default_cfgs = generate_default_cfgs(_CFGS)
 
-_TINY: dict[str, Any] = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-_SMALL: dict[str, Any] = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-_MICRO: dict[str, Any] = {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
+_TINY: dict[str, Any] = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, "out_indices": 3}
+_SMALL: dict[str, Any] = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, "out_indices": 3}
+_MICRO: dict[str, Any] = {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2, "out_indices": 3}
 
-
-def _create(model_cls: type[DeiT], variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> DeiT:
-    if pretrained:
-        sources = (kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir"))
-        kwargs["pretrained_cfg_overlay"] = pretrained_source(variant, *sources)
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        **(defaults | kwargs),
-    )
+#: what each of these is held against
+layernorm_twins = {
+    "deit_tiny_prepbn": "deit_tiny_patch16_224",
+    "deit_small_prepbn": "deit_small_patch16_224",
+    "slab_deit_tiny": "deit_tiny_patch16_224",
+    "slab_deit_small": "deit_small_patch16_224",
+    "deit_micro_prepbn": "deit_micro",
+    "slab_deit_micro": "deit_micro",
+}
 
 
 @register_model
 def deit_tiny_prepbn(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    """DeiT-Tiny with PRepBN; the published one was trained with RepBN from the start (``norm_layer="repbn"``)."""
-    return _create(DeiT, "deit_tiny_prepbn", pretrained, _TINY, **kwargs)
+    """DeiT-Tiny with PRepBN; the published one was trained with RepBN from the start (``norm="repbn"``)."""
+    return create(DeiT, "deit_tiny_prepbn", pretrained, _TINY, **kwargs)
 
 
 @register_model
 def deit_small_prepbn(pretrained: bool = False, **kwargs: Any) -> DeiT:
     """DeiT-Small with PRepBN."""
-    return _create(DeiT, "deit_small_prepbn", pretrained, _SMALL, **kwargs)
+    return create(DeiT, "deit_small_prepbn", pretrained, _SMALL, **kwargs)
 
 
 @register_model
 def slab_deit_tiny(pretrained: bool = False, **kwargs: Any) -> DeiT:
     """DeiT-Tiny with PRepBN and linear attention."""
-    return _create(SlabDeiT, "slab_deit_tiny", pretrained, _TINY, **kwargs)
+    return create(SlabDeiT, "slab_deit_tiny", pretrained, _TINY, **kwargs)
 
 
 @register_model
 def slab_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
     """DeiT-Small with PRepBN and linear attention."""
-    return _create(SlabDeiT, "slab_deit_small", pretrained, _SMALL, **kwargs)
+    return create(SlabDeiT, "slab_deit_small", pretrained, _SMALL, **kwargs)
 
 
 @register_model
 def deit_micro(pretrained: bool = False, **kwargs: Any) -> DeiT:
     """LayerNorm and softmax for 32x32 pixels: the twin that :func:`slab_deit_micro` is held against."""
-    return _create(DeiT, "deit_micro", pretrained, _MICRO | {"norm_layer": "layernorm"}, **kwargs)
+    return create(DeiT, "deit_micro", pretrained, _MICRO | {"norm": "layernorm"}, **kwargs)
 
 
 @register_model
 def deit_micro_prepbn(pretrained: bool = False, **kwargs: Any) -> DeiT:
     """:func:`deit_micro` with PRepBN."""
-    return _create(DeiT, "deit_micro_prepbn", pretrained, _MICRO, **kwargs)
+    return create(DeiT, "deit_micro_prepbn", pretrained, _MICRO, **kwargs)
 
 
 @register_model
 def slab_deit_micro(pretrained: bool = False, **kwargs: Any) -> DeiT:
     """PRepBN and linear attention for 32x32 pixels: small enough for tests and the quickstart."""
-    return _create(SlabDeiT, "slab_deit_micro", pretrained, _MICRO, **kwargs)
+    return create(SlabDeiT, "slab_deit_micro", pretrained, _MICRO, **kwargs)

@@ -1,4 +1,4 @@
-"""Norms by the names that models take as ``norm_layer``."""
+"""Norms by the names that models take as ``norm``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from slabformer.nn import PRepBN, RepBN
 NormLayer = Callable[..., nn.Module]
 
 
-def resolve_norm_layer(norm_layer: str | NormLayer, eps: float) -> NormLayer:
+def resolve_norm_layer(norm: str | NormLayer, eps: float) -> NormLayer:
     """Constructor ``norm(dim, device=, dtype=)`` for "prepbn", "repbn" or "layernorm"; any other callable as it is.
 
     Args:
-        norm_layer: Name or constructor.
+        norm: Name or constructor.
         eps: LayerNorm's epsilon, also inside PRepBN; BatchNorm keeps its own.
 
     Raises:
@@ -27,8 +27,8 @@ def resolve_norm_layer(norm_layer: str | NormLayer, eps: float) -> NormLayer:
         "repbn": RepBN,
         "layernorm": partial(nn.LayerNorm, eps=eps),
     }
-    if callable(norm_layer):
-        return norm_layer
-    if norm_layer not in norms:
-        raise ValueError(f"unknown norm_layer {norm_layer!r}; choose from {', '.join(norms)}, or pass a constructor")
-    return norms[norm_layer]
+    if callable(norm):
+        return norm
+    if norm not in norms:
+        raise ValueError(f"unknown norm {norm!r}; choose from {', '.join(norms)}, or pass a constructor")
+    return norms[norm]

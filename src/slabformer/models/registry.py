@@ -1,0 +1,72 @@
+"""What every family registers with timm alike: default configurations, released weights, LayerNorm twins."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeVar
+
+import timm
+from timm.models import build_model_with_cfg
+from torch import nn
+
+from slabformer.models.pretrained import pretrained_source
+from slabformer.models.published import BY_MODEL
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def cfg(model: str, **kwargs: Any) -> dict[str, Any]:
+    """Default configuration of ``model``: ImageNet at 224 px with published preprocessing, unless ``kwargs`` differ."""
+    published = BY_MODEL.get(model)
+    return {
+        "url": published.url if published else "",
+        "custom_load": True,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "paper_ids": "arXiv:2405.11582",
+        **kwargs,
+    }
+
+
+def create(
+    model_cls: type[Model],
+    variant: str,
+    pretrained: bool,
+    defaults: dict[str, Any],
+    **kwargs: Any,
+) -> Model:
+    """Build ``variant`` through timm, from its released weights if ``pretrained``.
+
+    Args:
+        model_cls: Its class.
+        variant: Its name.
+        pretrained: Whether to load weights.
+        defaults: Arguments of the variant; ``out_indices`` are the stages (or blocks) that ``features_only`` returns.
+        kwargs: The caller's arguments, which win; ``norm_layer`` is taken as timm's spelling of ``norm``.
+    """
+    if "norm_layer" in kwargs:
+        kwargs["norm"] = kwargs.pop("norm_layer")
+    if pretrained:
+        sources = (kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir"))
+        kwargs["pretrained_cfg_overlay"] = pretrained_source(variant, *sources)
+    arguments = {"out_indices": (0, 1, 2, 3)} | defaults | kwargs
+    features = {"out_indices": arguments.pop("out_indices"), "feature_cls": "getter"}
+    return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=features, **arguments)
+
+
+def twin_of(model: str) -> str | None:
+    """Name of the LayerNorm model with softmax attention that ``model`` replaces; None for models that are not ours.
+
+    Families say so in a dict ``layernorm_twins``.
+    """
+    if not timm.is_model(model):
+        return None
+    family = sys.modules[timm.model_entrypoint(model).__module__]
+    return getattr(family, "layernorm_twins", {}).get(model)

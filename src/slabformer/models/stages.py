@@ -1,0 +1,109 @@
+"""Parts of hierarchical families: attention plans, drop path, pre-norm blocks and stages on maps ``(B, H, W, C)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.layers import DropPath, Mlp
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from slabformer.models.norms import NormLayer
+from slabformer.nn.resample import Grid
+
+#: attention plans are one of these letters a stage
+ATTENTION = {"S": "softmax attention", "L": "simplified linear attention"}
+
+
+def check_attention(attention: str, num_stages: int) -> str:
+    """An attention plan such as "LLSS", one letter a stage.
+
+    Raises:
+        ValueError: If its length or a letter is wrong.
+    """
+    if len(attention) != num_stages:
+        raise ValueError(f"attention needs one letter for each of {num_stages} stages, got {attention!r}")
+    for letter in attention:
+        if letter not in ATTENTION:
+            known = ", ".join(f"{key} ({what})" for key, what in ATTENTION.items())
+            raise ValueError(f"unknown letter {letter!r} in attention {attention!r}; a stage is one of {known}")
+    return attention
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth of each block of each stage, rising linearly from 0 to ``rate``."""
+    rates = torch.linspace(0, rate, sum(depths)).tolist()
+    ends = [sum(depths[: i + 1]) for i in range(len(depths))]
+    return [rates[end - depth : end] for end, depth in zip(ends, depths, strict=True)]
+
+
+class Block(nn.Module):
+    """Pre-norm block on maps: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``.
+
+    Args:
+        dim: Channels ``C``.
+        attn: Attention ``(tokens (B, N, C), grid_size=(H, W)) -> (B, N, C)``.
+        norm_layer: Constructor of the norms.
+        mlp_ratio: Hidden channels of the MLP, as a multiple of ``dim``.
+        drop_path: Stochastic depth rate.
+        proj_drop: Dropout inside the MLP.
+        mlp_layer: Constructor of the MLP, called as timm's ``Mlp``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        norm_layer: NormLayer,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        proj_drop: float = 0.0,
+        mlp_layer: Callable[..., nn.Module] = Mlp,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = mlp_layer(dim, hidden_features=int(dim * mlp_ratio), drop=proj_drop)
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to the same."""
+        grid = (x.shape[1], x.shape[2])
+        attended = self.attn(self.norm1(x).flatten(1, 2), grid_size=grid).unflatten(1, grid)
+        x = x + self.drop_path1(attended)
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Downsampling, then blocks: ``(B, H, W, C)`` to ``(B, H', W', C')``.
+
+    Args:
+        blocks: Modules on maps.
+        downsample: Module from the former stage's maps to this one's.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.downsample = downsample or nn.Identity()
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps through the stage."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+        return x
+
+    def embed(self, x: Tensor) -> Tensor:
+        """What comes before the blocks."""
+        return self.downsample(x)
+
+    def set_grid_size(self, grid_size: Grid) -> None:
+        """Resample every table of the stage to maps of another size for good."""
+        for block in self.blocks:
+            if hasattr(block.attn, "set_grid_size"):
+                block.attn.set_grid_size(grid_size)
