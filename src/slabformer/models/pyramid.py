@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from timm.layers import to_2tuple
@@ -136,7 +136,7 @@ class PyramidTransformer(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in backward instead of keeping what they computed."""
-        for stage in self.stages:
+        for stage in self._each_stage():
             stage.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -152,22 +152,26 @@ class PyramidTransformer(nn.Module):
         """Resample every table to images of another size for good."""
         self.img_size = to_2tuple(img_size)
         height, width = (self._padded(side) for side in self.img_size)
-        for stage, stride in zip(self.stages, self.strides, strict=False):
+        for stage, stride in zip(self._each_stage(), self.strides, strict=False):
             stage.set_grid_size((height // stride, width // stride))
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
         """Load a published file, fitted to this model's head, input channels and image size; timm calls this."""
         state = read_published(checkpoint_path)
         fit_head(state, self.head)
-        fit_stem(state, self.patch_embed.proj.in_channels, self._stem_name())
+        stem = self.patch_embed.get_submodule("proj")
+        assert isinstance(stem, nn.Conv2d)
+        fit_stem(state, stem.in_channels, self.published_layout.name("patch_embed.proj"))
         self.fit_tables(state)
         load_published(self, state)
 
     def fit_tables(self, state: State) -> None:
         """Resample the tables of a published state dict, made for 224 px, to this model's size, in place."""
 
-    def _stem_name(self) -> str:
-        return self.published_layout.name("patch_embed.proj")
+    def _each_stage(self) -> Iterator[Stage]:
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            yield stage
 
     def _padded(self, side: int) -> int:
         return side + -side % self.strides[-1]

@@ -105,5 +105,6 @@ class Stage(nn.Module):
     def set_grid_size(self, grid_size: Grid) -> None:
         """Resample every table of the stage to maps of another size for good."""
         for block in self.blocks:
-            if hasattr(block.attn, "set_grid_size"):
-                block.attn.set_grid_size(grid_size)
+            resample = getattr(block.attn, "set_grid_size", None)
+            if resample is not None:
+                resample(grid_size)
