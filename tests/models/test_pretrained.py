@@ -84,6 +84,16 @@ def test_another_number_of_classes_asks_for_a_new_head(release, cache, num_class
     assert_close(model.pos_embed, published_state("slab_deit_t")["pos_embed"], EXACT)
 
 
+def test_a_file_with_other_classes_is_refused_unless_they_were_asked_for(release, cache):
+    state = published_state("slab_deit_t")
+    state["head.weight"], state["head.bias"] = state["head.weight"][:10], state["head.bias"][:10]
+    torch.save({"model": state}, release / "slab_deit_tiny.pth")
+    with pytest.raises(ValueError, match="the file has 10 classes, the model 1000; pass num_classes=10 to load"):
+        create(cache)
+    assert_close(create(cache, num_classes=10).head.weight, state["head.weight"], EXACT)
+    assert create(cache, num_classes=4).head.weight.shape == (4, 192)
+
+
 def test_features_come_pretrained(release, cache):
     backbone = create(cache, features_only=True)
     assert_close(backbone.model.pos_embed, published_state("slab_deit_t")["pos_embed"], EXACT)

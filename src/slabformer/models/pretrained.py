@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from slabformer.models.download import download
 from slabformer.models.published import BY_MODEL
 from slabformer.nn.resample import Grid, resample_table
 
-logger = logging.getLogger(__name__)
+#: of the published models: a model that has as many was not asked for other ones
+NUM_CLASSES = 1000
 
 
 def pretrained_source(
@@ -30,7 +30,7 @@ def pretrained_source(
 
 
 def fetch(model: str, cache_dir: str | Path | None = None) -> Path:
-    """Path of the released weights of ``model`` in the cache, downloaded if they are not there.
+    """Path of the released weights of ``model`` in the cache, downloaded if they are not there, resumed if cut short.
 
     No checksums were published: the SHA-256 of the first download is kept beside the file and checked from then on.
 
@@ -40,7 +40,7 @@ def fetch(model: str, cache_dir: str | Path | None = None) -> Path:
 
     Raises:
         ValueError: If no weights were released for ``model``.
-        ConnectionError: If they cannot be downloaded.
+        ConnectionError: If they cannot be downloaded; what has come is kept for the next call.
         OSError: If the cached file has changed since its download.
     """
     published = BY_MODEL.get(model)
@@ -49,14 +49,7 @@ def fetch(model: str, cache_dir: str | Path | None = None) -> Path:
         raise ValueError(f"no weights were released for {model}; there are some for {have}")
     path = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints") / str(published.file)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        logger.info("downloading %s to %s", published.url, path)
-        try:
-            torch.hub.download_url_to_file(published.url, str(path), progress=False)
-        except (URLError, TimeoutError) as error:
-            reason = getattr(error, "reason", error)
-            message = f"cannot download {published.url} ({reason}); fetch it elsewhere and save it as {path}"
-            raise ConnectionError(message) from error
+        download(published.url, path)
     _check_digest(path)
     return path
 
@@ -72,11 +65,20 @@ def _check_digest(path: Path) -> None:
 
 
 def fit_head(state: dict[str, Tensor], head: nn.Module, name: str = "head") -> None:
-    """Leave a head of another size as the model has it, in place; ``num_classes`` is how timm's users ask for one."""
+    """Leave a head of another size as the model has it, in place; ``num_classes`` is how timm's users ask for one.
+
+    Raises:
+        ValueError: If nobody asked: the model has the default's classes, the file others.
+    """
     own = {f"{name}.{key}": value for key, value in head.state_dict().items()}
     weight = state.get(f"{name}.weight")
     if weight is None or (own and own[f"{name}.weight"].shape == weight.shape):
         return
+    if own and len(own[f"{name}.weight"]) == NUM_CLASSES:
+        raise ValueError(
+            f"the file has {len(weight)} classes, the model {NUM_CLASSES}; pass num_classes={len(weight)} to load its "
+            "head, another number for a new one"
+        )
     for key in (f"{name}.weight", f"{name}.bias"):
         state.pop(key, None)
     state |= own
