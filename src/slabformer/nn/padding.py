@@ -15,7 +15,7 @@ class PadTokens(nn.Module):
 
     Args:
         dim: Channels ``C``.
-        device: Taken for the signature that layers share; there is no tensor before fusing.
+        device: Of the fill.
         dtype: The same.
 
     Attributes:
@@ -29,11 +29,13 @@ class PadTokens(nn.Module):
     """
 
     value: Tensor | None
+    _place: Tensor
 
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.dim = dim
         self.register_buffer("value", None)
+        self.register_buffer("_place", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
     def forward(self, x: Tensor, pad_h: int, pad_w: int) -> Tensor:
         """``x`` with ``pad_h`` more rows and ``pad_w`` more columns; ``x`` itself where both are 0."""
@@ -47,6 +49,10 @@ class PadTokens(nn.Module):
         value = self.value.to(x.dtype)
         x = torch.cat([x, value.expand(B, H, pad_w, C)], 2)
         return torch.cat([x, value.expand(B, pad_h, W + pad_w, C)], 1)
+
+    def pad_with(self, value: Tensor) -> None:
+        """Pad with ``value`` ``(C,)`` from now on, kept in the module's dtype and on its device."""
+        self.value = value.to(self._place)
 
     def extra_repr(self) -> str:
         """Channels, and what they are padded with."""

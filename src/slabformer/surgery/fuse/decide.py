@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from slabformer.surgery.fuse.flow import End, downstream, producers, written_between
-from slabformer.surgery.fuse.graph import NORM, Trace
+from slabformer.surgery.fuse.fold import maps_after
+from slabformer.surgery.fuse.graph import Trace
 from slabformer.surgery.fuse.labels import RefusalError, describe
+from slabformer.surgery.fuse.marks import NORM, PAD
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.owners import Owners, display
+from slabformer.surgery.fuse.pads import find_pads, unsafe_channel
 from slabformer.surgery.fuse.plan import Edit, Plan, Target
 from slabformer.surgery.fuse.sites import Site, along, channel_labels, site_of, weight_of
 
@@ -32,15 +35,15 @@ def decide(model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fix
 
     A norm that is gone is the identity to the others, so the search runs until nothing more can be folded.
     """
-    decider = _Decider(Owners(model), norms, traces, fixed_size)
-    plan, progress = Plan(), True
+    decider = _Decider(model, norms, traces, fixed_size)
+    plan, progress = decider.plan, True
     while progress:
         progress = False
         for norm in reversed(norms):
             if norm.index in decider.gone or norm.index in plan.untouchable:
                 continue
             try:
-                decider.need_own(norm, plan)
+                decider.need_own(norm)
                 plan.edits.append(decider.decide(norm))
                 decider.gone.add(norm.index)
                 progress = True
@@ -50,16 +53,18 @@ def decide(model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fix
 
 
 class _Decider:
-    def __init__(self, owners: Owners, norms: Sequence[Norm], traces: Sequence[Trace], fixed_size: bool) -> None:
-        self.owners, self.norms, self.traces, self.fixed_size = owners, norms, traces, fixed_size
+    def __init__(self, model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fixed_size: bool) -> None:
+        self.owners, self.pads = Owners(model), find_pads(model)
+        self.norms, self.traces, self.fixed_size = norms, traces, fixed_size
         self.gone: set[int] = set()
+        self.plan = Plan()
 
-    def need_own(self, norm: Norm, plan: Plan) -> None:
+    def need_own(self, norm: Norm) -> None:
         """Refuse norms that something other than their neighbours looks at."""
         for name in self.owners.names_in(norm.module):
             readers = [user for trace in self.traces for user in trace.users(name)]
             if readers:
-                plan.untouchable.add(norm.index)
+                self.plan.untouchable.add(norm.index)
                 raise RefusalError(f"left as it is, {name} is read raw by {describe(readers[0])}")
         if _has_hooks(norm.module):
             raise RefusalError("it has forward hooks, which see its output")
@@ -69,7 +74,9 @@ class _Decider:
     def decide(self, norm: Norm) -> Edit:
         """Forward, else backward, else RefusalError with both reasons."""
         try:
-            return Edit(norm.index, "forward", self.forward(norm))
+            edit = Edit(norm.index, "forward", self.forward(norm))
+            self.need_safe_fills(edit)
+            return edit
         except RefusalError as error:
             first = str(error)
         try:
@@ -104,6 +111,8 @@ class _Decider:
             raise RefusalError(end.refusal)
         if end.node.target is NORM:
             return self.next_norm(norm, end)
+        if end.node.target is PAD:
+            return self.pad(end.node, along(end.labels, -1, end.node.meta["val"].shape[-1], "pad"))
         if end.node.op == "output":
             raise RefusalError("its output is the model's output")
         site = site_of(end.node)
@@ -128,27 +137,50 @@ class _Decider:
         index = along(end.labels, axis, other.num_channels, "norm")
         return Target(other.name, index, norm=other.index)
 
+    def pad(self, node: Node, index: Tensor) -> Target:
+        """The pad at ``node``, which must pad with something else once the norm is gone."""
+        pad = self.pads[node.args[-1]]  # type: ignore[index]
+        if _has_hooks(pad.module):
+            raise RefusalError(f"{pad.name} has forward hooks, which see what it pads")
+        return Target(pad.name, index, pad=pad.index)
+
+    def need_safe_fills(self, edit: Edit) -> None:
+        """Refuse a forward fold through a pad whose fill would be out of range."""
+        pads = {target.pad: target.name for target in edit.targets if target.pad is not None}
+        if not pads:
+            return
+        _, fills = maps_after(self.norms, self.pads, [*self.plan.edits, edit])
+        for index, name in pads.items():
+            channel = unsafe_channel(fills[index])
+            if channel is not None:
+                raise RefusalError(f"its scale of channel {channel} is too near 0 for {name} to pad in its stead")
+
     def backward(self, norm: Norm) -> tuple[Target, ...]:
         """All producers, each read by nothing else."""
         found: dict[str, _Found] = {}
         for trace in self.traces:
             for call in trace.calls.get(norm.index, []):
-                for site in producers(trace, call, self.gone):  # type: ignore[arg-type]
+                sites, pads = producers(trace, call, self.gone, self.fixed_size)
+                for node in pads:
+                    index = self.matching(norm, node, channel_labels(node, -1), trace, "a pad")
+                    self.add(found, self.pad(node, index), trace, node)
+                for site in sites:
                     weight = weight_of(site, self.owners, trace.parameters)
                     if self.owners.module(weight)._forward_hooks:
                         raise RefusalError(f"{display(weight)} has forward hooks, which see its output")
-                    index = self.matching(norm, site, trace, display(weight))
+                    labels = channel_labels(site.node, site.axis)
+                    index = self.matching(norm, site.node, labels, trace, display(weight))
                     self.add(found, self.target(site, weight, index, trace), trace, site.node)
         return self.finish(found)
 
-    def matching(self, norm: Norm, site: Site, trace: Trace, name: str) -> Tensor:
-        """Channel of ``norm`` that each output channel of ``site`` becomes."""
-        index = torch.full((site.num_out,), -1)
-        seeds = {site.node: channel_labels(site.node, site.axis, site.num_out)}
+    def matching(self, norm: Norm, node: Node, labels: Tensor, trace: Trace, name: str) -> Tensor:
+        """Channel of ``norm`` that each of ``labels``, the output channels of ``node``, becomes."""
+        index = torch.full((labels.numel(),), -1)
         elsewhere: list[End] = []
-        for end in downstream(trace, seeds, self.gone, self.fixed_size):
+        for end in downstream(trace, {node: labels}, self.gone, self.fixed_size):
             if end.node.target is not NORM or end.node.args[1] != norm.index:
-                elsewhere.append(end)
+                if end.node.target is not PAD or end.refusal is not None:
+                    elsewhere.append(end)
                 continue
             pairs = torch.broadcast_tensors(end.labels, self.labels_of(norm, end.node))
             channel, of_norm = (t.flatten().long() for t in pairs)
@@ -165,7 +197,7 @@ class _Decider:
 
     def labels_of(self, norm: Norm, call: Node) -> Tensor:
         """Labels of the norm's output."""
-        return channel_labels(call, norm.channel_dim, norm.num_channels)
+        return channel_labels(call, norm.channel_dim)
 
     def target(self, site: Site, weight: str, index: Tensor, trace: Trace) -> Target:
         """``site`` as a target, with a bias to hold the shift."""
@@ -198,11 +230,13 @@ class _Decider:
         """Refuse a neighbour that also works on something else."""
         if target.norm is not None:
             users = trace.calls.get(target.norm, [])
+        elif target.pad is not None:
+            users = trace.pad_calls.get(target.pad, [])
         else:
             users = trace.users(target.weight) + ([] if target.new_bias else trace.users(target.bias))
         for user in users:
             if user not in nodes:
-                use = "used on another input" if user.target is NORM or site_of(user) else "read raw"
+                use = "used on another input" if user.target in (NORM, PAD) or site_of(user) else "read raw"
                 raise RefusalError(f"{target.name} is also {use} by {describe(user)}")
 
 

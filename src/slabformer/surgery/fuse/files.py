@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._extras import require
+from slabformer.nn import PadTokens
 from slabformer.nn.affine import Affine, Folded
 from slabformer.surgery.convert import switch_off_fast_paths
 from slabformer.surgery.fuse.fold import NEW_BIASES, create_bias, set_module
@@ -51,7 +52,7 @@ def save_fused(model: nn.Module, path: str | os.PathLike[str], metadata: dict[st
 
 def _changes(model: nn.Module) -> dict[str, Any]:
     norms: dict[nn.Module, dict[str, Any]] = {}
-    biases = []
+    biases, pads = [], {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (Affine, Folded)):
             row = {
@@ -62,8 +63,11 @@ def _changes(model: nn.Module) -> dict[str, Any]:
             }
             row["channel_dim"] = getattr(module, "channel_dim", -1)
             norms.setdefault(module, row)["names"].append(name)
+        if isinstance(module, PadTokens) and module.value is not None:
+            pads[name] = module.dim
         biases += [f"{name}.{bias}".removeprefix(".") for bias in getattr(module, NEW_BIASES, ())]
-    return {"norms": list(norms.values()), "new_biases": biases, "fixed_sizes": fixed_sizes(model)}
+    changes = {"norms": list(norms.values()), "new_biases": biases, "filled_pads": pads}
+    return {**changes, "fixed_sizes": fixed_sizes(model)}
 
 
 def _untie(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -98,6 +102,8 @@ def load_fused(skeleton: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         _put_norm(skeleton, row)
     for name in changes["new_biases"]:
         create_bias(skeleton, name, _weight_beside(name), len(tensors[name]))
+    for name, dim in changes["filled_pads"].items():
+        skeleton.get_submodule(name).pad_with(torch.zeros(dim))  # type: ignore[operator]
     tensors |= {name: tensors[first] for name, first in changes["tied"].items()}
     on_meta = any(tensor.is_meta for tensor in skeleton.parameters())
     skeleton.load_state_dict(tensors, assign=on_meta)
@@ -119,7 +125,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, An
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     if header is None:
         raise ValueError(f"{path} is not a fused model's file; write one with slabformer.save_fused")
-    return tensors, json.loads(header)
+    return tensors, {"filled_pads": {}, **json.loads(header)}
 
 
 def _check_fit(
@@ -130,9 +136,11 @@ def _check_fit(
     found |= {name: found[first] for name, first in changes["tied"].items()}
     places = dict(skeleton.named_modules(remove_duplicate=False))
     absent = [name for row in changes["norms"] for name in row["names"] if name not in places]
+    unpadded = [name for name in changes["filled_pads"] if not isinstance(places.get(name), PadTokens)]
     missing, unexpected = [n for n in expected if n not in found], [n for n in found if n not in expected]
     other = [f"{n} {found[n]}, not {expected[n]}" for n in expected if n in found and found[n] != expected[n]]
-    faults = {"norms absent": absent, "tensors missing": missing, "unexpected": unexpected, "of another shape": other}
+    faults = {"norms absent": absent, "pads absent": unpadded}
+    faults |= {"tensors missing": missing, "unexpected": unexpected, "of another shape": other}
     said = [f"{len(names)} {what} (first: {names[0]})" for what, names in faults.items() if names]
     if said:
         raise ValueError(f"{path} does not fit {type(skeleton).__name__}: {', '.join(said)}")
@@ -146,6 +154,7 @@ def _expected_shapes(skeleton: nn.Module, changes: Mapping[str, Any]) -> dict[st
     for row in changes["norms"]:
         if not row["gone"]:
             shapes |= {f"{name}.{leaf}": (row["dim"],) for name in row["names"] for leaf in ("weight", "bias")}
+    shapes |= {f"{name}.value": (dim,) for name, dim in changes["filled_pads"].items()}
     for name in changes["new_biases"]:
         weight = shapes.get(_weight_beside(name))
         if weight is not None:

@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from slabformer.surgery.fuse.graph import NORM, Trace
+from slabformer.surgery.fuse.graph import Trace
 from slabformer.surgery.fuse.labels import Call, Labels, RefusalError, describe, unread
+from slabformer.surgery.fuse.marks import NORM, PAD
 from slabformer.surgery.fuse.rules import CHECKS, FOLLOW
 from slabformer.surgery.fuse.sites import Site, site_of
 
 
 @dataclass(frozen=True)
 class End:
-    """Where labels stop: an operation that no rule passes, or one whose rule refused.
+    """Where labels stop: an operation that no rule passes, or one whose rule refused. Pads that they pass, too.
 
     Attributes:
         node: The operation.
@@ -60,12 +61,12 @@ def downstream(trace: Trace, seeds: Mapping[Node, Tensor], gone: Collection[int]
                 labels[node] = FOLLOW[node.target](Call(node, labels, fixed_size))
             except RefusalError as error:
                 refusal = str(error)
-        if node in labels and node not in seeds:
-            if _any(labels[node]):
-                push(node.users)
-            else:
-                del labels[node]
-        elif node.target not in CHECKS:
+        passed = node in labels and node not in seeds
+        if passed and _any(labels[node]):
+            push(node.users)
+        elif passed:
+            del labels[node]
+        if node.target not in CHECKS and (not passed or _needs_fill(node, fixed_size)):
             for source in node.all_input_nodes:
                 found = labels.get(source)
                 if isinstance(found, Tensor):
@@ -77,13 +78,18 @@ def _any(labels: Labels) -> bool:
     return any(bool((item >= 0).any()) for item in ([labels] if isinstance(labels, Tensor) else labels))
 
 
-def producers(trace: Trace, call: Node, gone: Collection[int]) -> list[Site]:
-    """The Linears and Convs, in order, that the input of a norm's ``call`` is made of by operations with a rule.
+def _needs_fill(node: Node, fixed_size: bool) -> bool:
+    return node.target is PAD and not (fixed_size and not any(node.args[1:3]))
+
+
+def producers(trace: Trace, call: Node, gone: Collection[int], fixed_size: bool) -> tuple[list[Site], list[Node]]:
+    """The Linears and Convs, and the pads, that the input of a norm's ``call`` is made of by operations with a rule.
 
     Raises:
         RefusalError: If something else has a part in it.
     """
     found: dict[Node, Site] = {}
+    pads: list[Node] = []
     pending: list[Any] = [call.args[0]]
     seen = set(pending)
     while pending:
@@ -97,11 +103,13 @@ def producers(trace: Trace, call: Node, gone: Collection[int]) -> list[Site]:
         )
         if not passes:
             raise RefusalError(f"its input comes from {_origin(current)}")
+        if _needs_fill(current, fixed_size):
+            pads.append(current)
         first = current.args[0]
         parts = list(first) if isinstance(first, (list, tuple)) else [first]
         pending += [part for part in parts if isinstance(part, Node) and part not in seen]
         seen.update(pending)
-    return [found[node] for node in sorted(found, key=trace.order.__getitem__)]
+    return [found[node] for node in sorted(found, key=trace.order.__getitem__)], pads
 
 
 def _origin(node: Node) -> str:
@@ -137,7 +145,7 @@ def _is_alias(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return node.op == "call_function"  # getitem
-    return node.target is NORM or any(result.alias_info is not None for result in schema.returns)
+    return node.target in (NORM, PAD) or any(result.alias_info is not None for result in schema.returns)
 
 
 def _writes(user: Node, node: Node) -> bool:

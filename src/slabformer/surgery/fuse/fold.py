@@ -11,6 +11,7 @@ from slabformer.nn.affine import Affine, Folded
 from slabformer.ops.affine import compose, fold_into_next, fold_into_previous, spread
 from slabformer.surgery.convert import HOOKS, switch_off_fast_paths
 from slabformer.surgery.fuse.norms import Norm, ScaleShift, find_norms
+from slabformer.surgery.fuse.pads import Pad, fill_after, fill_before, find_pads
 from slabformer.surgery.fuse.plan import Edit, Target
 
 #: attribute of a module that names the biases it got by folding; a plain tuple survives copies, moves and pickling
@@ -25,12 +26,14 @@ class Solution:
         tensors: Float64 value of every parameter that changes, by name.
         new_biases: Those among them that do not exist yet, and the weight beside which they belong.
         maps: Scale and shift of every norm, after it has taken over others.
+        fills: What pads that a fold passes must pad with, float64, by index.
         gone: Norms that become the identity.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     new_biases: dict[str, str] = field(default_factory=dict)
     maps: dict[int, ScaleShift] = field(default_factory=dict)
+    fills: dict[int, Tensor] = field(default_factory=dict)
     gone: set[int] = field(default_factory=set)
 
     def overflows(self, model: nn.Module) -> bool:
@@ -42,24 +45,43 @@ class Solution:
         return False
 
 
-def solve(model: nn.Module, norms: Sequence[Norm], edits: Iterable[Edit]) -> Solution:
+def solve(model: nn.Module, norms: Sequence[Norm], edits: Sequence[Edit]) -> Solution:
     """The parameters of ``model`` after ``edits``, made in order; the model is only read."""
-    solution = Solution(maps={norm.index: norm.scale_shift() for norm in norms})
+    maps, fills = maps_after(norms, find_pads(model), edits)
+    solution = Solution(maps=maps, fills=fills)
     for edit in edits:
         for target in edit.targets:
-            scale, shift = spread(*solution.maps[edit.norm], target.index.to(solution.maps[edit.norm][0].device))
-            if target.norm is not None:
-                solution.maps[target.norm] = compose((scale, shift), solution.maps[target.norm])
-            else:
-                _take_over(model, solution, edit, target, scale, shift)
+            if target.weight:
+                _take_over(model, solution, edit, target)
         solution.gone.add(edit.norm)
     return solution
 
 
-def _take_over(model: nn.Module, solution: Solution, edit: Edit, target: Target, scale: Tensor, shift: Tensor) -> None:
+def maps_after(
+    norms: Sequence[Norm], pads: Sequence[Pad], edits: Iterable[Edit]
+) -> tuple[dict[int, ScaleShift], dict[int, Tensor]]:
+    """Scale and shift of every norm after ``edits``, and the fills of the pads that these change."""
+    maps = {norm.index: norm.scale_shift() for norm in norms}
+    fills: dict[int, Tensor] = {}
+    for edit in edits:
+        for target in edit.targets:
+            own = _spread(maps[edit.norm], target)
+            if target.norm is not None:
+                maps[target.norm] = compose(own, maps[target.norm])
+            if target.pad is not None:
+                fill = fills.get(target.pad, pads[target.pad].fill())
+                fills[target.pad] = (fill_before if edit.action == "forward" else fill_after)(fill, own)
+    return maps, fills
+
+
+def _spread(scale_shift: ScaleShift, target: Target) -> ScaleShift:
+    return spread(*scale_shift, target.index.to(scale_shift[0].device))
+
+
+def _take_over(model: nn.Module, solution: Solution, edit: Edit, target: Target) -> None:
     weight = _current(model, solution, target.weight)
     bias = None if target.new_bias and target.bias not in solution.tensors else _current(model, solution, target.bias)
-    scale, shift = scale.to(weight.device), shift.to(weight.device)
+    scale, shift = (t.to(weight.device) for t in _spread(solution.maps[edit.norm], target))
     weight = weight.t() if target.transposed else weight
     if edit.action == "forward":
         weight, bias = fold_into_next(weight, bias, scale, shift, target.groups)
@@ -88,6 +110,9 @@ def commit(model: nn.Module, solution: Solution, untouchable: Collection[int]) -
         like = model.get_parameter(name)
         owner, leaf = _parent(model, name)
         owner._parameters[leaf] = nn.Parameter(value.to(like).contiguous(), like.requires_grad)
+    pads = find_pads(model)
+    for index, fill in solution.fills.items():
+        pads[index].module.pad_with(fill)
     for norm in norms:
         if norm.index not in untouchable:
             new = _replacement(norm, solution.maps[norm.index], norm.index in solution.gone)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from slabformer.surgery.fuse.marks import NORM, PAD, mark_
 from slabformer.surgery.fuse.norms import Norm
+from slabformer.surgery.fuse.pads import find_pads
 from slabformer.surgery.fuse.twin import Example, first_line, quiet, tensors_of
 
 #: subgraphs that wrap a region of the forward and change nothing about which tensor goes where
 _REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
 
 
-@torch.library.custom_op("slabformer::norm", mutates_args=())
-def mark(x: Tensor, index: int) -> Tensor:
-    """Stands for norm number ``index`` while tracing; never computed."""
-    return x.clone()
-
-
-@mark.register_fake
-def _(x: Tensor, index: int) -> Tensor:
-    return torch.empty_like(x)
-
-
 _TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
-NORM = torch.ops.slabformer.norm.default
 
 
 class Trace:
@@ -43,6 +33,7 @@ class Trace:
         graph: All operations in order, regions inlined.
         order: Position of each node.
         calls: The calls of each norm, by its index.
+        pad_calls: The calls of each pad, by its index.
         parameters: Name of the parameter that a placeholder stands for; of tied ones, the first name.
         reads: Placeholders of each such name.
     """
@@ -51,14 +42,21 @@ class Trace:
         self.graph = graph
         self.order = {node: position for position, node in enumerate(graph.nodes)}
         self.parameters = parameters
-        self.calls: dict[int, list[Node]] = {}
-        for node in graph.nodes:
-            if node.target is NORM:
-                self.calls.setdefault(node.args[1], []).append(node)
+        self.calls = _by_index(graph, NORM)
+        self.pad_calls = _by_index(graph, PAD)
 
     def users(self, parameter: str) -> list[Node]:
         """Every operation that reads ``parameter``."""
         return [user for node, name in self.parameters.items() if name == parameter for user in node.users]
+
+
+def _by_index(graph: Graph, mark: Any) -> dict[int, list[Node]]:
+    """Calls of a mark, by the index that is its last argument."""
+    calls: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        if node.target is mark:
+            calls.setdefault(node.args[-1], []).append(node)
+    return calls
 
 
 class _TensorsOnly(nn.Module):
@@ -73,13 +71,12 @@ class _TensorsOnly(nn.Module):
 
 
 def trace(model: nn.Module, norms: Sequence[Norm], example: Example) -> Trace:
-    """Trace ``model``, a twin whose norms are replaced by marks for good.
+    """Trace ``model``, a twin whose norms and pads are replaced by marks for good.
 
     Raises:
         Exception: Whatever ``torch.export`` raises for a model it cannot trace.
     """
-    for norm in norms:
-        model.get_submodule(norm.name).forward = _marked(norm.index)
+    mark_(model, norms, find_pads(model))
     with quiet(), _no_fast_path(), _no_logs():
         program = torch.export.export(_TensorsOnly(model), example.args, dict(example.kwargs), strict=False)
     names = first_names(model)
@@ -105,13 +102,6 @@ def why_untraceable(error: Exception) -> str:
         if not frame.filename.startswith((_TORCH, _HERE, "<")):
             return f"{said} At {Path(frame.filename).name}:{frame.lineno}: {frame.line}"
     return said
-
-
-def _marked(index: int) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        return torch.ops.slabformer.norm(x, index)
-
-    return forward
 
 
 @contextmanager

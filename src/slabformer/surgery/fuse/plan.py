@@ -17,12 +17,13 @@ class Target:
     Attributes:
         name: Of the neighbour, for the report.
         index: Channel of the norm that each channel of the neighbour belongs to, -1 for none.
-        weight: Name of its weight; empty if the neighbour is a norm.
+        weight: Name of its weight; empty if the neighbour is a norm or a pad.
         bias: Name of its bias.
         new_bias: Whether that bias must be created.
         groups: Of a Conv.
         transposed: Whether the weight is ``(in, out)``.
         norm: Index of the norm that takes it over instead, or None.
+        pad: Index of the pad whose fill changes, or None.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Target:
     groups: int = 1
     transposed: bool = False
     norm: int | None = None
+    pad: int | None = None
 
     def agrees(self, other: Target) -> bool:
         """Whether both are one and the same change."""

@@ -17,6 +17,7 @@ from slabformer.surgery.fuse.labels import (
     averaged,
     chosen,
     dropped,
+    filled,
     moved,
     padded,
     picked,
@@ -25,6 +26,7 @@ from slabformer.surgery.fuse.labels import (
     same,
     unread,
 )
+from slabformer.surgery.fuse.marks import PAD
 
 aten = torch.ops.aten
 
@@ -180,6 +182,7 @@ RULES: tuple[Rule, ...] = (
         padded,
         refused=(lambda x: F.pad(x, (0, 0, 0, 0)), "its output is padded"),
     ),
+    Rule((PAD,), filled),
 )
 FOLLOW: dict[Any, Callable[[Call], Labels]] = {op: rule.follow for rule in RULES for op in rule.ops}
 #: checks on shape and dtype that the tracer inserts; they hold after folding as before

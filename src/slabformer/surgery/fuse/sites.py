@@ -82,12 +82,12 @@ def site_of(node: Node) -> Site | None:
     return Site(node, *operands, words="convolution", axis=-1 - spatial, groups=groups, padded=padded)
 
 
-def channel_labels(node: Node, axis: int, num_channels: int) -> Tensor:
+def channel_labels(node: Node, axis: int) -> Tensor:
     """Labels that number the channels of ``node`` along ``axis``."""
-    rank = node.meta["val"].ndim
-    shape = [1] * rank
-    shape[axis] = num_channels
-    return torch.arange(num_channels, dtype=torch.int32).view(shape)
+    value = node.meta["val"]
+    shape = [1] * value.ndim
+    shape[axis] = value.shape[axis]
+    return torch.arange(value.shape[axis], dtype=torch.int32).view(shape)
 
 
 def along(labels: Tensor, axis: int, num_channels: int, words: str) -> Tensor:
