@@ -12,10 +12,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import slabformer as sf
+from slabformer.models.hub import is_shared
 from slabformer.tasks.saved_model import ModelInfo, create_model, load_model
 
 #: widths of tables go by the terminal; files and pipes get room for all columns
 PIPE_WIDTH = 160
+MODEL_HELP = "a .safetensors file or folder that slab wrote, hf-hub:user/name, or a name that timm knows"
 
 
 def console() -> Console:
@@ -26,7 +28,7 @@ def console() -> Console:
 
 def add_model_options(parser: ArgumentParser) -> None:
     """``MODEL`` and all that says which weights and input size it has."""
-    parser.add_argument("model", type=str, help="a .safetensors file that slab wrote, or a name that timm knows")
+    parser.add_argument("model", type=str, help=MODEL_HELP)
     parser.add_argument("--checkpoint", type=Path | None, help="published weights (.pth) for a model given by name")
     parser.add_argument("--pretrained", action="store_true", help="fetch the released weights of a named model")
     parser.add_argument("--input-size", type=int | None, help="height and width of its images, if not its own")
@@ -52,8 +54,8 @@ def load(config: Namespace) -> tuple[nn.Module, ModelInfo]:
 
 
 def is_file(model: str) -> bool:
-    """Whether ``model`` means a file rather than a name in timm."""
-    return model.endswith(".safetensors") or "/" in model or Path(model).is_file()
+    """Whether ``model`` means a file, a folder or a repository rather than a name in timm."""
+    return model.endswith(".safetensors") or "/" in model or is_shared(model) or Path(model).is_file()
 
 
 def example_images(info: ModelInfo, batch_size: int, seed: int = 0) -> Tensor:

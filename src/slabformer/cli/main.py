@@ -29,6 +29,7 @@ VERBS = {
     "verify": ("slabformer.cli.verify", "compare the outputs of two models"),
     "predict": ("slabformer.cli.predict", "name what is on an image"),
     "export": ("slabformer.cli.export", "write ONNX or torch.export files, checked against PyTorch"),
+    "push": ("slabformer.cli.push", "write a model as timm shares models, into a folder or to the Hugging Face hub"),
     "bench": ("slabformer.cli.bench", "speed of a model, fused and not, beside its LayerNorm twin and its ceiling"),
     "list": ("slabformer.cli.list", "models, published accuracies and released weights"),
 }

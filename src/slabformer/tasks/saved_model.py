@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer._extras import require
+from slabformer.models.hub import weights_file
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
 from slabformer.tasks.engine.files import replaced
@@ -89,13 +90,16 @@ class ModelInfo:
             raise ValueError(str(error)) from error
 
 
-def save_model(model: nn.Module, path: str | Path, info: ModelInfo) -> None:
+def save_model(model: nn.Module, path: str | Path, info: ModelInfo) -> ModelInfo:
     """Write ``model`` to ``path``, all of it or nothing; norms that were converted or folded are noted by themselves.
 
     Args:
         model: Built by ``info.model``, then converted and fused as you like; wrappers of DDP and compile are taken off.
         path: A ``.safetensors`` file.
         info: What the model is; ``converted`` and ``fused`` are filled in.
+
+    Returns:
+        ``info`` as it was written.
 
     Raises:
         OSError: If the file cannot be written.
@@ -109,6 +113,7 @@ def save_model(model: nn.Module, path: str | Path, info: ModelInfo) -> None:
         metadata |= {"format": "pt", INFO: info.to_json()}
         metadata[DIGEST] = _digest(metadata, tensors)
         require("safetensors.torch", extra="vision").save_file(tensors, str(temporary), metadata=metadata)
+    return info
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ModelInfo]:
@@ -116,11 +121,16 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
 
     Published ``.pth`` files name no model: build it and call :func:`slabformer.load_published`.
 
+    Args:
+        path: The file, a folder that `slab push` wrote, or ``hf-hub:user/name``.
+        device: Where the model goes.
+
     Raises:
         FileNotFoundError: If there is no such file.
+        ConnectionError: If the hub cannot be reached.
         ValueError: If it is truncated, altered, or no model of ours, or does not fit the model it names.
     """
-    path = Path(path)
+    path = weights_file(path)
     metadata, tensors = _read(path)
     info = _info_of(path, metadata, tensors)
     model = _skeleton(info)

@@ -1,0 +1,90 @@
+"""`slab push`: write a model as timm shares models, into a folder or to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from jsonargparse import ArgumentParser, Namespace
+from torch import nn
+
+from slabformer.cli.common import add_model_options, console, example_images, is_file
+from slabformer.cli.data import ExamplesFormatter, load_trained
+from slabformer.deployment.measure import count_macs
+from slabformer.models.hub import upload
+from slabformer.models.published import BY_MODEL
+from slabformer.tasks.publish import save_folder
+from slabformer.tasks.saved_model import ModelInfo
+
+EXAMPLES = """examples:
+  slab push runs/digits/model.safetensors --folder shared/digits
+  slab push fused.safetensors --repo me/slab_deit_tiny_fused --eval result.json
+  slab push slab_deit_tiny --pretrained --folder shared/slab_deit_tiny
+
+Then: timm.create_model("local-dir:shared/digits", pretrained=True), or slab eval shared/digits --data digits
+"""
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab push`."""
+    made = ArgumentParser(
+        prog="slab push",
+        description="Write weights, configuration and model card, as timm does. A fused or converted model loads with "
+        "slabformer only, any other with timm too.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+    )
+    add_model_options(made)
+    made.add_argument("--folder", type=Path | None, help="write it here")
+    made.add_argument("--repo", type=str | None, help="and push it here on the Hugging Face hub: user/name")
+    made.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    made.add_argument("--eval", type=Path | None, help="figures for the card: what `slab eval --json` wrote")
+    made.add_argument("--license", type=str, default="unknown", help="of the weights, in the hub's spelling")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Write, and push where asked.
+
+    Raises:
+        ValueError: If neither folder nor repository is given, or the file with figures holds none.
+    """
+    if config.folder is None and config.repo is None:
+        raise ValueError("nowhere to push to; give --folder DIR, --repo user/name, or both")
+    config.device = "cpu"
+    model, info = load_trained(config)
+    figures = _published(config) | _measured(config.eval) | _cost(model, info)
+    with TemporaryDirectory() as temporary:
+        folder = config.folder or Path(temporary)
+        paths = save_folder(model, folder, info, figures=figures, repo=config.repo, license=config.license)
+        if config.folder is not None:
+            console().print("wrote", *map(str, paths), soft_wrap=True)
+        if config.repo is not None:
+            name = upload(folder, config.repo, private=config.private, message=f"Add {info.model}")
+            console().print(f"pushed to https://huggingface.co/{name}", soft_wrap=True)
+
+
+def _published(config: Namespace) -> dict[str, str]:
+    """Of released weights: what was published about them."""
+    row = None if is_file(config.model) or config.checkpoint is not None else BY_MODEL.get(config.model)
+    if row is None or row.top1 is None:
+        return {}
+    return {"Weights": f"published ({row.url})", "ImageNet-1K top-1": f"{row.top1:.1f} % (published)"}
+
+
+def _measured(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        forms = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            f"Accuracy, {form}": f"top-1 {result['top1']:.2%} of {result['images']:,} images"
+            for form, result in forms.items()
+        }
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what `slab eval --json` writes; run `slab eval --json {path}`") from error
+
+
+def _cost(model: nn.Module, info: ModelInfo) -> dict[str, str]:
+    return {"Multiply-adds": f"{count_macs(model, (example_images(info, batch_size=1),)) / 1e9:.3f} G"}
