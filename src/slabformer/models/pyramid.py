@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,15 +11,16 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slabformer.models.official import PublishedLayout, State, load_published, read_published
+from slabformer.models.official import PublishedLayout, State, load_published, published_names, read_published
 from slabformer.models.pretrained import fit_head, fit_stem
-from slabformer.models.stages import Stage
+from slabformer.models.stages import Stage, grid_sizes
+from slabformer.nn.resample import resample_table
 
 
 class PyramidTransformer(nn.Module):
     """Stages of ever fewer and wider tokens, the final norm, the mean over tokens, the head.
 
-    Images of any size go: they are padded right and bottom to the total stride, and tables are resampled where the map
+    Images of any size go: they are padded right and bottom to ``pad_to``, and tables are resampled where the map
     is not the one they were made for. :meth:`set_input_size` does that once and for all.
 
     Args:
@@ -28,6 +30,7 @@ class PyramidTransformer(nn.Module):
         attention: One letter a stage.
         embed_dims: Channels of the maps that each stage returns.
         strides: Pixels to a token of each stage, on either axis.
+        pad_to: Images are padded to a multiple of it; the last stride by default.
         num_classes: 0 for no head.
         global_pool: "avg", or "" for maps.
         drop_rate: Dropout before the head.
@@ -45,6 +48,7 @@ class PyramidTransformer(nn.Module):
         attention: str,
         embed_dims: Sequence[int],
         strides: Sequence[int] = (4, 8, 16, 32),
+        pad_to: int | None = None,
         num_classes: int = 1000,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
@@ -52,6 +56,7 @@ class PyramidTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.attention, self.strides, self.img_size = attention, tuple(strides), to_2tuple(img_size)
+        self.pad_to = pad_to or self.strides[-1]
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
@@ -151,9 +156,9 @@ class PyramidTransformer(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample every table to images of another size for good."""
         self.img_size = to_2tuple(img_size)
-        height, width = (self._padded(side) for side in self.img_size)
-        for stage, stride in zip(self._each_stage(), self.strides, strict=False):
-            stage.set_grid_size((height // stride, width // stride))
+        grids = grid_sizes(self.img_size, self.strides, self.pad_to)
+        for stage, grid in zip(self._each_stage(), grids, strict=False):
+            stage.set_grid_size(grid)
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
         """Load a published file, fitted to this model's head, input channels and image size; timm calls this."""
@@ -166,19 +171,28 @@ class PyramidTransformer(nn.Module):
         load_published(self, state)
 
     def fit_tables(self, state: State) -> None:
-        """Resample the tables of a published state dict, made for 224 px, to this model's size, in place."""
+        """Resample the position tables of a published state dict, made for a square, to this model's size, in place."""
+        for name, ours in published_names(self, "repbn").items():
+            owner, _, leaf = str(ours).rpartition(".")
+            if leaf in ("pos_embed", "positional_encoding") and name in state:
+                side = math.isqrt(state[name].shape[1])
+                if side * side == state[name].shape[1]:
+                    state[name] = resample_table(state[name], (side, side), self.get_submodule(owner).grid_size)
 
     def _each_stage(self) -> Iterator[Stage]:
         for stage in self.stages:
             assert isinstance(stage, Stage)
             yield stage
 
-    def _padded(self, side: int) -> int:
-        return side + -side % self.strides[-1]
-
     def _pad(self, x: Tensor) -> Tensor:
-        bottom, right = -x.shape[2] % self.strides[-1], -x.shape[3] % self.strides[-1]
+        bottom, right = -x.shape[2] % self.pad_to, -x.shape[3] % self.pad_to
         return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+
+
+def stage_grids(img_size: int | tuple[int, int], strides: Sequence[int]) -> list[Grid]:
+    """Map ``(H, W)`` of each stage for images of ``img_size``, which are padded to the total stride."""
+    height, width = (side + -side % strides[-1] for side in to_2tuple(img_size))
+    return [(height // stride, width // stride) for stride in strides]
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -38,6 +38,49 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [rates[end - depth : end] for end, depth in zip(ends, depths, strict=True)]
 
 
+def grid_sizes(img_size: Grid, strides: Sequence[int], pad_to: int) -> list[Grid]:
+    """Grid of each stage for images padded to a multiple of ``pad_to``."""
+    height, width = (side + -side % pad_to for side in img_size)
+    return [(height // stride, width // stride) for stride in strides]
+
+
+class ConvEmbed(nn.Module):
+    """Strided convolution, then norm: images ``(B, in_chans, H, W)`` to maps ``(B, H', W', C)``.
+
+    Args:
+        in_chans: Channels of the input.
+        dim: Channels ``C`` of the maps.
+        kernel_size: Of the convolution; above ``stride``, patches overlap.
+        stride: Pixels from patch to patch.
+        padding: Zeros around the input.
+        norm_layer: Constructor of the norm.
+    """
+
+    def __init__(
+        self, in_chans: int, dim: int, kernel_size: int, stride: int, padding: int, norm_layer: NormLayer
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, padding)
+        self.norm = norm_layer(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to maps."""
+        # of all maps the image is the cheapest to reorder, and the convolution keeps the order
+        return self.embed(x.contiguous(memory_format=torch.channels_last))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Channels-last ``(B, C, H, W)`` to maps."""
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class ConvMerge(ConvEmbed):
+    """:class:`ConvEmbed` between stages: from maps ``(B, H, W, in_chans)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps to fewer, wider ones."""
+        return self.embed(x.permute(0, 3, 1, 2))
+
+
 class Block(nn.Module):
     """Pre-norm block on maps: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``.
 
