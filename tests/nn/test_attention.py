@@ -20,7 +20,7 @@ GOLDEN = {
     "sla_swin": lambda: SimplifiedLinearAttention(C, HEADS, grid_size=(8, 8)),
     "sla_deit": lambda: SimplifiedLinearAttention(C, HEADS, grid_size=(8, 8)),
     "sla_pvt_sr1": lambda: PyramidLinearAttention(C, HEADS, 1, grid_size=(8, 8)),
-    "sla_pvt_sr2": lambda: PyramidLinearAttention(C, HEADS, 2, grid_size=(8, 8)),
+    "sla_pvt_sr2": lambda: PyramidLinearAttention(C, HEADS, 2, grid_size=(8, 8), resize="1d"),
     "sla_cswin": lambda: WindowLinearAttention(C, HEADS, (8, 4)),
 }
 
