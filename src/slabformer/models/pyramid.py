@@ -189,12 +189,6 @@ class PyramidTransformer(nn.Module):
         return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
 
-def stage_grids(img_size: int | tuple[int, int], strides: Sequence[int]) -> list[Grid]:
-    """Map ``(H, W)`` of each stage for images of ``img_size``, which are padded to the total stride."""
-    height, width = (side + -side % strides[-1] for side in to_2tuple(img_size))
-    return [(height // stride, width // stride) for stride in strides]
-
-
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
