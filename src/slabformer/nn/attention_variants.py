@@ -1,4 +1,4 @@
-"""Attention as pyramid backbones (PVT) hold it, softmax and linear, and linear attention in windows (CSWin)."""
+"""Attention as pyramid backbones (PVT) hold it, softmax and linear."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from slabformer.nn.attention import LinearAttentionCore, refuse_attn_drop, shared_depthwise
 from slabformer.nn.prepbn import PRepBN
-from slabformer.nn.resample import Grid, resize_tokens_1d, resolve_grid, window_merge, window_partition
-from slabformer.ops.depthwise import depthwise_tokens
+from slabformer.nn.resample import Grid, resize_tokens_1d, resolve_grid
 
 Resize = Literal["2d", "1d"]
 
@@ -171,44 +170,3 @@ def reduce_tokens(x: Tensor, grid_size: Grid, conv: nn.Conv2d, norm: nn.Module) 
 
 def _reduced(grid_size: Grid, sr_ratio: int) -> Grid:
     return grid_size[0] // sr_ratio, grid_size[1] // sr_ratio
-
-
-class WindowLinearAttention(LinearAttentionCore):
-    """Linear attention inside windows of given q, k, v, plus LePE, without projections: a branch of SLAB-CSWin.
-
-    ``o + DWC(v) + LePE(v)`` in every window, where LePE is a 3x3 depthwise convolution with kernels of its own for
-    every channel.
-
-    Args:
-        dim: Channels ``C`` of the branch.
-        num_heads: Heads of ``C / num_heads`` channels.
-        window_size: Window ``(h, w)`` that the position table is made for.
-        kernel_size: Of the shared depthwise convolution, odd.
-
-    Shape:
-        Three ``(B, H * W, C)`` to ``(B, H * W, C)``.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window_size: Grid,
-        *,
-        kernel_size: int = 5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, num_heads, grid_size=window_size, **factory)
-        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
-        self.dwc = shared_depthwise(dim // num_heads, kernel_size, **factory)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, grid_size: Grid, window_size: Grid | None = None) -> Tensor:
-        """Attention of tokens on ``grid_size`` inside windows; ``window_size`` by default is the table's."""
-        window = window_size or self.grid_size
-        q, k, v = (window_partition(t, grid_size, window) for t in (q, k, v))
-        lepe = depthwise_tokens(v, window, self.get_v.weight, self.get_v.bias)
-        q, k, v = self.heads(q, k, v)
-        out = self.attend(q, k, v, window) + self.local(v, window, window)
-        return window_merge(out.transpose(1, 2).flatten(2) + lepe, grid_size, window)

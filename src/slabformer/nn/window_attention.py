@@ -1,0 +1,134 @@
+"""The branches of CSWin: attention of given queries, keys and values inside windows, plus LePE, without projections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slabformer.nn.attention import LinearAttentionCore, shared_depthwise
+from slabformer.nn.resample import Grid, window_merge, window_partition
+from slabformer.ops.depthwise import depthwise_tokens
+
+Direction = Literal["vertical", "horizontal"]
+
+
+class WindowLinearAttention(LinearAttentionCore):
+    """Linear attention inside windows, ``o + DWC(v) + LePE(v)``: a branch of SLAB-CSWin.
+
+    LePE is a 3x3 depthwise convolution with kernels of its own for every channel. Both convolutions read the same
+    values, so they run as one, whose kernels are the sum of theirs.
+
+    Args:
+        dim: Channels ``C`` of the branch.
+        num_heads: Heads of ``C / num_heads`` channels.
+        window_size: Window ``(h, w)`` that the position table is made for.
+        kernel_size: Of the shared depthwise convolution, odd and 3 at least.
+
+    Shape:
+        Three ``(B, H * W, C)`` to ``(B, H * W, C)``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Grid,
+        *,
+        kernel_size: int = 5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, grid_size=window_size, **factory)
+        self.get_v = lepe(dim, **factory)
+        self.dwc = shared_depthwise(dim // num_heads, kernel_size, **factory)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, grid_size: Grid, window_size: Grid | None = None) -> Tensor:
+        """Attention of tokens on ``grid_size`` inside windows; ``window_size`` by default is the table's."""
+        window = window_size or self.grid_size
+        q, k, v = (window_partition(t, grid_size, window) for t in (q, k, v))
+        v = v.contiguous()  # once for both branches
+        out = self.attend(*self.heads(q, k, v), window).transpose(1, 2).flatten(2)
+        return window_merge(out + depthwise_tokens(v, window, *self._kernels()), grid_size, window)
+
+    def _kernels(self) -> tuple[Tensor, Tensor | None]:
+        """Weight ``(C, 1, K, K)`` and bias of both convolutions in one."""
+        border = (self.dwc.kernel_size[0] - self.get_v.kernel_size[0]) // 2
+        weight = self.dwc.weight.repeat(self.num_heads, 1, 1, 1) + F.pad(self.get_v.weight, (border,) * 4)
+        assert self.dwc.bias is not None
+        assert self.get_v.bias is not None
+        return weight, self.dwc.bias.repeat(self.num_heads) + self.get_v.bias
+
+
+class StripeAttention(nn.Module):
+    """Softmax attention inside stripes as long as the map, plus LePE: a branch of CSWin (Dong et al. 2022).
+
+    Where stripes do not tile the map, the last one is narrower: nothing is padded, so nothing needs a mask.
+
+    Args:
+        dim: Channels ``C`` of the branch.
+        num_heads: Heads of ``C / num_heads`` channels.
+        width: Of a stripe in tokens; None for one that is the map.
+        direction: "vertical" stripes are as high as the map, "horizontal" ones as wide.
+
+    Shape:
+        Three ``(B, H * W, C)`` to ``(B, H * W, C)``.
+
+    Raises:
+        ValueError: If ``dim`` is no multiple of ``num_heads``, the width not positive, or the direction unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        width: int | None = None,
+        direction: Direction = "vertical",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        if width is not None and width < 1:
+            raise ValueError(f"stripes need a width of 1 or more, or None for the whole map, got {width}")
+        if direction not in get_args(Direction):
+            raise ValueError(f"direction must be one of {get_args(Direction)}, got {direction!r}")
+        self.num_heads, self.width = num_heads, width
+        self.axis = 1 if direction == "vertical" else 0  # of the grid, across the stripes
+        self.get_v = lepe(dim, device=device, dtype=dtype)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, grid_size: Grid) -> Tensor:
+        """Attention of tokens on ``grid_size`` inside stripes."""
+        maps = [t.unflatten(1, grid_size) for t in (q, k, v)]
+        length, across = grid_size[self.axis], 1 + self.axis
+        rest = length % self.width if self.width is not None and self.width < length else 0
+        if not rest:
+            return self._attend(maps).flatten(1, 2)
+        tiled, narrower = zip(*(t.split([length - rest, rest], across) for t in maps), strict=True)
+        return torch.cat([self._attend(tiled), self._attend(narrower)], across).flatten(1, 2)
+
+    def _attend(self, maps: Sequence[Tensor]) -> Tensor:
+        """Queries, keys and values ``(B, H, W, C)`` that stripes tile to ``(B, H, W, C)``."""
+        grid = (maps[0].shape[1], maps[0].shape[2])
+        width = min(self.width or grid[self.axis], grid[self.axis])
+        window = (grid[0], width) if self.axis else (width, grid[1])
+        q, k, v = (window_partition(t, grid, window) for t in maps)
+        local = depthwise_tokens(v, window, self.get_v.weight, self.get_v.bias)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return window_merge(out + local, grid, window).unflatten(1, grid)
+
+    def extra_repr(self) -> str:
+        """Heads and stripes."""
+        return f"num_heads={self.num_heads}, width={self.width}, direction={get_args(Direction)[1 - self.axis]!r}"
+
+
+def lepe(dim: int, **factory: Any) -> nn.Conv2d:
+    """Locally enhanced positional encoding: a 3x3 depthwise convolution over values (Dong et al. 2022, CSWin)."""
+    return nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
