@@ -1,0 +1,256 @@
+"""PVT without LayerNorm (``pvt_*_prepbn``), and with linear attention on top (``slab_pvt_*``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import Mlp, to_2tuple
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from slabformer.models.norms import NormLayer, resolve_norm_layer
+from slabformer.models.official import PublishedLayout
+from slabformer.models.pyramid import PyramidTransformer
+from slabformer.models.registry import cfg, create
+from slabformer.models.stages import (
+    Block,
+    ConvEmbed,
+    ConvMerge,
+    Stage,
+    check_attention,
+    drop_path_rates,
+    grid_sizes,
+)
+from slabformer.nn.attention_variants import PyramidAttention, PyramidLinearAttention, Resize
+from slabformer.nn.resample import Grid, resample_table
+
+
+class PVTStage(Stage):
+    """A stage whose tokens get a position table of their own.
+
+    Args:
+        dim: Channels ``C`` of its maps.
+        grid_size: Grid ``(H, W)`` that the table is made for.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, dim: int, grid_size: Grid) -> None:
+        super().__init__(blocks, downsample)
+        self.grid_size = grid_size
+        self.pos_embed = nn.Parameter(torch.empty(1, grid_size[0] * grid_size[1], dim))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Downsampling, then positions."""
+        x = super().embed(x)
+        grid = (x.shape[1], x.shape[2])
+        return x + resample_table(self.pos_embed, self.grid_size, grid).unflatten(1, grid)
+
+    @torch.no_grad()
+    def set_grid_size(self, grid_size: Grid) -> None:
+        """Resample every table of the stage to maps of another size for good."""
+        super().set_grid_size(grid_size)
+        table = resample_table(self.pos_embed, self.grid_size, grid_size)
+        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        self.grid_size = grid_size
+
+
+class PVT(PyramidTransformer):
+    """Pyramid Vision Transformer (Wang et al. 2021) with a choice of norm and attention, without class token.
+
+    Blocks are followed by the mean over tokens and the head; there is no final norm. Images are padded so that every
+    reduction divides the map it reduces.
+
+    Args:
+        attention: One letter a stage, S or L.
+        norm: "prepbn", "repbn", "layernorm", or a constructor.
+        norm_eps: LayerNorm's epsilon.
+        img_size: That position tables are made for; others are resampled to.
+        in_chans: Channels of the images.
+        embed_dims: Channels of each stage.
+        depths: Blocks of each stage.
+        num_heads: Heads of each stage.
+        mlp_ratios: Hidden channels of the MLPs, as multiples of ``embed_dims``.
+        sr_ratios: Reduction of keys and values where a stage is S.
+        linear_sr_ratios: The same where it is L.
+        resize: How reduced values are stretched for the depthwise branch of L, see :class:`PyramidLinearAttention`.
+        qkv_bias: Whether queries, keys and values have a bias.
+        proj_drop_rate: Dropout after projections and inside MLPs.
+        attn_drop_rate: Dropout of attention weights; there are none where a stage is L.
+        drop_path_rate: Stochastic depth of the last block.
+        kwargs: As :class:`PyramidTransformer` takes them: ``num_classes``, ``global_pool``, ``drop_rate``.
+
+    Raises:
+        ValueError: If a plan or a list has not one entry a stage, or an argument is none of its values.
+    """
+
+    published_layout = PublishedLayout(
+        renames=(
+            (r"^patch_embed\.", "patch_embed1."),
+            *((rf"^stages\.{i}\.pos_embed$", f"pos_embed{i + 1}") for i in range(4)),
+            *((rf"^stages\.{i}\.downsample\.", f"patch_embed{i + 1}.") for i in range(4)),
+            *((rf"^stages\.{i}\.blocks\.", f"block{i + 1}.") for i in range(4)),
+        ),
+        # in the files, the tables of all stages come first
+        complete=lambda _, state: dict(sorted(state.items(), key=lambda item: not item[0].startswith("pos_embed"))),
+    )
+    #: kernel size, stride and padding of the first patch embedding, and of those between stages
+    stem, merge = (4, 4, 0), (2, 2, 0)
+    mlp_layer: type[nn.Module] = Mlp
+
+    def __init__(
+        self,
+        attention: str = "LLLL",
+        norm: str | NormLayer = "prepbn",
+        norm_eps: float = 1e-6,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        embed_dims: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        linear_sr_ratios: Sequence[int] = (1, 1, 1, 1),
+        resize: Resize = "2d",
+        qkv_bias: bool = True,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        check_attention(attention, len(depths))
+        _check_lengths(
+            len(depths),
+            embed_dims=embed_dims,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            sr_ratios=sr_ratios,
+            linear_sr_ratios=linear_sr_ratios,
+        )
+        norm_layer = resolve_norm_layer(norm, norm_eps)
+        reductions = [(sr_ratios if letter == "S" else linear_sr_ratios)[i] for i, letter in enumerate(attention)]
+        strides = [4 * 2**i for i in range(len(depths))]
+        pad_to = math.lcm(strides[-1], *(stride * r for stride, r in zip(strides, reductions, strict=True)))
+        grids = grid_sizes(to_2tuple(img_size), strides, pad_to)
+        rates = drop_path_rates(drop_path_rate, depths)
+        options = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+        stages = []
+        for i, (letter, dim, grid) in enumerate(zip(attention, embed_dims, grids, strict=True)):
+            linear = partial(PyramidLinearAttention, grid_size=grid, resize=resize)
+            attn_layer = {"S": PyramidAttention, "L": linear}[letter]
+            attn = partial(attn_layer, dim, num_heads[i], reductions[i], norm_layer=norm_layer, **options)
+            mlp = {"mlp_ratio": mlp_ratios[i], "proj_drop": proj_drop_rate, "mlp_layer": self.mlp_layer}
+            blocks = [Block(dim, attn(), norm_layer, drop_path=rate, **mlp) for rate in rates[i]]
+            merge = ConvMerge(embed_dims[i - 1], dim, *self.merge, norm_layer) if i else None
+            stages.append(self.make_stage(blocks, merge, dim, grid, norm_layer))
+        super().__init__(
+            ConvEmbed(in_chans, embed_dims[0], *self.stem, norm_layer),
+            stages,
+            nn.Identity(),
+            attention=attention,
+            embed_dims=embed_dims,
+            strides=strides,
+            pad_to=pad_to,
+            img_size=img_size,
+            **kwargs,
+        )
+
+    @staticmethod
+    def make_stage(
+        blocks: Sequence[nn.Module], merge: nn.Module | None, dim: int, grid_size: Grid, norm_layer: NormLayer
+    ) -> Stage:
+        """Blocks and what stands around them."""
+        return PVTStage(blocks, merge, dim, grid_size)
+
+
+def _check_lengths(num_stages: int, **lists: Sequence[float]) -> None:
+    for name, values in lists.items():
+        if len(values) != num_stages:
+            raise ValueError(f"{name} needs one value for each of {num_stages} stages, got {tuple(values)}")
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"depths": (2, 2, 2, 2)},
+    "small": {"depths": (3, 4, 6, 3)},
+    "medium": {"depths": (3, 4, 18, 3)},
+    "large": {"depths": (3, 8, 27, 3)},
+}
+_LAYERNORM = {"attention": "SSSS", "norm": "layernorm"}
+_SOFTMAX = {"attention": "SSSS"}
+_PREPBN_SIZES = ("tiny", "small", "medium")
+
+#: what each of these is held against; timm has no PVT of the first version
+layernorm_twins = {f"pvt_{size}_prepbn": f"pvt_{size}" for size in _PREPBN_SIZES}
+layernorm_twins |= {f"slab_pvt_{size}": f"pvt_{size}" for size in _SIZES}
+_CFGS = {name: cfg(name) for name in (*layernorm_twins, *(f"pvt_{size}" for size in _SIZES))}
+default_cfgs = generate_default_cfgs(_CFGS)
+
+
+@register_model
+def pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """PVT-Tiny with LayerNorm and softmax attention."""
+    return create(PVT, "pvt_tiny", pretrained, _SIZES["tiny"] | _LAYERNORM, **kwargs)
+
+
+@register_model
+def pvt_small(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """PVT-Small with LayerNorm and softmax attention."""
+    return create(PVT, "pvt_small", pretrained, _SIZES["small"] | _LAYERNORM, **kwargs)
+
+
+@register_model
+def pvt_medium(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """PVT-Medium with LayerNorm and softmax attention."""
+    return create(PVT, "pvt_medium", pretrained, _SIZES["medium"] | _LAYERNORM, **kwargs)
+
+
+@register_model
+def pvt_large(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """PVT-Large with LayerNorm and softmax attention."""
+    return create(PVT, "pvt_large", pretrained, _SIZES["large"] | _LAYERNORM, **kwargs)
+
+
+@register_model
+def pvt_tiny_prepbn(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """PVT-Tiny with PRepBN."""
+    return create(PVT, "pvt_tiny_prepbn", pretrained, _SIZES["tiny"] | _SOFTMAX, **kwargs)
+
+
+@register_model
+def pvt_small_prepbn(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """PVT-Small with PRepBN."""
+    return create(PVT, "pvt_small_prepbn", pretrained, _SIZES["small"] | _SOFTMAX, **kwargs)
+
+
+@register_model
+def pvt_medium_prepbn(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """PVT-Medium with PRepBN."""
+    return create(PVT, "pvt_medium_prepbn", pretrained, _SIZES["medium"] | _SOFTMAX, **kwargs)
+
+
+@register_model
+def slab_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """PVT-Tiny with PRepBN and linear attention."""
+    return create(PVT, "slab_pvt_tiny", pretrained, _SIZES["tiny"], **kwargs)
+
+
+@register_model
+def slab_pvt_small(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """PVT-Small with PRepBN and linear attention."""
+    return create(PVT, "slab_pvt_small", pretrained, _SIZES["small"], **kwargs)
+
+
+@register_model
+def slab_pvt_medium(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """PVT-Medium with PRepBN and linear attention."""
+    return create(PVT, "slab_pvt_medium", pretrained, _SIZES["medium"], **kwargs)
+
+
+@register_model
+def slab_pvt_large(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """PVT-Large with PRepBN and linear attention."""
+    return create(PVT, "slab_pvt_large", pretrained, _SIZES["large"], **kwargs)
