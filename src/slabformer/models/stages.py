@@ -33,7 +33,7 @@ def check_attention(attention: str, num_stages: int) -> str:
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Stochastic depth of each block of each stage, rising linearly from 0 to ``rate``."""
-    rates = torch.linspace(0, rate, sum(depths)).tolist()
+    rates = torch.linspace(0, rate, sum(depths), device="cpu").tolist()  # models may be built on meta
     ends = [sum(depths[: i + 1]) for i in range(len(depths))]
     return [rates[end - depth : end] for end, depth in zip(ends, depths, strict=True)]
 
