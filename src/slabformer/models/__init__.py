@@ -3,4 +3,4 @@
 from importlib.util import find_spec
 
 if find_spec("timm") is not None:
-    from slabformer.models import deit  # noqa: F401  (registers the family)
+    from slabformer.models import cswin, deit, pvt, pvt_v2, swin  # noqa: F401  (registers the families)

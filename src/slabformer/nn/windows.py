@@ -1,0 +1,216 @@
+"""Attention inside windows that are shifted from block to block, as Swin has it, softmax and linear."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slabformer.nn.attention import SimplifiedLinearAttention
+from slabformer.nn.padding import PadTokens
+from slabformer.nn.resample import Grid, resample_table, window_merge, window_partition
+
+#: added to the logits of tokens that only a shift has brought into one window, as published
+APART = -100.0
+
+
+class Windows(NamedTuple):
+    """How a map is cut: padded right and bottom to whole windows, then rolled, then cut.
+
+    Attributes:
+        grid: Map ``(H, W)``.
+        window: Of ``(h, w)`` tokens.
+        shift: Rows and columns that the padded map is rolled up and left by.
+    """
+
+    grid: Grid
+    window: Grid
+    shift: Grid
+
+    @classmethod
+    def fitted(cls, grid: Grid, window: Grid, shift: Grid) -> Windows:
+        """Windows no larger than the map, and no shift along an axis that one window spans."""
+        (H, W), (h, w) = grid, window
+        return cls(grid, (min(h, H), min(w, W)), (shift[0] if h < H else 0, shift[1] if w < W else 0))
+
+    @property
+    def padded(self) -> Grid:
+        """The map in whole windows."""
+        (H, W), (h, w) = self.grid, self.window
+        return H + -H % h, W + -W % w
+
+    def cut(self, x: Tensor, pad: PadTokens) -> Tensor:
+        """Tokens ``(B, N, C)`` to windows ``(B * num_windows, h * w, C)``, row by row."""
+        (H, W), (rows, columns) = self.grid, self.padded
+        x = pad(x.unflatten(1, self.grid), rows - H, columns - W)
+        if any(self.shift):
+            x = x.roll((-self.shift[0], -self.shift[1]), (1, 2))
+        return window_partition(x.flatten(1, 2), self.padded, self.window)
+
+    def join(self, windows: Tensor) -> Tensor:
+        """Back from :meth:`cut` to ``(B, N, C)``."""
+        x = window_merge(windows, self.padded, self.window).unflatten(1, self.padded)
+        if any(self.shift):
+            x = x.roll(self.shift, (1, 2))
+        return x[:, : self.grid[0], : self.grid[1]].flatten(1, 2)
+
+    def mask(self, device: torch.device | None = None) -> Tensor | None:
+        """What keeps tokens apart that come from opposite borders: 0 or -100, ``(num_windows, N, N)``; None unshifted.
+
+        Tokens of the padding are no different from others, as published.
+        """
+        if not any(self.shift):
+            return None
+        (rows, columns), (down, right) = self.padded, self.shift
+        below = torch.arange(rows, device=device) >= rows - down
+        beside = torch.arange(columns, device=device) >= columns - right
+        regions = (2 * below[:, None] + beside).view(1, -1, 1)
+        regions = window_partition(regions, self.padded, self.window)  # (num_windows, N, 1)
+        return torch.where(regions == regions.mT, 0.0, APART)
+
+
+def relative_position_index(window: Grid, table_window: Grid, device: torch.device | None = None) -> Tensor:
+    """Row of the bias table for each pair of tokens in a window: ``(N, N)``, query before key.
+
+    Args:
+        window: ``(h, w)``, on either axis at most that of the table.
+        table_window: The window whose ``(2 h - 1) * (2 w - 1)`` offsets are the table's rows.
+        device: Of the result.
+    """
+    axes = (torch.arange(side, device=device) for side in window)
+    tokens = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # (2, N)
+    down, right = tokens[:, :, None] - tokens[:, None, :]
+    H, W = table_window
+    return (down + H - 1) * (2 * W - 1) + right + W - 1
+
+
+def resample_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Relative position bias table ``(num_offsets, num_heads)`` of one window, bicubic for another."""
+    offsets = ((2 * window[0] - 1, 2 * window[1] - 1) for window in (old, new))
+    return resample_table(table[None], *offsets)[0]
+
+
+class ShiftedWindowAttention(nn.Module):
+    """Softmax attention inside shifted windows with a relative position bias (Liu et al. 2021, Swin).
+
+    The map is padded, then rolled, then cut, as published (timm's Swin rolls before it pads). Index and mask follow
+    from the map: those of ``grid_size`` are kept, those of other maps are made on the spot.
+
+    Args:
+        dim: Channels ``C``.
+        num_heads: Heads of ``C / num_heads`` channels.
+        window_size: Window ``(h, w)``.
+        shift: Rows and columns that the map is rolled by.
+        grid_size: Map ``(H, W)`` that index and mask are kept for.
+        fixed: Pad smaller maps to a window and shift even where one window holds the map, as published for detection;
+            by default windows shrink to such a map.
+        qkv_bias: Whether queries, keys and values have a bias.
+        attn_drop: Dropout of attention weights.
+        proj_drop: Dropout after the output projection.
+
+    Shape:
+        ``(B, N, C)`` to the same.
+
+    Raises:
+        ValueError: If ``dim`` is no multiple of ``num_heads``.
+    """
+
+    index: Tensor
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Grid = (7, 7),
+        shift: Grid = (0, 0),
+        *,
+        grid_size: Grid,
+        fixed: bool = False,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        self.dim, self.num_heads, self.window_size, self.shift = dim, num_heads, window_size, shift
+        self.fixed, self.attn_drop = fixed, attn_drop
+        table = torch.empty((2 * window_size[0] - 1) * (2 * window_size[1] - 1), num_heads)
+        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.pad = PadTokens(dim)
+        self.set_grid_size(grid_size)
+
+    def forward(self, x: Tensor, grid_size: Grid | None = None) -> Tensor:
+        """Attention over tokens ``(B, N, C)`` on ``grid_size``; by default the one that tables are kept for."""
+        windows = self.windows if grid_size is None else self._windows(grid_size)
+        bias = self._bias(windows)
+        qkv = self.qkv(windows.cut(x, self.pad))
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (windows, num_heads, N, D)
+        # heads of the windows that a mask tells apart share an axis, so that one bias serves every image
+        q, k, v = (t.unflatten(0, (-1, len(bias))).flatten(1, 2) for t in (q, k, v))
+        drop = self.attn_drop if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None].to(q.dtype), dropout_p=drop)
+        out = out.unflatten(1, (len(bias), -1)).flatten(0, 1).transpose(1, 2).flatten(2)
+        return self.proj_drop(windows.join(self.proj(out)))
+
+    def set_grid_size(self, grid_size: Grid) -> None:
+        """Keep index and mask of maps of another size; the bias table holds for every size."""
+        self.windows, device = self._windows(grid_size), self.relative_position_bias_table.device
+        index = relative_position_index(self.windows.window, self.window_size, device)
+        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("mask", self.windows.mask(device), persistent=False)
+
+    def extra_repr(self) -> str:
+        """Width, heads, window and shift."""
+        return f"{self.dim}, num_heads={self.num_heads}, window_size={self.window_size}, shift={self.shift}"
+
+    def _windows(self, grid_size: Grid) -> Windows:
+        cut = Windows if self.fixed else Windows.fitted
+        return cut(grid_size, self.window_size, self.shift)
+
+    def _bias(self, windows: Windows) -> Tensor:
+        """Position bias and mask in one, ``(num_windows or 1, num_heads, N, N)``."""
+        index, mask = self.index, self.mask
+        if windows != self.windows:
+            index = relative_position_index(windows.window, self.window_size, self.index.device)
+            mask = windows.mask(self.index.device)
+        bias = self.relative_position_bias_table[index].permute(2, 0, 1)
+        return bias[None] if mask is None else bias + mask[:, None]
+
+
+class ShiftedWindowLinearAttention(SimplifiedLinearAttention):
+    """Linear attention inside shifted windows, as published for detection.
+
+    Windows are constants, so the position table never needs resampling: larger maps are cut into more windows, smaller
+    ones padded. A linear product knows no mask: a shifted window mixes opposite borders of the map, and tokens of the
+    padding count like others.
+
+    Args:
+        dim: Channels ``C``.
+        num_heads: Heads of ``C / num_heads`` channels.
+        window_size: Window ``(h, w)``.
+        shift: Rows and columns that the map is rolled by.
+        kwargs: As for :class:`SimplifiedLinearAttention`.
+
+    Shape:
+        ``(B, N, C)`` to the same.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: Grid, shift: Grid = (0, 0), **kwargs: Any) -> None:
+        super().__init__(dim, num_heads, grid_size=window_size, **kwargs)
+        self.shift = shift
+        self.pad = PadTokens(dim)
+
+    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:  # type: ignore[override]  # its own tokens alone
+        """Attention over tokens ``(B, N, C)`` on ``grid_size``."""
+        windows = Windows(grid_size, self.grid_size, self.shift)
+        return windows.join(super().forward(windows.cut(x, self.pad), grid_size=self.grid_size))
+
+    def set_grid_size(self, grid_size: Grid) -> None:
+        """Nothing to do: windows and their table are constants."""
