@@ -95,8 +95,18 @@ def update_running_(
         momentum: Weight of the batch; None averages all batches alike.
         average_first: Average the first batches alike, until ``momentum`` weighs more.
     """
-    update = torch.ops.slabformer.update_running_ if torch.compiler.is_compiling() else _update_running
-    update(running_mean, running_var, num_batches, moments.count, moments.mean, moments.var, momentum, average_first)
+    dtype = moments.mean.dtype
+    enough = moments.count > 1
+    seen = num_batches + enough
+    rate = 1.0 / seen.clamp(min=1).to(dtype)
+    if momentum is not None:
+        rate = rate.clamp(min=momentum) if average_first else torch.full_like(rate, momentum)
+    rate = torch.where(enough, rate, 0)
+    unbiased = moments.var * (moments.count / (moments.count - 1).clamp(min=1))
+    mean = torch.lerp(running_mean, moments.mean.to(running_mean.dtype), rate.to(running_mean.dtype))
+    var = torch.lerp(running_var, unbiased.to(running_var.dtype), rate.to(running_var.dtype))
+    store = torch.ops.slabformer.store_running_ if torch.compiler.is_compiling() else _store_running
+    store(running_mean, running_var, num_batches, mean, var, seen)
 
 
 def in_backward() -> bool:
@@ -104,37 +114,24 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches: Tensor,
-    count: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float | None,
-    average_first: bool,
+def _store_running(
+    running_mean: Tensor, running_var: Tensor, num_batches: Tensor, mean: Tensor, var: Tensor, seen: Tensor
 ) -> None:
     if in_backward():
         return
-    enough = count > 1
-    num_batches.add_(enough)
-    rate = 1.0 / num_batches.clamp(min=1).to(mean.dtype)
-    if momentum is not None:
-        rate = rate.clamp(min=momentum) if average_first else torch.full_like(rate, momentum)
-    rate = torch.where(enough, rate, 0)
-    unbiased = var * (count / (count - 1).clamp(min=1))
-    running_mean.lerp_(mean.to(running_mean.dtype), rate.to(running_mean.dtype))
-    running_var.lerp_(unbiased.to(running_var.dtype), rate.to(running_var.dtype))
+    running_mean.copy_(mean)
+    running_var.copy_(var)
+    num_batches.copy_(seen)
 
 
 # an operator of its own, because compiled code cannot ask at run time whether it is being recomputed
 torch.library.custom_op(
-    "slabformer::update_running_",
-    _update_running,
+    "slabformer::store_running_",
+    _store_running,
     mutates_args=("running_mean", "running_var", "num_batches"),
     schema=(
-        "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches, Tensor count, Tensor mean, "
-        "Tensor var, float? momentum, bool average_first) -> ()"
+        "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches, Tensor mean, Tensor var, "
+        "Tensor seen) -> ()"
     ),
 )
 

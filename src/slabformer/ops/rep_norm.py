@@ -63,8 +63,8 @@ class _RepNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, eta, mean, inv_std, count, mask)
         ctx.shared, ctx.group = shared, group
-        scale = weight * inv_std + eta
-        shift = bias - weight * inv_std * mean
+        gain = weight * inv_std
+        scale, shift = _materialise(gain + eta, bias - gain * mean)
         return torch.addcmul(shift, x.to(shift.dtype), scale).to(x.dtype)
 
     @staticmethod
@@ -89,12 +89,18 @@ class _RepNorm(torch.autograd.Function):
             sum_g, sum_gc = sums.chunk(2)
         # through the statistics: every valid token moved the mean and the variance that all tokens saw
         gain = weight * inv_std / count.clamp(min=1)
-        through = torch.addcmul(-gain * sum_g, centred, -gain * inv_std.square() * sum_gc)
+        scale, shift, slope = _materialise(weight * inv_std + eta, -gain * sum_g, -gain * inv_std.square() * sum_gc)
+        through = torch.addcmul(shift, centred, slope)
         if mask is not None:
             through = torch.where(mask.unsqueeze(-1), through, 0)
-        grad_x = through.addcmul_(g, weight * inv_std + eta).to(x.dtype)
+        grad_x = through.addcmul_(g, scale).to(x.dtype)
         grads = (grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), grad_eta.to(eta.dtype))
         return (*grads, None, None, None, None, None, None)
+
+
+def _materialise(*vectors: Tensor) -> tuple[Tensor, ...]:
+    """Vectors that compiled code computes once: it would inline their square roots into the loop over all tokens."""
+    return torch.stack(vectors).unbind()
 
 
 def keep_in_graph(x: Tensor, *unused: Tensor) -> Tensor:
