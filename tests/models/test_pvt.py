@@ -337,7 +337,7 @@ def test_settings_that_cannot_be_are_refused(kwargs, message):
 def test_all_norms_fold_at_every_size(kind):
     """In v2, those in front of padded patch embeddings stay as an Affine."""
     name, kwargs = KINDS[kind]
-    model = small(name, **kwargs)
+    model = small(name, depths=(1, 1, 1, 1), **kwargs)
     result, report = fused(model, images())
     kept = {outcome.name for outcome in report if outcome.action == "kept"}
     assert kept == ({f"stages.{i}.norm" for i in range(3)} if name == V2 else set())
