@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -137,14 +137,14 @@ class PVT(PyramidTransformer):
         pad_to = math.lcm(strides[-1], *(stride * r for stride, r in zip(strides, reductions, strict=True)))
         grids = grid_sizes(to_2tuple(img_size), strides, pad_to)
         rates = drop_path_rates(drop_path_rate, depths)
-        options = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+        options: dict[str, Any] = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         stages = []
         for i, (letter, dim, grid) in enumerate(zip(attention, embed_dims, grids, strict=True)):
             linear = partial(PyramidLinearAttention, grid_size=grid, resize=resize)
-            attn_layer = {"S": PyramidAttention, "L": linear}[letter]
+            attn_layer: Callable[..., nn.Module] = linear if letter == "L" else PyramidAttention
             attn = partial(attn_layer, dim, num_heads[i], reductions[i], norm_layer=norm_layer, **options)
-            mlp = {"mlp_ratio": mlp_ratios[i], "proj_drop": proj_drop_rate, "mlp_layer": self.mlp_layer}
-            blocks = [Block(dim, attn(), norm_layer, drop_path=rate, **mlp) for rate in rates[i]]
+            block = partial(Block, dim, norm_layer=norm_layer, mlp_ratio=mlp_ratios[i], mlp_layer=self.mlp_layer)
+            blocks = [block(attn(), drop_path=rate, proj_drop=proj_drop_rate) for rate in rates[i]]
             merge = ConvMerge(embed_dims[i - 1], dim, *self.merge, norm_layer) if i else None
             stages.append(self.make_stage(blocks, merge, dim, grid, norm_layer))
         super().__init__(
@@ -186,7 +186,7 @@ _PREPBN_SIZES = ("tiny", "small", "medium")
 #: what each of these is held against; timm has no PVT of the first version
 layernorm_twins = {f"pvt_{size}_prepbn": f"pvt_{size}" for size in _PREPBN_SIZES}
 layernorm_twins |= {f"slab_pvt_{size}": f"pvt_{size}" for size in _SIZES}
-_CFGS = {name: cfg(name) for name in (*layernorm_twins, *(f"pvt_{size}" for size in _SIZES))}
+_CFGS: dict[str, Any] = {name: cfg(name) for name in (*layernorm_twins, *(f"pvt_{size}" for size in _SIZES))}
 default_cfgs = generate_default_cfgs(_CFGS)
 
 

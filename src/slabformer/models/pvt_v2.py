@@ -20,9 +20,9 @@ from slabformer.nn.resample import Grid
 class MapMlp(MlpWithDepthwiseConv):
     """timm's MLP with a depthwise 3x3 convolution before its activation, on maps ``(B, H, W, C)``."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # timm's takes tokens and their grid
         """``(B, H, W, C)`` to the same."""
-        grid = (x.shape[1], x.shape[2])
+        grid = [x.shape[1], x.shape[2]]
         return super().forward(x.flatten(1, 2), grid).unflatten(1, grid)
 
 

@@ -58,7 +58,7 @@ class PyramidTransformer(nn.Module):
         self.attention, self.strides, self.img_size = attention, tuple(strides), to_2tuple(img_size)
         self.pad_to = pad_to or self.strides[-1]
         self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
             for i, (dim, stride) in enumerate(zip(embed_dims, strides, strict=True))
         ]
@@ -176,8 +176,9 @@ class PyramidTransformer(nn.Module):
             owner, _, leaf = str(ours).rpartition(".")
             if leaf in ("pos_embed", "positional_encoding") and name in state:
                 side = math.isqrt(state[name].shape[1])
+                grid: Any = self.get_submodule(owner).grid_size
                 if side * side == state[name].shape[1]:
-                    state[name] = resample_table(state[name], (side, side), self.get_submodule(owner).grid_size)
+                    state[name] = resample_table(state[name], (side, side), grid)
 
     def _each_stage(self) -> Iterator[Stage]:
         for stage in self.stages:
