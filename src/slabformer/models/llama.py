@@ -1,0 +1,168 @@
+"""LLaMA without RMSNorm, on transformers' own: importing this registers it with the Auto classes.
+
+    config = SlabLlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=18, num_attention_heads=8)
+    model = SlabLlamaForCausalLM(config)
+
+Only norms differ: attention, cache, ``generate``, checkpointing, saving and loading are transformers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import initialization as init
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel, LlamaRMSNorm
+
+from slabformer.models.official import PublishedLayout, State
+from slabformer.nn import PRepBN, RepBN
+from slabformer.nn.affine import Folded
+from slabformer.nn.controls import prepbn_modules, repbn_modules, set_token_mask
+from slabformer.nn.prepbn import phase_of
+
+LlamaNorm = Literal["prepbn", "repbn", "rmsnorm", "folded"]
+
+
+@strict
+class SlabLlamaConfig(LlamaConfig):
+    """transformers' ``LlamaConfig``, and which norm.
+
+    Args:
+        norm: "prepbn" (RMSNorm that fades into RepBN), "repbn", "rmsnorm" (the twin), or "folded": none at all, as
+            :func:`slabformer.fuse` leaves a model whose norms all went into the projections behind them, which have
+            biases then.
+        norm_start: Of RepBN's skip weight, gain and offset: "zeros" as published, so that it fades in from nothing;
+            "ones" for the start of the vision models.
+        bn_eps: RepBN's epsilon.
+        bn_momentum: RepBN's momentum.
+    """
+
+    model_type = "slab_llama"
+
+    norm: LlamaNorm = "prepbn"
+    norm_start: Literal["zeros", "ones"] = "zeros"
+    bn_eps: float = 1e-6
+    bn_momentum: float = 0.1
+
+
+def norm_of(config: SlabLlamaConfig) -> nn.Module:
+    """One norm as ``config`` describes it."""
+    C, rep = config.hidden_size, {"momentum": config.bn_momentum}
+    make: dict[str, Callable[[], nn.Module]] = {
+        "prepbn": lambda: PRepBN(C, norm=LlamaRMSNorm(C, config.rms_norm_eps), bn_eps=config.bn_eps, **rep),
+        "repbn": lambda: RepBN(C, eps=config.bn_eps, **rep),
+        "rmsnorm": lambda: LlamaRMSNorm(C, config.rms_norm_eps),
+        "folded": lambda: Folded(C, eps=config.bn_eps),
+    }
+    return make[config.norm]()
+
+
+class SlabLlamaPreTrainedModel(LlamaPreTrainedModel):
+    """What every model with these norms shares."""
+
+    config: SlabLlamaConfig
+    config_class = SlabLlamaConfig
+
+    #: rotary frequencies and counters follow from the architecture
+    published_layout = PublishedLayout(
+        dropped=(r"\.rotary_emb\.inv_freq$", r"\.num_step$"), complete=lambda model, state: _put_back(model, state)
+    )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which writes gamma without telling the norm: the phase follows from it here."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        for norm in prepbn_modules(loaded[0] if isinstance(loaded, tuple) else loaded).values():
+            norm.phase = phase_of(float(norm.gamma))
+        return loaded
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RepBN):
+            start = 0.0 if self.config.norm_start == "zeros" else 1.0
+            init.constant_(module.weight, start)
+            init.constant_(module.eta, start)
+            init.zeros_(module.bias)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, PRepBN):
+            init.ones_(module.gamma)
+        elif isinstance(module, Folded):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class SlabLlamaModel(SlabLlamaPreTrainedModel, LlamaModel):
+    """transformers' ``LlamaModel`` with norms of ``config.norm``; statistics see only tokens that are no padding."""
+
+    def __init__(self, config: SlabLlamaConfig) -> None:
+        super().__init__(config)
+        for layer in self.layers:
+            layer.input_layernorm, layer.post_attention_layernorm = norm_of(config), norm_of(config)
+            if config.norm == "folded":
+                _add_biases(layer.self_attn, "q_proj", "k_proj", "v_proj")
+                _add_biases(layer.mlp, "gate_proj", "up_proj")
+        # a last norm is always followed by a head, which takes it over
+        self.norm = norm_of(config)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers'; in training an attention mask ``(B, N)`` also tells the norms which tokens are padding."""
+        norms = repbn_modules(self)
+        if any(norm.training or norm.accumulator is not None for norm in norms.values()):
+            # left in place, since activation checkpointing runs the norms again in backward
+            set_token_mask(self, attention_mask.bool() if _is_per_token(attention_mask) else None)
+        return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class SlabLlamaForCausalLM(SlabLlamaPreTrainedModel, LlamaForCausalLM):
+    """transformers' ``LlamaForCausalLM`` on :class:`SlabLlamaModel`."""
+
+    def __init__(self, config: SlabLlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)  # not LLaMA's own, which would build its model too
+        self.model = SlabLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.norm == "folded")
+        self.post_init()
+
+
+class SlabLlamaForSequenceClassification(GenericForSequenceClassification, SlabLlamaPreTrainedModel):
+    """transformers' classification head on :class:`SlabLlamaModel`."""
+
+
+def _is_per_token(attention_mask: Tensor | None) -> bool:
+    return isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+
+
+def _add_biases(module: nn.Module, *names: str) -> None:
+    for name in names:
+        linear = module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        setattr(module, name, nn.Linear(linear.in_features, linear.out_features))
+
+
+def _put_back(model: nn.Module, state: State) -> State:
+    """``state`` with the counters and rotary frequencies of every layer, as published."""
+    assert isinstance(model, SlabLlamaForCausalLM)
+    whole: State = {}
+    for name, value in state.items():
+        if name.endswith(".warm"):
+            whole[name.removesuffix("warm") + "num_step"] = torch.tensor(0)
+        whole[name] = value
+        if name.endswith(".o_proj.weight"):
+            prefix = name.removesuffix("o_proj.weight")
+            whole[f"{prefix}rotary_emb.inv_freq"] = model.model.rotary_emb.inv_freq.clone()
+    return whole
+
+
+AutoConfig.register(SlabLlamaConfig.model_type, SlabLlamaConfig)
+AutoModel.register(SlabLlamaConfig, SlabLlamaModel)
+AutoModelForCausalLM.register(SlabLlamaConfig, SlabLlamaForCausalLM)
+AutoModelForSequenceClassification.register(SlabLlamaConfig, SlabLlamaForSequenceClassification)
