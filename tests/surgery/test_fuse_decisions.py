@@ -244,7 +244,7 @@ KEPT = {
     "tokens mixed": (lambda m, x: m.mix(m.norm(x).mT), "a Linear mixes another axis than its channels"),
     "weight computed": (lambda m, x: F.linear(m.norm(x), m.linear.weight * 2), "computed in the forward"),
     "bias computed": (
-        lambda m, x: F.linear(m.norm(x), m.linear.weight, torch.cat([m.linear.bias[:3], m.linear.bias[3:]])),
+        lambda m, x: F.linear(m.norm(x), m.linear.weight, m.linear.bias * 2),
         "the bias of linear is computed in the forward",
     ),
     "bias not read": (lambda m, x: F.linear(m.norm(x), m.linear.weight), "linear has no bias to take the shift"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from slabformer.surgery.fuse.marks import NORM, PAD
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.owners import Owners, display
 from slabformer.surgery.fuse.pads import find_pads, unsafe_channel
+from slabformer.surgery.fuse.parts import Part, bias_parts, weight_part
 from slabformer.surgery.fuse.plan import Edit, Plan, Target
-from slabformer.surgery.fuse.sites import Site, along, channel_labels, site_of, weight_of
+from slabformer.surgery.fuse.sites import Site, along, channel_labels, site_of
 
 
 @dataclass
@@ -121,12 +122,12 @@ class _Decider:
         if end.source is not site.input:
             raise RefusalError(f"its output serves as a weight of {describe(end.node)}")
         index = along(end.labels, site.axis, site.num_in, site.words)
-        weight = weight_of(site, self.owners, trace.parameters)
+        target = self.target(site, index, trace)
         if site.padded:
-            raise RefusalError(f"it is followed by a padded convolution ({display(weight)})")
-        if self.owners.module(weight)._forward_pre_hooks:
-            raise RefusalError(f"{display(weight)} has forward pre-hooks, which see its input")
-        return self.target(site, weight, index, trace)
+            raise RefusalError(f"it is followed by a padded convolution ({target.name})")
+        if self.owners.module(target.weight.name)._forward_pre_hooks:  # type: ignore[union-attr]
+            raise RefusalError(f"{target.name} has forward pre-hooks, which see its input")
+        return target
 
     def next_norm(self, norm: Norm, end: End) -> Target:
         """The norm that follows this one directly."""
@@ -165,12 +166,12 @@ class _Decider:
                     index = self.matching(norm, node, channel_labels(node, -1), trace, "a pad")
                     self.add(found, self.pad(node, index), trace, node)
                 for site in sites:
-                    weight = weight_of(site, self.owners, trace.parameters)
-                    if self.owners.module(weight)._forward_hooks:
-                        raise RefusalError(f"{display(weight)} has forward hooks, which see its output")
+                    name = self.name_of(site, trace)
                     labels = channel_labels(site.node, site.axis)
-                    index = self.matching(norm, site.node, labels, trace, display(weight))
-                    self.add(found, self.target(site, weight, index, trace), trace, site.node)
+                    target = self.target(site, self.matching(norm, site.node, labels, trace, name), trace)
+                    if self.owners.module(target.weight.name)._forward_hooks:  # type: ignore[union-attr]
+                        raise RefusalError(f"{name} has forward hooks, which see its output")
+                    self.add(found, target, trace, site.node)
         return self.finish(found)
 
     def matching(self, norm: Norm, node: Node, labels: Tensor, trace: Trace, name: str) -> Tensor:
@@ -199,18 +200,26 @@ class _Decider:
         """Labels of the norm's output."""
         return channel_labels(call, norm.channel_dim)
 
-    def target(self, site: Site, weight: str, index: Tensor, trace: Trace) -> Target:
+    def target(self, site: Site, index: Tensor, trace: Trace) -> Target:
         """``site`` as a target, with a bias to hold the shift."""
+        weight = weight_part(site, trace)
+        self.owners.need_single(weight.name)
         if site.bias is None:
-            bias = self.owners.new_bias(weight)
+            bias = (replace(weight, name=self.owners.new_bias(weight.name), axis=0),)
         else:
-            bias = trace.parameters.get(site.bias, "")
-            if not bias:
-                raise RefusalError(f"the bias of {display(weight)} is computed in the forward")
-            self.owners.need_single(bias)
-        return Target(
-            display(weight), index, weight, bias, site.bias is None, groups=site.groups, transposed=site.transposed
-        )
+            bias = bias_parts(site, trace, self.name_of(site, trace))
+            for part in bias:
+                self.owners.need_single(part.name)
+        return Target(self.name_of(site, trace), index, weight, bias, site.bias is None, groups=site.groups)
+
+    @staticmethod
+    def name_of(site: Site, trace: Trace) -> str:
+        """The module of ``site``; which rows of its weight, where it is not all of them."""
+        weight = weight_part(site, trace)
+        num_rows = trace.sources(weight.name)[0].meta["val"].shape[weight.axis]
+        whole = len(weight.rows) == num_rows
+        rows = "" if whole else f"[{int(weight.rows.min())}:{int(weight.rows.max()) + 1}]"
+        return display(weight.name) + rows
 
     def add(self, found: dict[str, _Found], target: Target, trace: Trace, node: Node) -> None:
         """Note that ``target`` was found at ``node``."""
@@ -226,6 +235,14 @@ class _Decider:
                 self.need_exclusive(entry.target, trace, entry.nodes.get(trace, set()))
         return tuple(entry.target for entry in found.values())
 
+    def readers(self, part: Part, trace: Trace) -> list[Node]:
+        """What computes with these elements of a parameter."""
+        seeds = {}
+        for source in trace.sources(part.name):
+            labels = channel_labels(source, part.axis)
+            seeds[source] = labels.where(torch.isin(labels, part.rows), -1)
+        return [end.node for end in downstream(trace, seeds, (), fixed_size=True)]
+
     def need_exclusive(self, target: Target, trace: Trace, nodes: set[Node]) -> None:
         """Refuse a neighbour that also works on something else."""
         if target.norm is not None:
@@ -233,7 +250,8 @@ class _Decider:
         elif target.pad is not None:
             users = trace.pad_calls.get(target.pad, [])
         else:
-            users = trace.users(target.weight) + ([] if target.new_bias else trace.users(target.bias))
+            parts = [target.weight, *(() if target.new_bias else target.bias)]
+            users = [user for part in parts for user in self.readers(part, trace)]  # type: ignore[arg-type]
         for user in users:
             if user not in nodes:
                 use = "used on another input" if user.target in (NORM, PAD) or site_of(user) else "read raw"

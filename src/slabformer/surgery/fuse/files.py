@@ -15,7 +15,7 @@ from slabformer._extras import require
 from slabformer.nn import PadTokens
 from slabformer.nn.affine import Affine, Folded
 from slabformer.surgery.convert import switch_off_fast_paths
-from slabformer.surgery.fuse.fold import NEW_BIASES, create_bias, set_module
+from slabformer.surgery.fuse.fold import KEPT_BUFFERS, NEW_BIASES, create_bias, keep_buffer, set_module
 from slabformer.surgery.fuse.size import fix_size_, fixed_sizes
 
 #: key of the header under which the changes are written, as JSON
@@ -52,7 +52,7 @@ def save_fused(model: nn.Module, path: str | os.PathLike[str], metadata: dict[st
 
 def _changes(model: nn.Module) -> dict[str, Any]:
     norms: dict[nn.Module, dict[str, Any]] = {}
-    biases, pads = [], {}
+    biases, pads, buffers = [], {}, {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (Affine, Folded)):
             row = {
@@ -65,8 +65,10 @@ def _changes(model: nn.Module) -> dict[str, Any]:
             norms.setdefault(module, row)["names"].append(name)
         if isinstance(module, PadTokens) and module.value is not None:
             pads[name] = module.dim
+        for leaf in getattr(module, KEPT_BUFFERS, ()):
+            buffers[f"{name}.{leaf}".removeprefix(".")] = len(module.get_buffer(leaf))
         biases += [f"{name}.{bias}".removeprefix(".") for bias in getattr(module, NEW_BIASES, ())]
-    changes = {"norms": list(norms.values()), "new_biases": biases, "filled_pads": pads}
+    changes = {"norms": list(norms.values()), "new_biases": biases, "filled_pads": pads, "kept_buffers": buffers}
     return {**changes, "fixed_sizes": fixed_sizes(model)}
 
 
@@ -104,6 +106,8 @@ def load_fused(skeleton: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         create_bias(skeleton, name, _weight_beside(name), len(tensors[name]))
     for name, dim in changes["filled_pads"].items():
         skeleton.get_submodule(name).pad_with(torch.zeros(dim))  # type: ignore[operator]
+    for name in changes["kept_buffers"]:
+        keep_buffer(skeleton, name)
     tensors |= {name: tensors[first] for name, first in changes["tied"].items()}
     on_meta = any(tensor.is_meta for tensor in skeleton.parameters())
     skeleton.load_state_dict(tensors, assign=on_meta)
@@ -125,7 +129,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, An
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     if header is None:
         raise ValueError(f"{path} is not a fused model's file; write one with slabformer.save_fused")
-    return tensors, {"filled_pads": {}, **json.loads(header)}
+    return tensors, {"filled_pads": {}, "kept_buffers": {}, **json.loads(header)}
 
 
 def _check_fit(
@@ -155,6 +159,7 @@ def _expected_shapes(skeleton: nn.Module, changes: Mapping[str, Any]) -> dict[st
         if not row["gone"]:
             shapes |= {f"{name}.{leaf}": (row["dim"],) for name in row["names"] for leaf in ("weight", "bias")}
     shapes |= {f"{name}.value": (dim,) for name, dim in changes["filled_pads"].items()}
+    shapes |= {name: (dim,) for name, dim in changes["kept_buffers"].items()}
     for name in changes["new_biases"]:
         weight = shapes.get(_weight_beside(name))
         if weight is not None:

@@ -12,10 +12,13 @@ from slabformer.ops.affine import compose, fold_into_next, fold_into_previous, s
 from slabformer.surgery.convert import HOOKS, switch_off_fast_paths
 from slabformer.surgery.fuse.norms import Norm, ScaleShift, find_norms
 from slabformer.surgery.fuse.pads import Pad, fill_after, fill_before, find_pads
+from slabformer.surgery.fuse.parts import Part
 from slabformer.surgery.fuse.plan import Edit, Target
 
 #: attribute of a module that names the biases it got by folding; a plain tuple survives copies, moves and pickling
 NEW_BIASES = "slabformer_new_biases"
+#: the same for buffers that hold a shift now and are saved since
+KEPT_BUFFERS = "slabformer_kept_buffers"
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Solution:
     def overflows(self, model: nn.Module) -> bool:
         """Whether a value is too large for the dtype that it will be stored in."""
         for name, value in self.tensors.items():
-            dtype = model.get_parameter(self.new_biases.get(name, name)).dtype
+            dtype = tensor_at(model, self.new_biases.get(name, name)).dtype
             if bool((value.isfinite() & ~value.to(dtype).isfinite()).any()):
                 return True
         return False
@@ -51,8 +54,8 @@ def solve(model: nn.Module, norms: Sequence[Norm], edits: Sequence[Edit]) -> Sol
     solution = Solution(maps=maps, fills=fills)
     for edit in edits:
         for target in edit.targets:
-            if target.weight:
-                _take_over(model, solution, edit, target)
+            if target.weight is not None:
+                _take_over(model, solution, edit, target, target.weight)
         solution.gone.add(edit.norm)
     return solution
 
@@ -78,24 +81,43 @@ def _spread(scale_shift: ScaleShift, target: Target) -> ScaleShift:
     return spread(*scale_shift, target.index.to(scale_shift[0].device))
 
 
-def _take_over(model: nn.Module, solution: Solution, edit: Edit, target: Target) -> None:
-    weight = _current(model, solution, target.weight)
-    bias = None if target.new_bias and target.bias not in solution.tensors else _current(model, solution, target.bias)
+def _take_over(model: nn.Module, solution: Solution, edit: Edit, target: Target, part: Part) -> None:
+    whole = _current(model, solution, part.name)
+    weight = whole.movedim(part.axis, 0)[part.rows]
     scale, shift = (t.to(weight.device) for t in _spread(solution.maps[edit.norm], target))
-    weight = weight.t() if target.transposed else weight
+    bias = _bias(model, solution, target, like=weight)
     if edit.action == "forward":
         weight, bias = fold_into_next(weight, bias, scale, shift, target.groups)
     else:
         weight, bias = fold_into_previous(weight, bias, scale, shift)
-    solution.tensors[target.weight] = weight.t() if target.transposed else weight
-    solution.tensors[target.bias] = bias
-    if target.new_bias:
-        solution.new_biases[target.bias] = target.weight
+    solution.tensors[part.name] = whole.index_copy(part.axis, part.rows.to(whole.device), weight.movedim(0, part.axis))
+    for own in target.bias:
+        if target.new_bias:
+            solution.new_biases[own.name] = part.name
+            solution.tensors.setdefault(own.name, whole.new_zeros(whole.shape[part.axis]))
+        values = bias[own.channels.to(bias.device)]
+        solution.tensors[own.name] = _current(model, solution, own.name).index_copy(0, own.rows.to(bias.device), values)
+
+
+def _bias(model: nn.Module, solution: Solution, target: Target, like: Tensor) -> Tensor | None:
+    """The bias of a neighbour before a fold, ``(O,)``."""
+    if target.new_bias and not any(own.name in solution.tensors for own in target.bias):
+        return None
+    bias = like.new_zeros(like.shape[0])
+    for own in target.bias:
+        bias[own.channels] = _current(model, solution, own.name)[own.rows].to(bias)
+    return bias
 
 
 def _current(model: nn.Module, solution: Solution, name: str) -> Tensor:
     found = solution.tensors.get(name)
-    return model.get_parameter(name).detach().double() if found is None else found
+    return tensor_at(model, name).detach().double() if found is None else found
+
+
+def tensor_at(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer called ``name``."""
+    owner, leaf = _parent(model, name)
+    return getattr(owner, leaf)
 
 
 def commit(model: nn.Module, solution: Solution, untouchable: Collection[int]) -> None:
@@ -107,9 +129,7 @@ def commit(model: nn.Module, solution: Solution, untouchable: Collection[int]) -
     for name, value in solution.tensors.items():
         if name in solution.new_biases:
             create_bias(model, name, solution.new_biases[name], len(value))
-        like = model.get_parameter(name)
-        owner, leaf = _parent(model, name)
-        owner._parameters[leaf] = nn.Parameter(value.to(like).contiguous(), like.requires_grad)
+        _store(model, name, value)
     pads = find_pads(model)
     for index, fill in solution.fills.items():
         pads[index].module.pad_with(fill)
@@ -118,6 +138,24 @@ def commit(model: nn.Module, solution: Solution, untouchable: Collection[int]) -
             new = _replacement(norm, solution.maps[norm.index], norm.index in solution.gone)
             set_module(model, norm.names, new.train(norm.module.training))
     switch_off_fast_paths(model)
+
+
+def _store(model: nn.Module, name: str, value: Tensor) -> None:
+    like, (owner, leaf) = tensor_at(model, name), _parent(model, name)
+    value = value.to(like).contiguous()
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, like.requires_grad)
+        return
+    owner._buffers[leaf] = value
+    if leaf in owner._non_persistent_buffers_set:
+        keep_buffer(model, name)
+
+
+def keep_buffer(model: nn.Module, name: str) -> None:
+    """Let the buffer ``name`` be saved from now on, and note that on its module."""
+    owner, leaf = _parent(model, name)
+    owner._non_persistent_buffers_set.discard(leaf)
+    setattr(owner, KEPT_BUFFERS, (*getattr(owner, KEPT_BUFFERS, ()), leaf))
 
 
 def _replacement(norm: Norm, scale_shift: ScaleShift, gone: bool) -> nn.Module:

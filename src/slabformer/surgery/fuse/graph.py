@@ -35,19 +35,23 @@ class Trace:
         calls: The calls of each norm, by its index.
         pad_calls: The calls of each pad, by its index.
         parameters: Name of the parameter that a placeholder stands for; of tied ones, the first name.
-        reads: Placeholders of each such name.
+        buffers: The same for buffers.
     """
 
-    def __init__(self, graph: Graph, parameters: dict[Node, str]) -> None:
+    def __init__(self, graph: Graph, parameters: dict[Node, str], buffers: dict[Node, str]) -> None:
         self.graph = graph
         self.order = {node: position for position, node in enumerate(graph.nodes)}
-        self.parameters = parameters
+        self.parameters, self.buffers = parameters, buffers
         self.calls = _by_index(graph, NORM)
         self.pad_calls = _by_index(graph, PAD)
 
-    def users(self, parameter: str) -> list[Node]:
-        """Every operation that reads ``parameter``."""
-        return [user for node, name in self.parameters.items() if name == parameter for user in node.users]
+    def sources(self, name: str) -> list[Node]:
+        """The placeholders of a parameter or buffer."""
+        return [node for node, own in (self.parameters | self.buffers).items() if own == name]
+
+    def users(self, name: str) -> list[Node]:
+        """Every operation that reads a parameter or buffer."""
+        return [user for node in self.sources(name) for user in node.users]
 
 
 def _by_index(graph: Graph, mark: Any) -> dict[int, list[Node]]:
@@ -79,20 +83,18 @@ def trace(model: nn.Module, norms: Sequence[Norm], example: Example) -> Trace:
     mark_(model, norms, find_pads(model))
     with quiet(), _no_fast_path(), _no_logs():
         program = torch.export.export(_TensorsOnly(model), example.args, dict(example.kwargs), strict=False)
-    names = first_names(model)
-    parameters = program.graph_signature.inputs_to_parameters
-    graph = inline_regions(program.graph_module)
-    named = {
-        node: names[model.get_parameter(parameters[node.name].removeprefix("model."))]
-        for node in graph.nodes
-        if node.op == "placeholder" and node.name in parameters
-    }
-    return Trace(graph, named)
-
-
-def first_names(model: nn.Module) -> dict[Tensor, str]:
-    """The first name of every parameter."""
-    return {parameter: name for name, parameter in model.named_parameters()}
+    graph, signature = inline_regions(program.graph_module), program.graph_signature
+    inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    parameters, buffers = (
+        {inputs[own]: name.removeprefix("model.") for own, name in given.items() if own in inputs}
+        for given in (signature.inputs_to_parameters, signature.inputs_to_buffers)
+    )
+    first = {tensor: name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return Trace(
+        graph,
+        {node: first[model.get_parameter(name)] for node, name in parameters.items()},
+        {node: first[model.get_buffer(name)] for node, name in buffers.items()},
+    )
 
 
 def why_untraceable(error: Exception) -> str:

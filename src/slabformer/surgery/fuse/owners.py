@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from slabformer.surgery.fuse.labels import RefusalError
 
 
 class Owners:
-    """Parameters of a model by name, ties resolved."""
+    """Parameters and buffers of a model by name, ties resolved."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._first: dict[nn.Parameter, str] = {}
+        self._first: dict[Tensor, str] = {}
         first = self._first
         holders: dict[str, dict[tuple[nn.Module, str], str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            first.setdefault(parameter, name)
+        parameters, buffers = (named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
+        for name, tensor in (*parameters, *buffers):
+            first.setdefault(tensor, name)
             module, leaf = self.module(name), name.rpartition(".")[2]
-            holders.setdefault(first[parameter], {}).setdefault((module, leaf), name)
+            holders.setdefault(first[tensor], {}).setdefault((module, leaf), name)
         self._holders = {name: list(found.values()) for name, found in holders.items()}
 
     def names_in(self, module: nn.Module) -> list[str]:

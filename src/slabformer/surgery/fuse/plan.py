@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from slabformer.surgery.fuse.parts import Part
 from slabformer.surgery.fuse.report import Action
 
 
@@ -17,29 +18,31 @@ class Target:
     Attributes:
         name: Of the neighbour, for the report.
         index: Channel of the norm that each channel of the neighbour belongs to, -1 for none.
-        weight: Name of its weight; empty if the neighbour is a norm or a pad.
-        bias: Name of its bias.
+        weight: Its weight; None if the neighbour is a norm or a pad.
+        bias: Its bias.
         new_bias: Whether that bias must be created.
         groups: Of a Conv.
-        transposed: Whether the weight is ``(in, out)``.
         norm: Index of the norm that takes it over instead, or None.
         pad: Index of the pad whose fill changes, or None.
     """
 
     name: str
     index: Tensor
-    weight: str = ""
-    bias: str = ""
+    weight: Part | None = None
+    bias: tuple[Part, ...] = ()
     new_bias: bool = False
     groups: int = 1
-    transposed: bool = False
     norm: int | None = None
     pad: int | None = None
 
     def agrees(self, other: Target) -> bool:
         """Whether both are one and the same change."""
-        mine, others = ((t.bias, t.groups, t.transposed) for t in (self, other))
-        return mine == others and torch.equal(self.index, other.index)
+        mine, others = ([part for part in (own.weight, *own.bias) if part is not None] for own in (self, other))
+        return (
+            (self.groups, len(mine)) == (other.groups, len(others))
+            and all(one.agrees(two) for one, two in zip(mine, others, strict=True))
+            and torch.equal(self.index, other.index)
+        )
 
 
 @dataclass(frozen=True)

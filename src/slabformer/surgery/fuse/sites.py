@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from slabformer.surgery.fuse.labels import RefusalError, describe
-from slabformer.surgery.fuse.owners import Owners
 
 aten = torch.ops.aten
 
@@ -103,19 +102,6 @@ def along(labels: Tensor, axis: int, num_channels: int, words: str) -> Tensor:
     if others:
         raise RefusalError(f"its channels are spread over several axes of the input of a {words}")
     return labels.flatten().expand(num_channels).long()
-
-
-def weight_of(site: Site, owners: Owners, parameters: dict[Node, str]) -> str:
-    """Name of the parameter that is the weight of ``site``.
-
-    Raises:
-        RefusalError: If it is none, or is owned twice.
-    """
-    name = parameters.get(site.weight) if isinstance(site.weight, Node) else None
-    if name is None or ".parametrizations." in f".{name}":
-        raise RefusalError(f"the weight of {located(site.node)} is computed in the forward (parametrized?)")
-    owners.need_single(name)
-    return name
 
 
 def located(node: Node) -> str:

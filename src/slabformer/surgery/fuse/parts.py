@@ -1,0 +1,114 @@
+"""Weights and biases as a forward puts them together from parameters: whole, in rows, or side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from slabformer.surgery.fuse.graph import Trace
+from slabformer.surgery.fuse.labels import Call, Labels, RefusalError, chosen, moved, same
+from slabformer.surgery.fuse.rules import FOLLOW
+from slabformer.surgery.fuse.sites import Site, along, channel_labels, located
+
+#: rules of operations that only move elements, so that a parameter can be changed in their stead
+_MOVES = {moved, chosen, same}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements of one parameter or buffer that serve as the weight or bias of some output channels.
+
+    Attributes:
+        name: Of the parameter; the first of its names where it is tied.
+        axis: Its axis that counts output channels.
+        rows: Which elements along it.
+        channels: The output channel that each of them serves.
+    """
+
+    name: str
+    axis: int
+    rows: Tensor
+    channels: Tensor
+
+    def agrees(self, other: Part) -> bool:
+        """Whether both are the same elements for the same channels."""
+        mine, others = (self.name, self.axis), (other.name, other.axis)
+        return mine == others and torch.equal(self.rows, other.rows) and torch.equal(self.channels, other.channels)
+
+
+def weight_part(site: Site, trace: Trace) -> Part:
+    """The parameter that is the weight of ``site``, or rows of it.
+
+    Raises:
+        RefusalError: If it is computed, or made of several.
+    """
+    refusal = RefusalError(f"the weight of {located(site.node)} is computed in the forward (parametrized?)")
+    if not isinstance(site.weight, Node):
+        raise refusal
+    parts = _parts(site.weight, int(site.transposed), trace.parameters)
+    if len(parts) != 1 or ".parametrizations." in f".{parts[0].name}" or len(parts[0].rows) != site.num_out:
+        raise refusal
+    columns = _parts(site.weight, int(not site.transposed), trace.parameters)
+    size = site.weight.meta["val"].shape[int(not site.transposed)]
+    if len(columns) != 1 or columns[0].axis == parts[0].axis or not torch.equal(columns[0].rows, torch.arange(size)):
+        raise refusal
+    return parts[0]
+
+
+def bias_parts(site: Site, trace: Trace, name: str) -> tuple[Part, ...]:
+    """The parameters and buffers that are the bias of ``site``, which is called ``name``, beside each other.
+
+    Raises:
+        RefusalError: If it is computed.
+    """
+    parts = _parts(site.bias, 0, trace.parameters | trace.buffers)
+    if sum(len(part.rows) for part in parts) != site.num_out:
+        raise RefusalError(f"the bias of {name} is computed in the forward")
+    return tuple(parts)
+
+
+def _parts(node: Node, axis: int, names: Mapping[Node, str]) -> list[Part]:
+    """The named tensors whose elements, moved only, become ``node`` along ``axis``; [] where there is more to it."""
+    ancestors = _ancestors(node, names)
+    parts = []
+    for leaf in ancestors:
+        part = _part(ancestors, leaf, node, axis, names[leaf]) if leaf in names else None
+        if part is not None:
+            parts.append(part)
+    return parts
+
+
+def _ancestors(node: Node, names: Mapping[Node, str]) -> list[Node]:
+    """What ``node`` is made of, in order; [] if anything but moves has a part in it."""
+    found, pending = {node}, [node]
+    while pending:
+        current = pending.pop()
+        if current in names:
+            continue
+        if FOLLOW.get(current.target) not in _MOVES:
+            return []
+        fresh = [source for source in current.all_input_nodes if source not in found]
+        found.update(fresh)
+        pending += fresh
+    return sorted(found)
+
+
+def _part(ancestors: list[Node], leaf: Node, node: Node, axis: int, name: str) -> Part | None:
+    for own_axis in range(min(leaf.meta["val"].ndim, 2)):
+        labels: dict[Node, Labels] = {leaf: channel_labels(leaf, own_axis)}
+        try:
+            for current in ancestors:
+                if current not in labels and any(source in labels for source in current.all_input_nodes):
+                    labels[current] = FOLLOW[current.target](Call(current, labels, fixed_size=True))
+            index = along(labels[node], axis, node.meta["val"].shape[axis], "parameter")  # type: ignore[arg-type]
+        except RefusalError:
+            continue
+        channels = (index >= 0).nonzero().flatten()
+        rows = index[channels]
+        if len(rows) and len(rows.unique()) == len(rows):
+            return Part(name, own_axis, rows, channels)
+    return None
