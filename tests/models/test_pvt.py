@@ -296,6 +296,12 @@ def test_another_number_of_classes_asks_for_a_new_head(release, num_classes):
     assert_close(model.stages[3].blocks[0].mlp.fc2.weight, state["block4.0.mlp.fc2.weight"], EXACT)
 
 
+def test_features_come_pretrained(release):
+    name, path, state = release
+    backbone = pretrained(name, path, img_size=224, features_only=True)
+    assert_close(backbone.model.stages[3].blocks[0].mlp.fc2.weight, state["block4.0.mlp.fc2.weight"], EXACT)
+
+
 def test_a_file_of_another_plan_is_refused_in_one_line(release):
     name, path, _ = release
     other = "SSSS" if name != "pvt_tiny_prepbn" else "LLLL"
