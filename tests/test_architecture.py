@@ -31,7 +31,7 @@ ARROWS = {
     "deployment": ON_CORE,
     "quickstart": ON_CORE | {"tasks", "deployment"},
     "cli": ON_CORE | {"tasks", "deployment", "quickstart"},
-    "__init__": ON_CORE,
+    "__init__": ON_CORE | {"deployment"},
 }
 
 FILES = sorted(SOURCE.rglob("*.py"))

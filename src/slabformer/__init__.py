@@ -2,6 +2,7 @@
 
 from slabformer import models as _models  # noqa: F401  (registers the zoo where timm can be found)
 from slabformer import ops, testing
+from slabformer.deployment.deploy import deploy
 from slabformer.models.official import load_published, to_published
 from slabformer.nn import Affine, PRepBN, RepBN, SimplifiedLinearAttention
 from slabformer.nn.controls import blended, copy_gamma_, set_token_mask, sync_norms_, token_mask
@@ -27,6 +28,7 @@ __all__ = [
     "blended",
     "convert_norms_",
     "copy_gamma_",
+    "deploy",
     "fit_norms_",
     "fuse",
     "fuse_",

@@ -1,0 +1,98 @@
+"""deploy takes the fastest form that computes the same, says what each step gained, and leaves the model alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import slabformer as sf
+from slabformer.deployment import deploy as deployment
+from slabformer.nn.controls import repbn_modules
+from small_models import images, trained_looking
+from tolerances import FLOAT32, assert_close
+
+
+def names(deployed: deployment.Deployed) -> list[str]:
+    return [step.name for step in deployed.report.steps]
+
+
+def test_the_deployed_form_computes_the_same_and_the_model_is_left_alone():
+    model, x = trained_looking(), images()
+    before = copy.deepcopy(model.state_dict())
+    deployed = sf.deploy(model, x, compile=False, seconds=0.2)
+    assert names(deployed) == ["as given", "fused", "channels last"]
+    assert deployed.report.steps[1].did == "9 of 9 norms folded"
+    assert_close(deployed(x), model(x), FLOAT32)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for step in deployed.report.steps:
+        assert step.p50_ms > 0
+        assert step.speed > 0
+        assert step.name in deployed.report.table()
+    assert deployed.report.to_dict()["taken"] == deployed.report.taken
+
+
+def test_without_measuring_the_last_form_is_taken():
+    deployed = sf.deploy(trained_looking(), images(), compile=False, seconds=0)
+    assert deployed.report.taken == "channels last"
+    assert not repbn_modules(deployed.eager)
+
+
+def test_a_slower_step_is_reported_and_not_taken(monkeypatch):
+    times = {"as given": 2.0, "fused": 1.0, "channels last": 3.0}
+    monkeypatch.setattr(deployment, "time_interleaved", lambda calls, **_: {name: [[times[name]]] for name in calls})
+    deployed = sf.deploy(trained_looking(), images(), compile=False)
+    assert deployed.report.taken == "fused"
+    assert [round(step.gain, 2) for step in deployed.report.steps] == [1.0, 2.0, 0.33]
+
+
+def test_half_precision_goes_through_the_whole_life():
+    model, x = trained_looking(), images()
+    deployed = sf.deploy(model, x, dtype=torch.bfloat16, compile=False, seconds=0)
+    assert names(deployed) == ["as given", "fused", "bfloat16", "channels last"]
+    assert {p.dtype for p in deployed.eager.parameters()} == {torch.bfloat16}
+    assert deployed(x).dtype == torch.bfloat16
+    assert 0 < deployed.report.steps[2].max_rel < deployment.HALF_EPSILONS * torch.finfo(torch.bfloat16).eps
+
+
+def test_statistics_are_recalibrated_first_where_data_is_given():
+    model = trained_looking()
+    deployed = sf.deploy(model, images(), batches=[images(4, seed=1), images(4, seed=2)], compile=False, seconds=0)
+    assert deployed.report.notes == ("recalibrated on 2 batches",)
+    assert not torch.allclose(deployed(images()), model(images()), rtol=1e-3)
+
+
+def test_a_model_without_our_norms_is_only_laid_out():
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(1), nn.Linear(4 * 15 * 15, 2)).eval()
+    assert names(sf.deploy(model, images(), compile=False, seconds=0)) == ["as given", "channels last"]
+
+
+@pytest.mark.slow
+def test_the_compiled_form_computes_the_same():
+    model, x = trained_looking(), images()
+    deployed = sf.deploy(model, x, seconds=0)
+    assert deployed.report.taken == "compiled"
+    assert_close(deployed(x), model(x), deployment.RUNTIME_RTOL)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dtype": torch.int8}, "dtype must be a floating point type, got torch.int8"),
+        ({"batches": []}, "no batch"),
+    ],
+    ids=["dtype", "batches"],
+)
+def test_bad_options_are_refused_in_words(options, said):
+    with pytest.raises(ValueError, match=said):
+        sf.deploy(trained_looking(), images(), **options)
+
+
+def test_a_model_in_training_or_still_fading_is_refused():
+    model = trained_looking()
+    with pytest.raises(ValueError, match="deploy needs eval mode"):
+        sf.deploy(model.train(), images())
+    sf.PRepBN.set_gamma(model.norm, 0.5)
+    with pytest.raises(ValueError, match="still holds its norm"):
+        sf.deploy(model.eval(), images(), compile=False)
