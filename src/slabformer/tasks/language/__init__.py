@@ -1,0 +1,1 @@
+"""Language models: the Trainer's callback, packed text, training, evaluation; transformers does the rest."""
