@@ -105,5 +105,5 @@ def _outcomes(norms: Sequence[Norm], plan: Plan) -> tuple[NormOutcome, ...]:
         if edit is None:
             outcomes.append(NormOutcome(norm.name, "kept", reason=plan.reasons[norm.index]))
         else:
-            outcomes.append(NormOutcome(norm.name, edit.action, tuple(target.name for target in edit.targets)))
+            outcomes.append(NormOutcome(norm.name, edit.action, tuple(dict.fromkeys(t.name for t in edit.targets))))
     return tuple(outcomes)

@@ -17,10 +17,11 @@ from slabformer.surgery.fuse.labels import RefusalError, describe
 from slabformer.surgery.fuse.marks import NORM, PAD
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.owners import Owners, display
-from slabformer.surgery.fuse.pads import find_pads, unsafe_channel
+from slabformer.surgery.fuse.pads import LARGEST_FILL, LARGEST_MOVE, ZERO, find_pads, first_beyond
 from slabformer.surgery.fuse.parts import Part, bias_parts, weight_part
-from slabformer.surgery.fuse.plan import Edit, Plan, Target
+from slabformer.surgery.fuse.plan import Edit, Plan, Role, Side, Target, share
 from slabformer.surgery.fuse.sites import Site, along, channel_labels, site_of
+from slabformer.surgery.fuse.stream import pair, stream_targets
 
 
 @dataclass
@@ -73,29 +74,45 @@ class _Decider:
             raise RefusalError("it is not called on the example inputs, or its output is not used")
 
     def decide(self, norm: Norm) -> Edit:
-        """Forward, else backward, else RefusalError with both reasons."""
-        try:
-            edit = Edit(norm.index, "forward", self.forward(norm))
-            self.need_safe_fills(edit)
-            return edit
-        except RefusalError as error:
-            first = str(error)
-        try:
-            return Edit(norm.index, "backward", self.backward(norm))
-        except RefusalError as error:
-            raise RefusalError(f"{first}; {error}") from None
+        """Forward, else backward, else forward with the stream in front of it moved; else RefusalError."""
+        reasons = []
+        for action, ways in WAYS:
+            try:
+                edit = Edit(norm.index, action, ways(self, norm))
+                self.need_range(edit)
+                return edit
+            except RefusalError as error:
+                reasons.append(str(error))
+        # the third way is of interest only where zeros are what bars the first
+        barred = any(word in reasons[0] for word in ("padded", "to pad in its stead"))
+        raise RefusalError("; ".join(reasons if barred else reasons[:2]))
 
     def forward(self, norm: Norm) -> tuple[Target, ...]:
         """All consumers, each able to take the norm over."""
+        return self.finish(self.consumers(norm, "map"))
+
+    def through_stream(self, norm: Norm) -> tuple[Target, ...]:
+        """All consumers, for the scale, and all that has to do with the stream in front."""
+        found = self.consumers(norm, "scale")
+        for trace in self.traces:
+            calls = trace.calls.get(norm.index, [])
+            if len(calls) > 1:
+                raise RefusalError("it is called more than once")
+            for target, node in stream_targets(self, norm, calls[0], trace) if calls else ():
+                self.add(found, target, trace, node)
+        return self.finish(found)
+
+    def consumers(self, norm: Norm, role: Role) -> dict[str, _Found]:
+        """All that reads the norm."""
         found: dict[str, _Found] = {}
         refusals: list[str] = []
         for trace in self.traces:
             calls = trace.calls.get(norm.index, [])
             seeds = {call: self.labels_of(norm, call) for call in calls}
-            ends = downstream(trace, seeds, self.gone, self.fixed_size)
+            ends = downstream(trace, seeds, self.gone, self.fixed_size, scale_only=role == "scale")
             for end in ends:
                 try:
-                    self.add(found, self.consumer(norm, end, trace), trace, end.node)
+                    self.add(found, self.consumer(norm, end, trace, role), trace, end.node)
                 except RefusalError as error:
                     refusals.append(str(error))
             if any(written_between(trace, call, ends) for call in calls):
@@ -104,16 +121,18 @@ class _Decider:
             raise RefusalError(_join(refusals, also=bool(found)))
         if not found:
             raise RefusalError("its output is not used")
-        return self.finish(found)
+        return found
 
-    def consumer(self, norm: Norm, end: End, trace: Trace) -> Target:
+    def consumer(self, norm: Norm, end: End, trace: Trace, role: Role) -> Target:
         """The neighbour at ``end`` of a forward fold."""
         if end.refusal is not None:
             raise RefusalError(end.refusal)
         if end.node.target is NORM:
-            return self.next_norm(norm, end)
+            if end.node.args[1] == norm.index:
+                raise RefusalError("its output feeds a norm that cannot take it over")
+            return self.at_norm(end.node, end.labels, role, "next")
         if end.node.target is PAD:
-            return self.pad(end.node, along(end.labels, -1, end.node.meta["val"].shape[-1], "pad"))
+            return self.at_pad(end.node, along(end.labels, -1, end.node.meta["val"].shape[-1], "pad"), role, "next")
         if end.node.op == "output":
             raise RefusalError("its output is the model's output")
         site = site_of(end.node)
@@ -122,39 +141,39 @@ class _Decider:
         if end.source is not site.input:
             raise RefusalError(f"its output serves as a weight of {describe(end.node)}")
         index = along(end.labels, site.axis, site.num_in, site.words)
-        target = self.target(site, index, trace)
-        if site.padded:
-            raise RefusalError(f"it is followed by a padded convolution ({target.name})")
-        if self.owners.module(target.weight.name)._forward_pre_hooks:  # type: ignore[union-attr]
-            raise RefusalError(f"{target.name} has forward pre-hooks, which see its input")
-        return target
+        if site.padded and role == "map":
+            raise RefusalError(f"it is followed by a padded convolution ({self.name_of(site, trace)})")
+        return self.at_site(site, index, trace, role, "next")
 
-    def next_norm(self, norm: Norm, end: End) -> Target:
-        """The norm that follows this one directly."""
-        other = self.norms[end.node.args[1]]  # type: ignore[index]
-        if other.index == norm.index or _has_hooks(other.module):
+    def at_norm(self, node: Node, labels: Tensor, role: Role, side: Side) -> Target:
+        """The norm at ``node``, whose map changes."""
+        other = self.norms[node.args[1]]  # type: ignore[index]
+        if _has_hooks(other.module) or other.index in self.plan.untouchable:
             raise RefusalError("its output feeds a norm that cannot take it over")
-        axis = range(end.labels.ndim)[other.channel_dim] - end.labels.ndim
-        index = along(end.labels, axis, other.num_channels, "norm")
-        return Target(other.name, index, norm=other.index)
+        axis = range(labels.ndim)[other.channel_dim] - labels.ndim
+        return Target(other.name, role, side, along(labels, axis, other.num_channels, "norm"), norm=other.index)
 
-    def pad(self, node: Node, index: Tensor) -> Target:
+    def at_pad(self, node: Node, index: Tensor, role: Role, side: Side) -> Target:
         """The pad at ``node``, which must pad with something else once the norm is gone."""
         pad = self.pads[node.args[-1]]  # type: ignore[index]
         if _has_hooks(pad.module):
             raise RefusalError(f"{pad.name} has forward hooks, which see what it pads")
-        return Target(pad.name, index, pad=pad.index)
+        return Target(pad.name, role, side, index, pad=pad.index)
 
-    def need_safe_fills(self, edit: Edit) -> None:
-        """Refuse a forward fold through a pad whose fill would be out of range."""
-        pads = {target.pad: target.name for target in edit.targets if target.pad is not None}
-        if not pads:
-            return
-        _, fills = maps_after(self.norms, self.pads, [*self.plan.edits, edit])
-        for index, name in pads.items():
-            channel = unsafe_channel(fills[index])
+    def need_range(self, edit: Edit) -> None:
+        """Refuse a fold that divides by a scale near 0, for a pad's fill or to move the stream."""
+        maps, fills = maps_after(self.norms, self.pads, [*self.plan.edits, edit])
+        for target in edit.targets:
+            fill = fills.get(target.pad, ZERO)  # type: ignore[arg-type]
+            channel = first_beyond(fill, LARGEST_FILL)
             if channel is not None:
-                raise RefusalError(f"its scale of channel {channel} is too near 0 for {name} to pad in its stead")
+                raise RefusalError(
+                    f"its scale of channel {channel} is too near 0 for {target.name} to pad in its stead"
+                )
+        if any(target.role == "add" for target in edit.targets):
+            channel = first_beyond(share("add", *maps[edit.norm])[1], LARGEST_MOVE)
+            if channel is not None:
+                raise RefusalError(f"its scale of channel {channel} is too near 0 to move the stream in front of it")
 
     def backward(self, norm: Norm) -> tuple[Target, ...]:
         """All producers, each read by nothing else."""
@@ -164,32 +183,25 @@ class _Decider:
                 sites, pads = producers(trace, call, self.gone, self.fixed_size)
                 for node in pads:
                     index = self.matching(norm, node, channel_labels(node, -1), trace, "a pad")
-                    self.add(found, self.pad(node, index), trace, node)
+                    self.add(found, self.at_pad(node, index, "map", "previous"), trace, node)
                 for site in sites:
-                    name = self.name_of(site, trace)
-                    labels = channel_labels(site.node, site.axis)
-                    target = self.target(site, self.matching(norm, site.node, labels, trace, name), trace)
-                    if self.owners.module(target.weight.name)._forward_hooks:  # type: ignore[union-attr]
-                        raise RefusalError(f"{name} has forward hooks, which see its output")
-                    self.add(found, target, trace, site.node)
+                    labels, name = channel_labels(site.node, site.axis), self.name_of(site, trace)
+                    index = self.matching(norm, site.node, labels, trace, name)
+                    self.add(found, self.at_site(site, index, trace, "map", "previous"), trace, site.node)
         return self.finish(found)
 
     def matching(self, norm: Norm, node: Node, labels: Tensor, trace: Trace, name: str) -> Tensor:
         """Channel of ``norm`` that each of ``labels``, the output channels of ``node``, becomes."""
-        index = torch.full((labels.numel(),), -1)
+        sinks: list[tuple[Tensor, Tensor]] = []
         elsewhere: list[End] = []
         for end in downstream(trace, {node: labels}, self.gone, self.fixed_size):
-            if end.node.target is not NORM or end.node.args[1] != norm.index:
-                if end.node.target is not PAD or end.refusal is not None:
-                    elsewhere.append(end)
-                continue
-            pairs = torch.broadcast_tensors(end.labels, self.labels_of(norm, end.node))
-            channel, of_norm = (t.flatten().long() for t in pairs)
-            channel, of_norm = channel[channel >= 0], of_norm[channel >= 0]
-            before = index[channel]
-            index[channel] = of_norm
-            if not torch.equal(index[channel], of_norm) or bool(((before >= 0) & (before != of_norm)).any()):
-                raise RefusalError(f"an output channel of {name} meets several of its channels")
+            if end.node.target is NORM and end.node.args[1] == norm.index:
+                sinks.append((end.labels, self.labels_of(norm, end.node)))
+            elif end.node.target is not PAD or end.refusal is not None:
+                elsewhere.append(end)
+        index = pair(sinks, labels.numel())
+        if index is None:
+            raise RefusalError(f"an output channel of {name} meets several of its channels")
         for end in elsewhere:
             others = end.labels[end.labels >= 0].unique().long()
             if bool((index[others] >= 0).any()):
@@ -200,17 +212,22 @@ class _Decider:
         """Labels of the norm's output."""
         return channel_labels(call, norm.channel_dim)
 
-    def target(self, site: Site, index: Tensor, trace: Trace) -> Target:
+    def at_site(self, site: Site, index: Tensor, trace: Trace, role: Role, side: Side) -> Target:
         """``site`` as a target, with a bias to hold the shift."""
-        weight = weight_part(site, trace)
+        weight, name = weight_part(site, trace), self.name_of(site, trace)
         self.owners.need_single(weight.name)
         if site.bias is None:
             bias = (replace(weight, name=self.owners.new_bias(weight.name), axis=0),)
         else:
-            bias = bias_parts(site, trace, self.name_of(site, trace))
+            bias = bias_parts(site, trace, name)
             for part in bias:
                 self.owners.need_single(part.name)
-        return Target(self.name_of(site, trace), index, weight, bias, site.bias is None, groups=site.groups)
+        module = self.owners.module(weight.name)
+        if side == "next" and module._forward_pre_hooks:
+            raise RefusalError(f"{name} has forward pre-hooks, which see its input")
+        if side == "previous" and module._forward_hooks:
+            raise RefusalError(f"{name} has forward hooks, which see its output")
+        return Target(name, role, side, index, weight, bias, site.bias is None, groups=site.groups)
 
     @staticmethod
     def name_of(site: Site, trace: Trace) -> str:
@@ -223,7 +240,7 @@ class _Decider:
 
     def add(self, found: dict[str, _Found], target: Target, trace: Trace, node: Node) -> None:
         """Note that ``target`` was found at ``node``."""
-        entry = found.setdefault(target.name, _Found(target, {}))
+        entry = found.setdefault(f"{target.name} {target.role} {target.side}", _Found(target, {}))
         if not entry.target.agrees(target):
             raise RefusalError(f"{target.name} is called on differently laid out channels")
         entry.nodes.setdefault(trace, set()).add(node)
@@ -256,6 +273,10 @@ class _Decider:
             if user not in nodes:
                 use = "used on another input" if user.target in (NORM, PAD) or site_of(user) else "read raw"
                 raise RefusalError(f"{target.name} is also {use} by {describe(user)}")
+
+
+#: what to try, in this order, and what the report calls it
+WAYS = (("forward", _Decider.forward), ("backward", _Decider.backward), ("forward", _Decider.through_stream))
 
 
 def _has_hooks(module: nn.Module) -> bool:

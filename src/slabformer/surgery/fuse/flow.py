@@ -34,7 +34,9 @@ class End:
     refusal: str | None = None
 
 
-def downstream(trace: Trace, seeds: Mapping[Node, Tensor], gone: Collection[int], fixed_size: bool) -> list[End]:
+def downstream(
+    trace: Trace, seeds: Mapping[Node, Tensor], gone: Collection[int], fixed_size: bool, scale_only: bool = False
+) -> list[End]:
     """Everything that the labels of ``seeds`` reach, norms in ``gone`` taken as the identity."""
     labels: dict[Node, Labels] = dict(seeds)
     queue: list[tuple[int, Node]] = []
@@ -58,7 +60,7 @@ def downstream(trace: Trace, seeds: Mapping[Node, Tensor], gone: Collection[int]
             labels[node] = labels[node.args[0]]  # type: ignore[index]
         elif node.target in FOLLOW:
             try:
-                labels[node] = FOLLOW[node.target](Call(node, labels, fixed_size))
+                labels[node] = FOLLOW[node.target](Call(node, labels, fixed_size, scale_only))
             except RefusalError as error:
                 refusal = str(error)
         passed = node in labels and node not in seeds
@@ -102,7 +104,7 @@ def producers(trace: Trace, call: Node, gone: Collection[int], fixed_size: bool)
             current.target is NORM and current.args[1] in gone
         )
         if not passes:
-            raise RefusalError(f"its input comes from {_origin(current)}")
+            raise RefusalError(f"its input comes from {words(current)}")
         if _needs_fill(current, fixed_size):
             pads.append(current)
         first = current.args[0]
@@ -112,7 +114,8 @@ def producers(trace: Trace, call: Node, gone: Collection[int], fixed_size: bool)
     return [found[node] for node in sorted(found, key=trace.order.__getitem__)], pads
 
 
-def _origin(node: Node) -> str:
+def words(node: Node) -> str:
+    """What a tensor comes from."""
     if node.op == "placeholder":
         return "the model's own inputs and parameters"
     return "another norm" if node.target is NORM else describe(node)

@@ -13,7 +13,7 @@ from slabformer.surgery.convert import HOOKS, switch_off_fast_paths
 from slabformer.surgery.fuse.norms import Norm, ScaleShift, find_norms
 from slabformer.surgery.fuse.pads import Pad, fill_after, fill_before, find_pads
 from slabformer.surgery.fuse.parts import Part
-from slabformer.surgery.fuse.plan import Edit, Target
+from slabformer.surgery.fuse.plan import Edit, Target, share
 
 #: attribute of a module that names the biases it got by folding; a plain tuple survives copies, moves and pickling
 NEW_BIASES = "slabformer_new_biases"
@@ -55,7 +55,7 @@ def solve(model: nn.Module, norms: Sequence[Norm], edits: Sequence[Edit]) -> Sol
     for edit in edits:
         for target in edit.targets:
             if target.weight is not None:
-                _take_over(model, solution, edit, target, target.weight)
+                _take_over(model, solution, solution.maps[edit.norm], target, target.weight)
         solution.gone.add(edit.norm)
     return solution
 
@@ -68,25 +68,27 @@ def maps_after(
     fills: dict[int, Tensor] = {}
     for edit in edits:
         for target in edit.targets:
-            own = _spread(maps[edit.norm], target)
+            own, is_next = _share(maps[edit.norm], target), target.side == "next"
             if target.norm is not None:
-                maps[target.norm] = compose(own, maps[target.norm])
+                other = maps[target.norm]
+                maps[target.norm] = compose(own, other) if is_next else compose(other, own)
             if target.pad is not None:
                 fill = fills.get(target.pad, pads[target.pad].fill())
-                fills[target.pad] = (fill_before if edit.action == "forward" else fill_after)(fill, own)
+                fills[target.pad] = (fill_before if is_next else fill_after)(fill, own)
     return maps, fills
 
 
-def _spread(scale_shift: ScaleShift, target: Target) -> ScaleShift:
-    return spread(*scale_shift, target.index.to(scale_shift[0].device))
+def _share(scale_shift: ScaleShift, target: Target) -> ScaleShift:
+    scale, shift = share(target.role, *scale_shift)
+    return spread(scale, shift, target.index.to(scale.device))
 
 
-def _take_over(model: nn.Module, solution: Solution, edit: Edit, target: Target, part: Part) -> None:
+def _take_over(model: nn.Module, solution: Solution, scale_shift: ScaleShift, target: Target, part: Part) -> None:
     whole = _current(model, solution, part.name)
     weight = whole.movedim(part.axis, 0)[part.rows]
-    scale, shift = (t.to(weight.device) for t in _spread(solution.maps[edit.norm], target))
+    scale, shift = (t.to(weight.device) for t in _share(scale_shift, target))
     bias = _bias(model, solution, target, like=weight)
-    if edit.action == "forward":
+    if target.side == "next":
         weight, bias = fold_into_next(weight, bias, scale, shift, target.groups)
     else:
         weight, bias = fold_into_previous(weight, bias, scale, shift)

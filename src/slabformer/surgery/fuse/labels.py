@@ -33,11 +33,13 @@ class Call:
         node: The operation.
         labels: Labels of every tensor that carries some.
         fixed_size: Whether the graph is true for one input size only, so that a pad by 0 is none.
+        scale_only: Whether the map has no shift, so that zeros stay zeros.
     """
 
     node: Node
     labels: dict[Node, Labels]
     fixed_size: bool = False
+    scale_only: bool = False
 
     @property
     def input(self) -> Tensor:
@@ -137,7 +139,8 @@ def resampled(spatial: int) -> Callable[[Call], Tensor]:
 
 def pooled(call: Call) -> Tensor:
     """As resampled; a window over the border must not count what lies behind it."""
-    if any(call.arg(3, "padding", [0])) or call.arg(4, "ceil_mode", False) or call.arg(6, "divisor_override"):
+    odd = any(call.arg(3, "padding", [0])) or call.arg(4, "ceil_mode", False) or call.arg(6, "divisor_override")
+    if odd and not call.scale_only:
         raise RefusalError("it is followed by a padded avg_pool2d")
     return resampled(2)(call)
 
@@ -156,9 +159,15 @@ def unread(call: Call) -> Tensor:
 
 def padded(call: Call) -> Tensor:
     """Zeros set after the norm never saw its shift; a pad by 0 at this size may be more at another."""
-    if call.fixed_size and not any(call.arg(1, "pad")):
-        return call.input
-    raise RefusalError("its output is padded")
+    pads, labels = call.arg(1, "pad"), call.input
+    if call.fixed_size and not any(pads):
+        return labels
+    if not call.scale_only:
+        raise RefusalError("its output is padded")
+    if call.arg(2, "mode", "constant") not in ("constant", 0, 0.0) or call.arg(3, "value"):
+        raise RefusalError("its output is padded with something else than zeros")
+    _need_constant(labels, range(labels.ndim - len(pads) // 2, labels.ndim - (pads[:2] == [0, 0])), "padded")
+    return labels
 
 
 def filled(call: Call) -> Tensor:

@@ -12,6 +12,10 @@ from slabformer.surgery.fuse.norms import ScaleShift
 
 #: larger fills stand for channels that the norm all but erases: half precision would lose the digits of the product
 LARGEST_FILL = 1e3
+#: a stream that is moved further than this rounds visibly there
+LARGEST_MOVE = 64.0
+#: of a pad that no fold passes
+ZERO = torch.zeros(1)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def fill_after(fill: Tensor, norm: ScaleShift) -> Tensor:
     return fill.to(shift.device) * scale + shift
 
 
-def unsafe_channel(fill: Tensor) -> int | None:
-    """The first channel whose fill half precision could not hold, or None."""
-    unsafe = ~(fill.abs() <= LARGEST_FILL)
-    return int(unsafe.int().argmax()) if bool(unsafe.any()) else None
+def first_beyond(values: Tensor, limit: float) -> int | None:
+    """The first channel whose value is out of the range that half precision can work with, or None."""
+    beyond = ~(values.abs() <= limit)
+    return int(beyond.int().argmax()) if bool(beyond.any()) else None

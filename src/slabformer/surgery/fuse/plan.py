@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from slabformer.surgery.fuse.parts import Part
 from slabformer.surgery.fuse.report import Action
+
+#: what a neighbour takes over of ``x * scale + shift``: all of it, ``x * scale``, ``x + shift / scale``, or the inverse
+#: of that
+Role = Literal["map", "scale", "add", "subtract"]
+#: where it stands: behind the norm, in whose input it has the map, or in front, in whose output it has it
+Side = Literal["next", "previous"]
+
+
+def share(role: Role, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``role`` takes over of a map, as a scale and shift of its own."""
+    if role == "map":
+        return scale, shift
+    if role == "scale":
+        return scale, torch.zeros_like(shift)
+    move = torch.where(shift == 0, shift, shift / scale)
+    return torch.ones_like(scale), move if role == "add" else -move
 
 
 @dataclass(frozen=True)
@@ -17,6 +34,8 @@ class Target:
 
     Attributes:
         name: Of the neighbour, for the report.
+        role: What it takes over of the norm's map.
+        side: Where it stands.
         index: Channel of the norm that each channel of the neighbour belongs to, -1 for none.
         weight: Its weight; None if the neighbour is a norm or a pad.
         bias: Its bias.
@@ -27,6 +46,8 @@ class Target:
     """
 
     name: str
+    role: Role
+    side: Side
     index: Tensor
     weight: Part | None = None
     bias: tuple[Part, ...] = ()
@@ -39,7 +60,7 @@ class Target:
         """Whether both are one and the same change."""
         mine, others = ([part for part in (own.weight, *own.bias) if part is not None] for own in (self, other))
         return (
-            (self.groups, len(mine)) == (other.groups, len(others))
+            (self.groups, self.role, self.side, len(mine)) == (other.groups, other.role, other.side, len(others))
             and all(one.agrees(two) for one, two in zip(mine, others, strict=True))
             and torch.equal(self.index, other.index)
         )

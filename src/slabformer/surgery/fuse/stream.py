@@ -1,0 +1,149 @@
+"""Fold a norm whose output is padded with zeros, by moving the residual stream in front of it.
+
+``x * scale + shift = (x + shift / scale) * scale``. What follows takes over the scale, which leaves a zero a zero. The
+Linear or Conv that last added to ``x`` adds ``shift / scale`` too, and whatever else reads ``x`` takes it away again:
+the next Linear whose output is added to ``x``, or a Linear that reads it. The size of the padding does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from slabformer.surgery.fuse.flow import End, downstream, words
+from slabformer.surgery.fuse.graph import Trace
+from slabformer.surgery.fuse.labels import RefusalError, describe, unread
+from slabformer.surgery.fuse.marks import NORM
+from slabformer.surgery.fuse.norms import Norm
+from slabformer.surgery.fuse.plan import Role, Side, Target
+from slabformer.surgery.fuse.rules import FOLLOW
+from slabformer.surgery.fuse.sites import Site, along, channel_labels, site_of
+
+aten = torch.ops.aten
+
+
+class Neighbours(Protocol):
+    """What this needs to know of the decision under way."""
+
+    gone: set[int]
+    fixed_size: bool
+
+    def at_site(self, site: Site, index: Tensor, trace: Trace, role: Role, side: Side) -> Target:
+        """A Linear or Conv as a target."""
+
+    def at_norm(self, node: Node, labels: Tensor, role: Role, side: Side) -> Target:
+        """Another norm as a target."""
+
+
+def stream_targets(known: Neighbours, norm: Norm, call: Node, trace: Trace) -> Iterator[tuple[Target, Node]]:
+    """Every neighbour that must move the stream in front of ``call``, and the operation at which it does.
+
+    Raises:
+        RefusalError: If something else has a part in the stream.
+    """
+    origin = _origin(known, call.args[0])
+    labels = _labels_at(known, origin, call, channel_labels(call, norm.channel_dim), trace)
+    yield from _supplied(known, origin, labels, trace, "add")
+    for end in downstream(trace, {origin: labels}, known.gone, known.fixed_size):
+        if end.node is not call:
+            yield from _compensated(known, end, trace)
+
+
+def _origin(known: Neighbours, node: Any) -> Node:
+    """What ``node`` is a mere rearrangement of."""
+    while FOLLOW.get(node.target, unread) is not unread or (node.target is NORM and node.args[1] in known.gone):
+        sources = [source for source in node.all_input_nodes if source.meta["val"].is_floating_point()]
+        if len(sources) != 1:
+            raise RefusalError(f"the stream in front of it is put together by {describe(node)}")
+        node = sources[0]
+    return node
+
+
+def _labels_at(known: Neighbours, origin: Node, sink: Node, wanted: Tensor, trace: Trace) -> Tensor:
+    """Labels of ``origin`` that arrive at ``sink`` as ``wanted``."""
+    for axis in range(origin.meta["val"].ndim):
+        own = channel_labels(origin, axis)
+        arrived = [e.labels for e in downstream(trace, {origin: own}, known.gone, known.fixed_size) if e.node is sink]
+        index = pair([(labels, wanted) for labels in arrived], own.numel())
+        whole = not any(bool(((labels < 0) & (wanted >= 0)).any()) for labels in arrived)
+        if whole and index is not None and bool((index >= 0).any()):
+            return index.to(torch.int32)[own.long()]
+    raise RefusalError(f"its channels are spread over several axes of the output of {describe(origin)}")
+
+
+def pair(sinks: list[tuple[Tensor, Tensor]], num_channels: int) -> Tensor | None:
+    """For each channel that arrives somewhere, the one that is wanted there, -1 for none; None where ambiguous."""
+    index = torch.full((num_channels,), -1)
+    for labels, wanted in sinks:
+        channel, want = (t.flatten().long() for t in torch.broadcast_tensors(labels, wanted))
+        channel, want = channel[channel >= 0], want[channel >= 0]
+        before = index[channel]
+        index[channel] = want
+        if not torch.equal(index[channel], want) or bool(((before >= 0) & (before != want)).any()):
+            return None
+    return index
+
+
+def _supplied(known: Neighbours, node: Node, labels: Tensor, trace: Trace, role: Role) -> Iterator[tuple[Target, Node]]:
+    """Neighbours in front of ``node`` that move it; whatever else reads ``node`` is not their concern."""
+    site = site_of(node)
+    if site is not None:
+        yield known.at_site(site, along(labels, site.axis, site.num_out, site.words), trace, role, "previous"), node
+    elif node.target is NORM:
+        yield known.at_norm(node, labels, role, "previous"), node
+    elif _is_sum(node):
+        yield from _one_operand(known, node, node.all_input_nodes, labels, trace, role)
+    else:
+        raise RefusalError(f"the stream in front of it comes from {words(node)}")
+
+
+def _one_operand(
+    known: Neighbours, total: Node, operands: list[Node], labels: Tensor, trace: Trace, role: Role
+) -> Iterator[tuple[Target, Node]]:
+    """Neighbours behind one of ``operands`` of an add that can move the sum, where nothing else reads that one."""
+    reasons = []
+    for operand in operands:
+        try:
+            yield from list(_behind(known, total, operand, labels, trace, role))
+            return
+        except RefusalError as error:
+            reasons.append(str(error))
+    raise RefusalError(reasons[0] if reasons else f"nothing is added to the stream by {describe(total)}")
+
+
+def _behind(
+    known: Neighbours, total: Node, operand: Node, labels: Tensor, trace: Trace, role: Role
+) -> Iterator[tuple[Target, Node]]:
+    if operand.meta["val"].shape != total.meta["val"].shape:
+        raise RefusalError("what is added to the stream in front of it is broadcast")
+    origin = _origin(known, operand)
+    own = _labels_at(known, origin, total, labels, trace)
+    for end in downstream(trace, {origin: own}, known.gone, known.fixed_size):
+        if end.node is not total or end.source is not operand:
+            raise RefusalError(f"what is added to the stream in front of it also feeds {describe(end.node)}")
+    yield from _supplied(known, origin, own, trace, role)
+
+
+def _compensated(known: Neighbours, end: End, trace: Trace) -> Iterator[tuple[Target, Node]]:
+    """Neighbours that take the move away from another reader of the stream."""
+    if end.refusal is not None:
+        raise RefusalError(f"the stream in front of it is read elsewhere, and there {end.refusal}")
+    site = site_of(end.node)
+    if end.node.target is NORM:
+        yield known.at_norm(end.node, end.labels, "subtract", "next"), end.node
+    elif site is not None and end.source is site.input and not site.padded:
+        index = along(end.labels, site.axis, site.num_in, site.words)
+        yield known.at_site(site, index, trace, "subtract", "next"), end.node
+    elif _is_sum(end.node):
+        others = [node for node in end.node.all_input_nodes if node is not end.source]
+        yield from _one_operand(known, end.node, others, end.labels, trace, "subtract")
+    else:
+        raise RefusalError(f"the stream in front of it also feeds {describe(end.node)}")
+
+
+def _is_sum(node: Node) -> bool:
+    return node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1
