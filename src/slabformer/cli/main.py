@@ -31,6 +31,7 @@ VERBS = {
     "export": ("slabformer.cli.export", "write ONNX or torch.export files, checked against PyTorch"),
     "push": ("slabformer.cli.push", "write a model as timm shares models, into a folder or to the Hugging Face hub"),
     "bench": ("slabformer.cli.bench", "speed of a model, fused and not, beside its LayerNorm twin and its ceiling"),
+    "visualize": ("slabformer.cli.visualize", "what a token attends to, several models side by side"),
     "list": ("slabformer.cli.list", "models, published accuracies and released weights"),
 }
 USAGE_ERRORS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, ImportError)

@@ -62,7 +62,7 @@ def curves(panels: Mapping[str, Mapping[str, Series]], *, xlabel: str = "epoch")
     A run has the same colour in every panel; quantities whose name holds "accuracy" are shown in per cent.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    with _figure(width=4.6 * len(panels), height=3.2) as figure:
+    with styled_figure(width=4.6 * len(panels), height=3.2) as figure:
         for position, (quantity, lines) in enumerate(panels.items(), start=1):
             axes = figure.add_subplot(1, len(panels), position)
             for name, (x, y) in lines.items():
@@ -79,7 +79,7 @@ def curves(panels: Mapping[str, Mapping[str, Series]], *, xlabel: str = "epoch")
 
 def gamma_over_time(steps: Sequence[float], gamma: Sequence[float], *, xlabel: str = "optimizer step") -> Figure:
     """How much of each norm is still LayerNorm, as two areas that share the height."""
-    with _figure(width=6.4, height=2.6) as figure:
+    with styled_figure(width=6.4, height=2.6) as figure:
         axes = figure.add_subplot()
         axes.fill_between(steps, gamma, color=GREY, alpha=0.45, linewidth=0, label="LayerNorm")
         axes.fill_between(steps, gamma, 1.0, color=GREEN, alpha=0.3, linewidth=0, label="RepBN")
@@ -96,7 +96,7 @@ def norm_map(outcomes: Iterable[NormOutcome]) -> Figure:
     strips = [found[start : start + NORMS_PER_STRIP] for start in range(0, len(found), NORMS_PER_STRIP)]
     columns = min(len(found), NORMS_PER_STRIP)
     label_inches = 0.07 * max(len(outcome.name) for outcome in found)
-    with _figure(width=max(6.4, 0.27 * columns), height=0.9 + len(strips) * (0.35 + label_inches)) as figure:
+    with styled_figure(width=max(6.4, 0.27 * columns), height=0.9 + len(strips) * (0.35 + label_inches)) as figure:
         for position, strip in enumerate(strips, start=1):
             axes = figure.add_subplot(len(strips), 1, position)
             axes.bar(range(len(strip)), 1, 0.92, color=[ACTION_COLOURS[outcome.action] for outcome in strip])
@@ -123,7 +123,7 @@ def speed_bars(report: BenchReport) -> Figure:
     """Images per second of each variant, with what it gains over the twin: a row a batch size, a column a mode."""
     batch_sizes = list(dict.fromkeys(row.batch_size for row in report))
     modes = list(dict.fromkeys(row.mode for row in report))
-    with _figure(width=1.2 + 3.8 * len(modes), height=0.9 + 2.5 * len(batch_sizes)) as figure:
+    with styled_figure(width=1.2 + 3.8 * len(modes), height=0.9 + 2.5 * len(batch_sizes)) as figure:
         panels = figure.subplots(len(batch_sizes), len(modes), squeeze=False, sharey="row")
         for batch_size, panels_of_row in zip(batch_sizes, panels, strict=True):
             for mode, axes in zip(modes, panels_of_row, strict=True):
@@ -172,7 +172,7 @@ def to_svg(figure: Figure) -> str:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
+def styled_figure(width: float, height: float) -> Iterator[Figure]:
     """A figure in the house's style: rules are read while it is drawn on, so that is done inside the block."""
     figure_module = require("matplotlib.figure", extra="train")
     with require("matplotlib", extra="train").rc_context(STYLE):

@@ -51,11 +51,15 @@ class LinearAttentionCore(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_grid: Grid, mask: Tensor | None = None) -> Tensor:
         """Linear attention of heads over keys on ``key_grid``, with the table added to them."""
+        return linear_attention(q, self.placed(k, key_grid), v, mask=mask)
+
+    def placed(self, k: Tensor, key_grid: Grid) -> Tensor:
+        """Keys with the position table added, resampled where their grid is not the table's."""
         table: Tensor = self.positional_encoding
         if key_grid != self.grid_size:
             table = resample_table(table, self.grid_size, key_grid)
         (table,) = self.heads(table.to(k.dtype))
-        return linear_attention(q, k + table, v, mask=mask)
+        return k + table
 
     def local(self, v: Tensor, old: Grid, new: Grid) -> Tensor:
         """The depthwise branch: heads of values on the grid ``old``, through the kernels they share, on ``new``."""

@@ -53,9 +53,9 @@ class WindowLinearAttention(LinearAttentionCore):
         q, k, v = (window_partition(t, grid_size, window) for t in (q, k, v))
         v = v.contiguous()  # once for both branches
         out = self.attend(*self.heads(q, k, v), window).transpose(1, 2).flatten(2)
-        return window_merge(out + depthwise_tokens(v, window, *self._kernels()), grid_size, window)
+        return window_merge(out + depthwise_tokens(v, window, *self.kernels()), grid_size, window)
 
-    def _kernels(self) -> tuple[Tensor, Tensor | None]:
+    def kernels(self) -> tuple[Tensor, Tensor | None]:
         """Weight ``(C, 1, K, K)`` and bias of both convolutions in one."""
         border = (self.dwc.kernel_size[0] - self.get_v.kernel_size[0]) // 2
         weight = self.dwc.weight.repeat(self.num_heads, 1, 1, 1) + F.pad(self.get_v.weight, (border,) * 4)
