@@ -1,0 +1,175 @@
+"""Text as a sequence of documents: the embedded corpus, files, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from slabformer._extras import require
+
+EMBEDDED = "pydoc"
+HUB = "hf:"
+#: suffix -> which reader of `datasets`; text, JSON lines or columns
+READERS = {".txt": "text", ".md": "text", ".rst": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
+Unit = Literal["file", "paragraph", "line"]
+SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which text."""
+
+    path: str = EMBEDDED
+    """`pydoc` for the documentation inside every Python installation; a file, a folder or a pattern of .txt, .jsonl or
+    .parquet files (.gz, .zst ... too); `hf:NAME` for a data set of the Hugging Face hub."""
+    subset: str | None = None
+    """Configuration of a data set of the hub."""
+    split: str = "train"
+    """Split of a data set of the hub."""
+    text_field: str = "text"
+    """Where the text lies in JSON lines and columns."""
+    document: Unit = "file"
+    """What one document is in text files: a `file`, a `paragraph` (up to an empty line) or a `line`."""
+    validation: float = 0.1
+    """Documents held out: a share, or a count from 1 on. A stream holds out its first ones and needs a count."""
+    stream: bool = False
+    """Read while training instead of once into memory."""
+    shuffle_buffer: int = 10_000
+    """Of a stream: documents drawn from at random."""
+
+    def __post_init__(self) -> None:
+        if self.validation <= 0:
+            raise ValueError(f"data.validation must be a share or a count of documents above 0, got {self.validation}")
+        if self.validation >= 1 and self.validation != int(self.validation):
+            raise ValueError(f"data.validation must be a whole number from 1 on, got {self.validation}")
+        if self.stream and self.validation < 1:
+            raise ValueError(
+                f"a stream cannot hold out a share of its documents ({self.validation}); set data.validation to a count"
+            )
+        if self.stream and self.path == EMBEDDED:
+            raise ValueError("the embedded corpus fits into memory; leave data.stream out")
+
+
+class Corpus:
+    """The documents of ``config.path``, in their order, again at every iteration; empty ones are left out.
+
+    Iterating raises ``ValueError`` where the text field is missing or is no text.
+
+    Args:
+        config: Which text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If files of several kinds are mixed or their kind is unknown.
+        ImportError: If `datasets` is missing; names the extra.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self._rows: Any = None if config.path == EMBEDDED else _open(config)
+
+    def __iter__(self) -> Iterator[str]:
+        texts = _embedded() if self._rows is None else self._texts(self._rows)
+        return (text for text in texts if text.strip())
+
+    def held_out(self) -> Iterator[str]:
+        """The first documents of a stream."""
+        return (text for text in self._texts(self._rows.take(int(self.config.validation))) if text.strip())
+
+    def training(self, seed: int, epoch: int = 0) -> Iterator[str]:
+        """The other documents of a stream, drawn from a buffer, in another order every epoch."""
+        rows = self._rows.skip(int(self.config.validation))
+        shuffled = rows.shuffle(seed=seed + epoch, buffer_size=self.config.shuffle_buffer)
+        return (text for text in self._texts(shuffled) if text.strip())
+
+    def _texts(self, rows: Any) -> Iterator[str]:
+        field = self.config.text_field
+        for row in rows:
+            if field not in row:
+                raise ValueError(
+                    f"no field {field!r} in {self.config.path}, which has {', '.join(row)}; set data.text_field"
+                )
+            if not isinstance(row[field], str):
+                raise ValueError(f"field {field!r} of {self.config.path} holds {type(row[field]).__name__}, not text")
+            yield row[field]
+
+
+def split_documents(config: DataConfig, documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Documents to train on and held-out ones, which are picked by the hash of their text, whatever their order.
+
+    Raises:
+        ValueError: If there is no text, or too little to hold some out.
+    """
+    if not documents:
+        raise ValueError(f"{config.path} holds no text")
+    wanted = config.validation if config.validation >= 1 else max(1, round(config.validation * len(documents)))
+    if wanted >= len(documents):
+        raise ValueError(
+            f"{config.path} holds {len(documents)} document(s), too few to hold out {wanted:g}; give more text, "
+            "or split it finer with data.document: paragraph"
+        )
+    ranked = sorted(range(len(documents)), key=lambda index: sha256_of([documents[index]]))
+    held_out = set(ranked[: int(wanted)])
+    train = [text for index, text in enumerate(documents) if index not in held_out]
+    return train, [documents[index] for index in sorted(held_out)]
+
+
+def sha256_of(documents: Sequence[str]) -> str:
+    """Of the documents in turn, lengths included, in hexadecimal."""
+    digest = hashlib.sha256()
+    for text in documents:
+        data = text.encode()
+        digest.update(f"{len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
+def _embedded() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    return iter(topics[name] for name in sorted(topics))
+
+
+def _open(config: DataConfig) -> Any:
+    """Rows of ``config.path``, read as they are asked for; nothing is copied into a cache."""
+    datasets = require("datasets", extra="lm")
+    if config.path.startswith(HUB):
+        return datasets.load_dataset(config.path.removeprefix(HUB), config.subset, split=config.split, streaming=True)
+    files = _files(config.path)
+    kinds = {_reader(file) for file in files}
+    if len(kinds) > 1:
+        raise ValueError(f"{config.path} mixes {' and '.join(sorted(kinds))} files; give a pattern for one of them")
+    (kind,) = kinds
+    options = {"sample_by": SAMPLE_BY[config.document]} if kind == "text" else {}
+    names = [str(file) for file in files]
+    return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **options)
+
+
+def _files(path: str) -> list[Path]:
+    given = Path(path)
+    if given.is_file():
+        return [given]
+    if given.is_dir():
+        found = sorted(file for file in given.rglob("*") if file.is_file() and _kind(file) is not None)
+    else:
+        found = sorted(given.parent.glob(given.name)) if given.parent.is_dir() else []
+    if not found:
+        raise FileNotFoundError(
+            f"no text at {path!r}; give .txt, .jsonl or .parquet files, a folder of them, hf:NAME, or {EMBEDDED}"
+        )
+    return found
+
+
+def _reader(file: Path) -> str:
+    kind = _kind(file)
+    if kind is None:
+        raise ValueError(f"cannot tell what {file} is; text (.txt), JSON lines (.jsonl) and .parquet can be read")
+    return kind
+
+
+def _kind(file: Path) -> str | None:
+    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSED]
+    return READERS.get(suffixes[-1]) if suffixes else None

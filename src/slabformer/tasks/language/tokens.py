@@ -1,0 +1,100 @@
+"""Tokenizers: one that is given, or a byte-level BPE trained on the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+BOS, EOS = "<s>", "</s>"
+#: bytes and the two tokens above: what a byte-level vocabulary cannot do without
+SMALLEST_VOCABULARY = 258
+#: documents tokenized at once
+BATCH = 256
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    path: str | None = None
+    """A folder or a name on the hub; null trains a byte-level BPE on the training documents."""
+    vocab_size: int = 2048
+    """Of the one that is trained."""
+    documents: int | None = None
+    """Documents it is trained on; null for all, which a stream does not allow."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"tokenizer.vocab_size must be at least {SMALLEST_VOCABULARY} (bytes, 2 marks), got {self.vocab_size}"
+            )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        ValueError: If there is none, or it marks no end of text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"no tokenizer at {str(path)!r}: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {str(path)!r} marks no end of text (eos_token); give another")
+    return tokenizer
+
+
+def train_tokenizer(documents: Iterable[str], config: TokenizerConfig, context: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE over ``documents``: every text has tokens, and comes back from them unchanged."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(islice(documents, config.documents), trainer)
+    # a prompt starts like a document
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[list[int]]:
+    """Token ids of each document, between the marks of its start (where the tokenizer has one) and its end."""
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    iterator = iter(documents)
+    while batch := list(islice(iterator, BATCH)):
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield [*before, *ids, tokenizer.eos_token_id]
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Raises:
+        ValueError: If the tokenizer's largest token is outside ``vocab_size``.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has tokens up to {largest}, the model a vocabulary of {vocab_size}; "
+            f"give the model's own tokenizer, or model.args.vocab_size of at least {largest + 1}"
+        )
