@@ -1,7 +1,8 @@
 """`slab`: picks the verb, parses its options, and turns errors into one line and an exit code.
 
 Nothing but the standard library is imported before a verb is chosen, so that `slab --help` answers at once. A verb is
-one row of :data:`VERBS` and one file with ``parser() -> jsonargparse.ArgumentParser`` and ``run(config) -> None``.
+one row of :data:`VERBS` and one file with ``parser() -> jsonargparse.ArgumentParser`` and ``run(config) -> None``; a
+group of verbs is one row of :data:`GROUPS` and one package with ``VERBS`` of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,8 +32,13 @@ VERBS = {
     "export": ("slabformer.cli.export", "write ONNX or torch.export files, checked against PyTorch"),
     "push": ("slabformer.cli.push", "write a model as timm shares models, into a folder or to the Hugging Face hub"),
     "bench": ("slabformer.cli.bench", "speed of a model, fused and not, beside its LayerNorm twin and its ceiling"),
+    "report": ("slabformer.cli.report", "accuracy against speed of the models that bench measured"),
     "visualize": ("slabformer.cli.visualize", "what a token attends to, several models side by side"),
     "list": ("slabformer.cli.list", "models, published accuracies and released weights"),
+}
+#: verb that has verbs of its own -> (package that lists them, what they are about)
+GROUPS = {
+    "lm": ("slabformer.cli.lm", "language models: train, eval, generate, import, fuse, bench, export"),
 }
 USAGE_ERRORS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, ImportError)
 FAILURES = (RuntimeError, OSError)
@@ -48,25 +54,31 @@ UNKNOWN_KEY = re.compile(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``slab`` with ``argv`` (the process's own by default) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        return _print(usage(), code=0 if arguments else USAGE)
-    if arguments[0] in ("-V", "--version"):
+    if arguments and arguments[0] in ("-V", "--version"):
         return _print(f"slab {importlib.metadata.version('slabformer')}", code=0)
+    command, verbs = "slab", VERBS
+    if arguments and arguments[0] in GROUPS:
+        group, *arguments = arguments
+        command, verbs = f"slab {group}", importlib.import_module(GROUPS[group][0]).VERBS
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return _print(usage(command, verbs), code=0 if arguments else USAGE)
     verb, *options = arguments
-    if verb not in VERBS:
-        return _complain(f"unknown command {verb!r}{did_you_mean(verb, VERBS) or ';'} `slab --help` lists all", USAGE)
-    return _guarded(verb, options)
+    if verb not in verbs:
+        near = did_you_mean(verb, [*verbs, *GROUPS] if verbs is VERBS else verbs)
+        return _complain(f"unknown command {verb!r}{near or ';'} `{command} --help` lists all", USAGE)
+    return _guarded(f"{command} {verb}", verbs[verb][0], options)
 
 
-def usage() -> str:
-    """What ``slab --help`` prints."""
-    width = max(map(len, VERBS))
-    rows = "\n".join(f"  {verb:<{width}}  {what}" for verb, (_, what) in VERBS.items())
+def usage(command: str = "slab", verbs: Mapping[str, tuple[str, str]] = VERBS) -> str:
+    """What ``slab --help`` prints, or the same of a group."""
+    shown = {**verbs, **GROUPS} if verbs is VERBS else verbs
+    width = max(map(len, shown))
+    rows = "\n".join(f"  {verb:<{width}}  {what}" for verb, (_, what) in shown.items())
     return (
-        "usage: slab COMMAND [options]\n\n"
+        f"usage: {command} COMMAND [options]\n\n"
         "Transformers without LayerNorm: convert, train, recalibrate, fuse, verify, deploy.\n\n"
         f"{rows}\n\n"
-        "`slab COMMAND --help` shows a command's options, `slab --version` the version.\n"
+        f"`{command} COMMAND --help` shows a command's options, `slab --version` the version.\n"
         "SLAB_DEBUG=1 shows the traceback of an error."
     )
 
@@ -77,10 +89,10 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _guarded(verb: str, options: list[str]) -> int:
+def _guarded(command: str, module: str, options: list[str]) -> int:
     """Run a verb; users see one line for their own mistakes, a traceback for ours."""
     try:
-        _run(verb, options)
+        _run(command, module, options)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
@@ -95,10 +107,10 @@ def _guarded(verb: str, options: list[str]) -> int:
         return _complain(_one_line(error), USAGE if isinstance(error, USAGE_ERRORS) else FAILURE)
 
 
-def _run(verb: str, options: list[str]) -> None:
+def _run(command: str, module: str, options: list[str]) -> None:
     _log_to_stderr()
-    module = importlib.import_module(VERBS[verb][0])
-    parser = module.parser()
+    verb = importlib.import_module(module)
+    parser = verb.parser()
     parser.exit_on_error = False
     from jsonargparse import ArgumentError
 
@@ -106,8 +118,8 @@ def _run(verb: str, options: list[str]) -> None:
         config = parser.parse_args(options)
     except ArgumentError as error:
         message = _explain(" ".join(str(error).split()), parser)
-        raise ValueError(f"{message} (`slab {verb} --help` shows all options)") from error
-    module.run(config)
+        raise ValueError(f"{message} (`{command} --help` shows all options)") from error
+    verb.run(config)
 
 
 def _explain(message: str, parser: ArgumentParser) -> str:

@@ -14,7 +14,7 @@ from slabformer._extras import require
 from slabformer.cli.common import console, is_file, load, needs_weights, writable_figure
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.deployment.attention_maps import padded_size, pick, record
-from slabformer.deployment.pictures import Panel, attention_figure
+from slabformer.deployment.attention_picture import Panel, attention_figure
 from slabformer.deployment.plots import save
 from slabformer.tasks.classification.augment import eval_transform
 from slabformer.tasks.classification.images import UNREADABLE, read_image

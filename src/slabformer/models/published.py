@@ -69,3 +69,15 @@ _ROWS = (
 
 PUBLISHED = {row.config: row for row in _ROWS}
 BY_MODEL = {row.model: row for row in _ROWS}
+
+#: ImageNet-1K accuracy in percent of what these models are held against, as the families' own papers give it
+TWIN_TOP1 = {
+    "deit_tiny_patch16_224": 72.2,
+    "deit_small_patch16_224": 79.8,
+    "pvt_tiny": 75.1,
+    "pvt_small": 79.8,
+    "pvt_medium": 81.2,
+    "swin_tiny_patch4_window7_224": 81.3,
+    "swin_small_patch4_window7_224": 83.0,
+    "swin_base_patch4_window7_224": 83.5,
+}

@@ -52,8 +52,10 @@ class WindowLinearAttention(LinearAttentionCore):
         window = window_size or self.grid_size
         q, k, v = (window_partition(t, grid_size, window) for t in (q, k, v))
         v = v.contiguous()  # once for both branches
-        out = self.attend(*self.heads(q, k, v), window).transpose(1, 2).flatten(2)
-        return window_merge(out + depthwise_tokens(v, window, *self.kernels()), grid_size, window)
+        local = depthwise_tokens(v, window, *self.kernels())
+        q, k, v = self.heads(q, k, v)
+        out = self.attend(q, k, v, window).transpose(1, 2).flatten(2)
+        return window_merge(out + local, grid_size, window)
 
     def kernels(self) -> tuple[Tensor, Tensor | None]:
         """Weight ``(C, 1, K, K)`` and bias of both convolutions in one."""

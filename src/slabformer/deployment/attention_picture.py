@@ -63,7 +63,8 @@ def attention_figure(
     """
     if not all(0 <= share < 1 for share in at):
         raise ValueError(f"the point lies outside the image: shares of its width and height are in [0, 1), got {at}")
-    lines = [(panels, head) for panels in rows for head in (heads or [None])]
+    wanted: Sequence[int | None] = heads or [None]
+    lines = [(panels, head) for panels in rows for head in wanted]
     columns = 1 + 2 * len(rows[0])
     with styled_figure(width=PANEL_INCHES * columns, height=0.5 + (PANEL_INCHES + 0.4) * len(lines)) as figure:
         grid = figure.subplots(len(lines), columns, squeeze=False)

@@ -1,0 +1,94 @@
+"""`slab report`: accuracy against speed of the models that `slab bench` measured."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.table import Table
+
+from slabformer.cli.common import console, writable_figure
+from slabformer.cli.data import ExamplesFormatter
+from slabformer.deployment.comparison import Comparison, compare_files
+from slabformer.deployment.comparison_picture import accuracy_over_speed
+from slabformer.deployment.plots import save
+from slabformer.deployment.report import Mode
+
+logger = logging.getLogger(__name__)
+EXAMPLES = """examples:
+  slab bench slab_deit_tiny --output speeds/slab_deit_tiny && slab bench slab_swin_tiny --output speeds/slab_swin_tiny
+  slab report speeds --output accuracy_over_speed.png
+  slab report speeds --accuracy slab_deit_tiny=74.1 --mode eager --batch-size 1
+"""
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab report`."""
+    made = ArgumentParser(
+        prog="slab report",
+        description="Accuracy against images per second, an arrow from each LayerNorm twin to its fused model. Speeds\n"
+        "come from the CSV files of `slab bench`, accuracies are the published ones, and marked so, or those you give.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+    )
+    made.add_argument("benchmarks", type=Path, nargs="+", help="bench.csv files, or folders that hold some")
+    made.add_argument("--accuracy", type=str, nargs="+", default=[], metavar="NAME=PERCENT", help="measured top-1")
+    made.add_argument("--mode", type=Mode | None, help="by default compiled where every model was compiled")
+    made.add_argument("--batch-size", type=int | None, help="by default the largest that every model was measured at")
+    made.add_argument("--output", type=Path, default=Path("report.png"), help="a .png, .svg or .pdf")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Read, print, draw.
+
+    Raises:
+        ValueError: If the files do not go together, or no model's accuracy is known.
+    """
+    path = writable_figure(config.output)
+    comparison = compare_files(
+        config.benchmarks,
+        mode=config.mode,
+        batch_size=config.batch_size,
+        accuracy=dict(map(_accuracy, config.accuracy)),
+    )
+    points = [point for pair in comparison.pairs for point in pair.points()]
+    left_out = sorted({point.model for point in points if point.top1 is None})
+    if len(left_out) == len({point.model for point in points}):
+        raise ValueError(f"no accuracy is known of {', '.join(left_out)}; give measured ones: --accuracy NAME=PERCENT")
+    output = console()
+    output.print(_table(comparison))
+    if left_out:
+        logger.warning("no accuracy is known of %s: not drawn; --accuracy NAME=PERCENT gives one", ", ".join(left_out))
+    save(accuracy_over_speed(comparison), path)
+    output.print(f"wrote {path}", soft_wrap=True)
+
+
+def _accuracy(given: str) -> tuple[str, float]:
+    name, _, percent = given.rpartition("=")
+    try:
+        value = float(percent)
+    except ValueError:
+        value = -1.0
+    if not name or not 0 <= value <= 100:
+        raise ValueError(f"--accuracy takes NAME=PERCENT with a percentage from 0 to 100, got {given!r}")
+    return name, value
+
+
+def _table(comparison: Comparison) -> Table:
+    table = Table(title=f"{comparison.mode}, batch {comparison.batch_size}", caption=comparison.where)
+    for heading in ("model", "images/s", "x twin", "top-1 %", "accuracy"):
+        table.add_column(heading, justify="left" if heading in ("model", "accuracy") else "right")
+    for pair in comparison.pairs:
+        for point in pair.points():
+            gain = pair.over_twin if point is pair.fused else None
+            table.add_row(
+                point.model,
+                f"{point.images_per_second:,.1f}",
+                "-" if gain is None else f"{gain:.2f}",
+                "-" if point.top1 is None else f"{point.top1:.1f}",
+                point.source or "unknown",
+                end_section=point is pair.fused,
+            )
+    return table
