@@ -1,4 +1,4 @@
-# make quickstart | test | test-all | check | clean; VENV and PYTHON may be set: make test VENV=/tmp/venv PYTHON=python3.12
+# make quickstart | test | test-all | check | coverage | clean; VENV and PYTHON may be set: make test VENV=/tmp/venv PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,13 +7,14 @@ BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check clean
+.PHONY: help install quickstart test test-all check coverage clean
 
 help:
 	@echo 'make install     .venv with slabformer, for training and export'
 	@echo 'make quickstart  the main job: train, fuse, verify, benchmark on handwritten digits; writes runs/quickstart'
 	@echo 'make test        the test suite without its slow tests; make test-all runs those too'
 	@echo 'make check       formatting, lint, types'
+	@echo 'make coverage    docs/coverage.md: convert and fuse a model of every family; half an hour, goes on where it stopped'
 	@echo 'make clean       remove caches and build products (.venv and runs stay)'
 
 install: $(VENV)/installed.stamp
@@ -31,6 +32,9 @@ check: $(VENV)/installed-dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+coverage: $(VENV)/installed-dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore docs/coverage.py
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

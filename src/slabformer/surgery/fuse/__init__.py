@@ -17,6 +17,7 @@ from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.plan import Plan
 from slabformer.surgery.fuse.report import FuseReport, NormOutcome
 from slabformer.surgery.fuse.size import fix_size_, sizes_of
+from slabformer.surgery.fuse.ties import tie_, untie_
 from slabformer.surgery.fuse.trial import Trial
 from slabformer.surgery.fuse.twin import Example, deployed_twin, twin
 
@@ -31,6 +32,7 @@ def fuse(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     fixed_size: bool = False,
+    untie: bool = False,
     allow_gamma: bool = False,
 ) -> tuple[nn.Module, FuseReport]:
     """Fold the norms of ``model`` into their neighbours, on a deep copy; outputs do not change.
@@ -38,14 +40,16 @@ def fuse(
     Each RepBN, PRepBN, BatchNorm and Affine is one scale and shift per channel in eval mode. The model is traced with
     ``torch.export``; from each norm the map is followed through operations that commute with it. If all that it
     reaches are Linears and unpadded Convs, they take it over; else a Linear or Conv in front of it that feeds
-    nothing else does; else an :class:`Affine` stays in its place, and the report says why. Changes are tried on a
-    copy in float64 first, and folds that would change an output are left out.
+    nothing else does; else, where only zero padding stands in the way, what follows takes over the scale and the
+    residual stream in front is moved by the rest; else an :class:`Affine` stays in its place, and the report says
+    why. Changes are tried on a copy in float64 first, and folds that would change an output are left out.
 
     Args:
         model: In eval mode. The copy keeps class, names, dtype, device and hooks.
         example_inputs: A tensor, a tuple of positional arguments, or a list of such: a fold must hold for each of them.
         example_kwargs: Keyword arguments of every example.
         fixed_size: Take a pad by 0 at these sizes as none. The fused model then refuses inputs of other sizes.
+        untie: Give a head that shares its weight with an embedding one of its own, where a fold needs that.
         allow_gamma: Fuse PRepBNs that still hold their norm, as they run in eval mode: as RepBN.
 
     Returns:
@@ -59,7 +63,7 @@ def fuse(
     check_model(model, allow_gamma)
     examples = check_examples(example_inputs, example_kwargs)
     copied = twin(model)
-    return copied, _fuse(copied, examples, fixed_size, allow_gamma)
+    return copied, _fuse(copied, examples, fixed_size, untie, allow_gamma)
 
 
 def fuse_(
@@ -68,19 +72,27 @@ def fuse_(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     fixed_size: bool = False,
+    untie: bool = False,
     allow_gamma: bool = False,
 ) -> FuseReport:
     """:func:`fuse` in place: the same arguments and errors, all raised before anything changes; returns the report."""
     check_model(model, allow_gamma)
     check_not_compiled(model)
-    return _fuse(model, check_examples(example_inputs, example_kwargs), fixed_size, allow_gamma)
+    return _fuse(model, check_examples(example_inputs, example_kwargs), fixed_size, untie, allow_gamma)
 
 
-def _fuse(model: nn.Module, examples: Sequence[Example], fixed_size: bool, allow_gamma: bool) -> FuseReport:
+def _fuse(
+    model: nn.Module, examples: Sequence[Example], fixed_size: bool, untie: bool, allow_gamma: bool
+) -> FuseReport:
     norms = check_model(model, allow_gamma)
     trial = Trial(model, norms, examples)
     plan = _plan(model, norms, examples, fixed_size)
-    commit(model, trial.settle(plan), plan.untouchable)
+    untied = untie_(model, plan.tied) if untie else {}
+    if untied:
+        plan = _plan(model, norms, examples, fixed_size)
+    solution = trial.settle(plan)
+    tie_(model, {first: names for first, names in untied.items() if not solution.tensors.keys() & set(names)})
+    commit(model, solution, plan.untouchable)
     if fixed_size:
         fix_size_(model, [sizes_of(example) for example in examples])
     report = FuseReport(_outcomes(norms, plan), shapes_of(examples))

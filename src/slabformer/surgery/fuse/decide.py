@@ -51,6 +51,7 @@ def decide(model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fix
                 progress = True
             except RefusalError as error:
                 plan.reasons[norm.index] = str(error)
+    plan.tied = decider.owners.tied
     return plan
 
 

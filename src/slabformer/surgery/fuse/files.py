@@ -17,6 +17,7 @@ from slabformer.nn.affine import Affine, Folded
 from slabformer.surgery.convert import switch_off_fast_paths
 from slabformer.surgery.fuse.fold import KEPT_BUFFERS, NEW_BIASES, create_bias, keep_buffer, set_module
 from slabformer.surgery.fuse.size import fix_size_, fixed_sizes
+from slabformer.surgery.fuse.ties import untie_as_in_file_
 
 #: key of the header under which the changes are written, as JSON
 HEADER = "slabformer_fused"
@@ -108,6 +109,7 @@ def load_fused(skeleton: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         skeleton.get_submodule(name).pad_with(torch.zeros(dim))  # type: ignore[operator]
     for name in changes["kept_buffers"]:
         keep_buffer(skeleton, name)
+    untie_as_in_file_(skeleton, changes["tied"])
     tensors |= {name: tensors[first] for name, first in changes["tied"].items()}
     on_meta = any(tensor.is_meta for tensor in skeleton.parameters())
     skeleton.load_state_dict(tensors, assign=on_meta)

@@ -137,12 +137,16 @@ def resampled(spatial: int) -> Callable[[Call], Tensor]:
     return follow
 
 
-def pooled(call: Call) -> Tensor:
+def pooled(spatial: int) -> Callable[[Call], Tensor]:
     """As resampled; a window over the border must not count what lies behind it."""
-    odd = any(call.arg(3, "padding", [0])) or call.arg(4, "ceil_mode", False) or call.arg(6, "divisor_override")
-    if odd and not call.scale_only:
-        raise RefusalError("it is followed by a padded avg_pool2d")
-    return resampled(2)(call)
+
+    def follow(call: Call) -> Tensor:
+        odd = any(call.arg(3, "padding", [0])) or call.arg(4, "ceil_mode", False) or call.arg(6, "divisor_override")
+        if odd and not call.scale_only:
+            raise RefusalError(f"it is followed by a padded avg_pool{spatial}d")
+        return resampled(spatial)(call)
+
+    return follow
 
 
 def dropped(call: Call) -> Tensor:

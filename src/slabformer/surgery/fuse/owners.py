@@ -8,9 +8,14 @@ from slabformer.surgery.fuse.labels import RefusalError
 
 
 class Owners:
-    """Parameters and buffers of a model by name, ties resolved."""
+    """Parameters and buffers of a model by name, ties resolved.
+
+    Attributes:
+        tied: First names of those that were refused because two modules hold them.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        self.tied: set[str] = set()
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._first: dict[Tensor, str] = {}
         first = self._first
@@ -38,6 +43,7 @@ class Owners:
         """
         holders = self._holders[parameter]
         if len(holders) > 1:
+            self.tied.add(parameter)
             raise RefusalError(f"{holders[0]} is tied with {holders[1]}")
 
     def new_bias(self, weight: str) -> str:

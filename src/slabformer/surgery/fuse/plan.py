@@ -83,8 +83,10 @@ class Plan:
         edits: In the order in which they must be made.
         reasons: Why each other norm is kept.
         untouchable: Norms that cannot even become an Affine.
+        tied: Parameters that stood in the way because several modules hold them.
     """
 
     edits: list[Edit] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
     untouchable: set[int] = field(default_factory=set)
+    tied: set[str] = field(default_factory=set)

@@ -139,12 +139,18 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         (aten.avg_pool2d.default,),
-        pooled,
+        pooled(2),
         lambda x: F.avg_pool2d(x.transpose(1, 2).unflatten(-1, (2, 2)), 2).flatten(1),
         (
             lambda x: F.avg_pool2d(x.transpose(1, 2).unflatten(-1, (2, 2)), 2, padding=1).mean((2, 3)),
             "padded avg_pool2d",
         ),
+    ),
+    Rule(
+        (aten.avg_pool1d.default,),
+        pooled(1),
+        lambda x: F.avg_pool1d(x.mT, 2).mT,
+        (lambda x: F.avg_pool1d(x.mT, 2, ceil_mode=True).mT, "padded avg_pool1d"),
     ),
     Rule(
         (aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec),
