@@ -63,16 +63,31 @@ class Subject:
         return f"{self.library}/{self.family}"
 
 
-def subjects() -> Iterator[Subject]:
-    """All of them; which timm families hold a norm shows when they are built."""
+def subjects(library: str = "") -> Iterator[Subject]:
+    """All of them, or those of one library; which timm families hold a norm shows when they are built."""
+    for made in (_timm_subjects, _transformers_subjects, _torchvision_subjects, _torch_subjects):
+        if library in ("", made.__name__.removeprefix("_").removesuffix("_subjects")):
+            yield from made()
+
+
+def _timm_subjects() -> Iterator[Subject]:
     for module in sorted(_registry._module_to_models):
         name = smallest(module)
         if name:
             yield Subject("timm", module, name, lambda name=name: _timm(name))
+
+
+def _transformers_subjects() -> Iterator[Subject]:
     for family, (model, inputs) in TRANSFORMERS.items():
         yield Subject("transformers", family, family, lambda model=model, inputs=inputs: (model(), (), dict(inputs)))
+
+
+def _torchvision_subjects() -> Iterator[Subject]:
     for name in ("vit_b_16", "swin_t", "swin_v2_t", "convnext_tiny", "maxvit_t"):
         yield Subject("torchvision", name, name, lambda name=name: _torchvision(name))
+
+
+def _torch_subjects() -> Iterator[Subject]:
     for first in (True, False):
         name = f"TransformerEncoder, norm_first={first}"
         yield Subject("torch", name, name, lambda first=first: _encoder(first))

@@ -27,6 +27,7 @@ VERBS = {
     "eval": ("slabformer.cli.eval", "accuracy of a model on a data set"),
     "recalibrate": ("slabformer.cli.recalibrate", "replace running statistics by those of the whole training set"),
     "fuse": ("slabformer.cli.fuse", "fold every norm into its neighbours, verify, save"),
+    "audit": ("slabformer.cli.audit", "which norms of any model would fold, and why the others would not"),
     "verify": ("slabformer.cli.verify", "compare the outputs of two models"),
     "predict": ("slabformer.cli.predict", "name what is on an image"),
     "export": ("slabformer.cli.export", "write ONNX or torch.export files, checked against PyTorch"),

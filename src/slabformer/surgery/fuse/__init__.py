@@ -14,7 +14,7 @@ from slabformer.surgery.fuse.files import load_fused, save_fused
 from slabformer.surgery.fuse.fold import commit
 from slabformer.surgery.fuse.graph import trace, why_untraceable
 from slabformer.surgery.fuse.norms import Norm
-from slabformer.surgery.fuse.plan import Plan
+from slabformer.surgery.fuse.plan import Plan, outcomes
 from slabformer.surgery.fuse.report import FuseReport, NormOutcome
 from slabformer.surgery.fuse.size import fix_size_, sizes_of
 from slabformer.surgery.fuse.ties import tie_, untie_
@@ -95,7 +95,7 @@ def _fuse(
     commit(model, solution, plan.untouchable)
     if fixed_size:
         fix_size_(model, [sizes_of(example) for example in examples])
-    report = FuseReport(_outcomes(norms, plan), shapes_of(examples))
+    report = FuseReport(outcomes(norms, plan), shapes_of(examples))
     logger.debug("%s: %s", type(model).__name__, report.summary())
     return report
 
@@ -107,15 +107,3 @@ def _plan(model: nn.Module, norms: Sequence[Norm], examples: Sequence[Example], 
         reason = f"torch.export cannot trace the model ({why_untraceable(error)})"
         return Plan(reasons={norm.index: reason for norm in norms})
     return decide(model, norms, traces, fixed_size)
-
-
-def _outcomes(norms: Sequence[Norm], plan: Plan) -> tuple[NormOutcome, ...]:
-    folded = {edit.norm: edit for edit in plan.edits}
-    outcomes = []
-    for norm in norms:
-        edit = folded.get(norm.index)
-        if edit is None:
-            outcomes.append(NormOutcome(norm.name, "kept", reason=plan.reasons[norm.index]))
-        else:
-            outcomes.append(NormOutcome(norm.name, edit.action, tuple(dict.fromkeys(t.name for t in edit.targets))))
-    return tuple(outcomes)

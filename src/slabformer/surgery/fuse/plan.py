@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.parts import Part
-from slabformer.surgery.fuse.report import Action
+from slabformer.surgery.fuse.report import Action, NormOutcome
 
 #: what a neighbour takes over of ``x * scale + shift``: all of it, ``x * scale``, ``x + shift / scale``, or the inverse
 #: of that
@@ -90,3 +92,17 @@ class Plan:
     reasons: dict[int, str] = field(default_factory=dict)
     untouchable: set[int] = field(default_factory=set)
     tied: set[str] = field(default_factory=set)
+
+
+def outcomes(norms: Iterable[Norm], plan: Plan) -> tuple[NormOutcome, ...]:
+    """What a plan does with every norm."""
+    folded = {edit.norm: edit for edit in plan.edits}
+    found = []
+    for norm in norms:
+        edit = folded.get(norm.index)
+        if edit is None:
+            found.append(NormOutcome(norm.name, "kept", reason=plan.reasons[norm.index]))
+        else:
+            into = dict.fromkeys(target.name for target in edit.targets)
+            found.append(NormOutcome(norm.name, edit.action, tuple(into)))
+    return tuple(found)

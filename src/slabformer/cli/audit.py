@@ -1,0 +1,124 @@
+"""`slab audit`: what would fold and what would not, before anybody trains anything."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from torch import Tensor, nn
+
+from slabformer._extras import require
+from slabformer.cli.common import console, writable
+from slabformer.cli.fuse import fuse_table
+from slabformer.surgery.audit import audit, time_norms
+from slabformer.tasks.engine.files import write_text
+from slabformer.tasks.saved_model import create_model
+
+Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab audit`."""
+    made = ArgumentParser(
+        prog="slab audit",
+        description="Convert a model's norms on a copy, follow each to its neighbours, and say which would fold and "
+        "why the others would not; no weights are needed.",
+    )
+    made.add_argument(
+        "model",
+        type=str,
+        help="a name that timm knows, a folder with a config.json of timm or transformers, or module:factory, which "
+        "returns a model and a tuple of example inputs",
+    )
+    made.add_argument("--input-size", type=int | None, help="height and width of images, if not the model's own")
+    made.add_argument("--batch-size", type=int, default=1)
+    made.add_argument("--fixed-size", action="store_true", help="as in slab fuse")
+    made.add_argument("--meta", action="store_true", help="allocate no weights, for models too large to build")
+    time_help = "time the norms of today, eager; not with --meta"
+    made.add_argument("--time", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help=time_help)
+    made.add_argument("--json", type=Path | None, help="also write it as JSON")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Build, audit, print."""
+    if config.json is not None:
+        writable(config.json)
+    with torch.device("meta") if config.meta else nullcontext():
+        model, args, kwargs = build(config.model, config.input_size, config.batch_size)
+    report = audit(model, args, kwargs, fixed_size=config.fixed_size)
+    output = console()
+    output.print(fuse_table(report))
+    output.print(report.summary().replace(" folded", " would fold", 1))
+    found = report.to_dict()
+    if config.time and not config.meta:
+        taken = time_norms(model, args, kwargs)
+        found["norm_seconds"], found["forward_seconds"] = taken.norms, taken.total
+        output.print(
+            f"norms take about {taken.norms * 1e3:.1f} of {taken.total * 1e3:.1f} ms today ({taken.share:.0%}), eager, "
+            f"{torch.get_num_threads()} threads"
+        )
+    if config.json is not None:
+        write_text(config.json, json.dumps(found, indent=2) + "\n")
+
+
+def build(model: str, input_size: int | None, batch_size: int) -> Built:
+    """A model with random weights, and example inputs.
+
+    Raises:
+        ValueError: If it is neither a known name, nor such a folder, nor a factory.
+    """
+    if ":" in model:
+        return _from_factory(model)
+    if Path(model).is_dir():
+        return _from_folder(Path(model), input_size, batch_size)
+    return _from_timm(model, {}, input_size, batch_size)
+
+
+def _from_factory(name: str) -> Built:
+    module, _, factory = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name!r} is no module:factory that can be called: {error}") from error
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise ValueError(f"{name} must return (model, example inputs), got {type(made).__name__}")
+    inputs = made[1]
+    if isinstance(inputs, dict):
+        return made[0].eval(), (), inputs
+    return made[0].eval(), (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}
+
+
+def _from_folder(folder: Path, input_size: int | None, batch_size: int) -> Built:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.json; give a folder that timm or transformers saved")
+    settings = json.loads(path.read_text())
+    if "architecture" in settings:
+        return _from_timm(settings["architecture"], settings.get("model_args", {}), input_size, batch_size)
+    if "model_type" not in settings:
+        raise ValueError(f"{path} has neither timm's 'architecture' nor transformers' 'model_type'")
+    transformers = require("transformers", extra="lm")
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(folder))
+    if model.main_input_name == "pixel_values":
+        size = input_size or model.config.image_size
+        return model.eval(), (), {"pixel_values": torch.randn(batch_size, model.config.num_channels, size, size)}
+    return model.eval(), (), {model.main_input_name: torch.zeros(batch_size, 8, dtype=torch.long)}
+
+
+def _from_timm(name: str, arguments: dict[str, Any], input_size: int | None, batch_size: int) -> Built:
+    sized = arguments if input_size is None else {**arguments, "img_size": input_size}
+    try:
+        model = create_model(name, **sized)
+    except ValueError:
+        if sized == arguments:
+            raise
+        model = create_model(name, **arguments)  # takes images of any size
+    channels, *size = model.pretrained_cfg["input_size"]  # type: ignore[index]
+    size = [sized["img_size"]] * 2 if "img_size" in sized else size
+    return model.eval(), (torch.randn(batch_size, channels, *size),), {}

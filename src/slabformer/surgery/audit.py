@@ -1,0 +1,146 @@
+"""What fusing would do to a model, before anybody trains anything."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slabformer.nn.affine import Affine
+from slabformer.surgery.batches import eval_mode
+from slabformer.surgery.convert import HOOKS, convert_norms_
+from slabformer.surgery.fuse.check import check_examples, shapes_of
+from slabformer.surgery.fuse.decide import decide
+from slabformer.surgery.fuse.fold import set_module
+from slabformer.surgery.fuse.graph import trace, why_untraceable
+from slabformer.surgery.fuse.norms import Norm, find_norms
+from slabformer.surgery.fuse.plan import Plan, outcomes
+from slabformer.surgery.fuse.report import FuseReport
+from slabformer.surgery.fuse.twin import Example, deployed_twin
+
+#: runs that are timed; the first is not counted
+NUM_RUNS = 6
+
+
+@dataclass(frozen=True)
+class NormTime:
+    """What norms cost in one forward, eager, on the model's device.
+
+    Attributes:
+        norms: Seconds inside them.
+        total: Seconds of the forward.
+    """
+
+    norms: float
+    total: float
+
+    @property
+    def share(self) -> float:
+        """Of the forward."""
+        return self.norms / self.total
+
+
+def audit(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | list[Any],
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    fixed_size: bool = False,
+) -> FuseReport:
+    """What :func:`slabformer.fuse` would do with every norm once it is converted and trained; nothing is changed.
+
+    Only the architecture counts: parameters may be on the meta device, then the inputs must be there too. A channel
+    that training drives to a scale of 0 can still keep a norm that stands in front of padding.
+
+    Args:
+        model: With its own norms, converted, or anything between; in any mode.
+        example_inputs: As for :func:`slabformer.fuse`.
+        example_kwargs: The same.
+        fixed_size: The same.
+
+    Returns:
+        One outcome per norm.
+
+    Raises:
+        TypeError: If the example inputs are of the wrong kind.
+        ValueError: If the model has no norm that could ever be folded, or cannot be copied.
+    """
+    examples = check_examples(example_inputs, example_kwargs)
+    copied = deployed_twin(model).eval()
+    norms = _as_affines_(copied)
+    try:
+        traces = [trace(deployed_twin(copied), norms, example) for example in examples]
+        plan = decide(copied, norms, traces, fixed_size)
+    except Exception as error:
+        reason = f"torch.export cannot trace the model ({why_untraceable(error)})"
+        plan = Plan(reasons={norm.index: reason for norm in norms})
+    return FuseReport(outcomes(norms, plan), shapes_of(examples))
+
+
+def _as_affines_(model: nn.Module) -> list[Norm]:
+    """Every norm of ``model`` as an Affine on the CPU, whose map has values and a shift, whatever holds the weights."""
+    try:
+        convert_norms_(model)
+    except ValueError:
+        if not find_norms(model):
+            raise
+    for norm in find_norms(model):
+        new = Affine(norm.num_channels, channel_dim=norm.channel_dim)
+        nn.init.ones_(new.bias)
+        for name in HOOKS:
+            setattr(new, name, getattr(norm.module, name))
+        set_module(model, norm.names, new.eval())
+    return find_norms(model)
+
+
+def time_norms(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> NormTime:
+    """An estimate of the time that the norms of ``model`` take today: medians of eager forwards, on a CPU.
+
+    Raises:
+        ValueError: If the model or its inputs are not on a CPU, where calls wait for their results.
+    """
+    (example,) = check_examples(example_inputs, example_kwargs)
+    tensors = [*model.parameters(), *example.tensors()]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        raise ValueError("norms are timed on a CPU; move the model and its inputs there")
+    copied = deployed_twin(model)
+    norms = [copied.get_submodule(norm.name) for norm in _as_affines_(deployed_twin(model))]
+    clock = _Clock()
+    handles = [handle for norm in norms for handle in clock.watch(norm)]
+    try:
+        with torch.no_grad(), eval_mode(copied):
+            times = [clock.run(copied, example) for _ in range(NUM_RUNS)][1:]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return NormTime(*(statistics.median(column) for column in zip(*times, strict=True)))
+
+
+class _Clock:
+    """Adds up the time between the beginning and the end of the calls that it watches."""
+
+    def __init__(self) -> None:
+        self.inside, self.began = 0.0, 0.0
+
+    def watch(self, module: nn.Module) -> list[Any]:
+        return [
+            module.register_forward_pre_hook(lambda *_: setattr(self, "began", time.perf_counter())),
+            module.register_forward_hook(lambda *_: self._end()),
+        ]
+
+    def _end(self) -> None:
+        self.inside += time.perf_counter() - self.began
+
+    def run(self, model: nn.Module, example: Example) -> tuple[float, float]:
+        self.inside, began = 0.0, time.perf_counter()
+        model(*example.args, **example.kwargs)
+        return self.inside, time.perf_counter() - began
