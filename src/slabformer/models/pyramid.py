@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -186,7 +187,9 @@ class PyramidTransformer(nn.Module):
             yield stage
 
     def _pad(self, x: Tensor) -> Tensor:
-        bottom, right = -x.shape[2] % self.pad_to, -x.shape[3] % self.pad_to
+        # as plain numbers: a compiled graph then holds one size, where symbolic maps and windows compile for minutes
+        height, width = operator.index(x.shape[2]), operator.index(x.shape[3])
+        bottom, right = -height % self.pad_to, -width % self.pad_to
         return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
 
