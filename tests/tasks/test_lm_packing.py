@@ -61,7 +61,7 @@ def test_a_stream_draws_the_documents_of_its_epoch() -> None:
 
 
 def test_batches_keep_the_order_and_shorter_blocks_apart() -> None:
-    batches = list(batches_of((PackedBlocks(DOCUMENTS, CONTEXT, True)[index] for index in range(4)), 2))
+    batches = list(batches_of(PackedBlocks(DOCUMENTS, CONTEXT, keep_rest=True), 2))
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 8), (1, 8), (1, 3)]
 
 

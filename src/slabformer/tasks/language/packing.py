@@ -44,7 +44,12 @@ class PackedBlocks(Dataset[Block]):
     def __len__(self) -> int:
         return self._length
 
+    def __iter__(self) -> Iterator[Block]:
+        return map(self.__getitem__, range(self._length))
+
     def __getitem__(self, index: int) -> Block:
+        if not 0 <= index < self._length:
+            raise IndexError(f"block {index} of {self._length}")
         part = slice(index * self.context, (index + 1) * self.context)
         return block_of(self._ids[part], self._starts[part])
 

@@ -1,0 +1,68 @@
+"""What the verbs for language models share: transformers, and how a model is named and loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from slabformer._extras import require
+
+transformers = require("transformers", extra="lm")
+MODEL_HELP = "a folder that slab lm wrote, or any causal language model that transformers knows: a folder or hub name"
+
+
+def quiet_transformers() -> None:
+    """Bars for shards of weights are not for our users."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+def available_accelerator(name: str) -> torch.device:
+    """The device called ``name``; "auto" is the accelerator where there is one.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    from slabformer.cli.common import available_device
+
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return available_device(name)
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    """``MODEL``, where it runs and in which arithmetic."""
+    parser.add_argument("model", type=str, help=MODEL_HELP)
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--bf16", action="store_true", help="weights and arithmetic in bfloat16")
+
+
+def load(config: Namespace) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """The model that :func:`add_model_options` describes, in eval mode, and its tokenizer.
+
+    Raises:
+        ValueError: If either is missing or they do not go together.
+    """
+    from slabformer.tasks.language.folders import load_model_folder
+    from slabformer.tasks.language.tokens import check_vocabulary, load_tokenizer
+
+    quiet_transformers()
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model = load_model_folder(config.model, dtype).to(available_accelerator(config.device))
+    tokenizer = load_tokenizer(config.model)
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    return model, tokenizer
+
+
+def folder_to_write(path: Path, overwrite: bool) -> Path:
+    """``path``, which holds no model yet: asked before the work, not after it.
+
+    Raises:
+        ValueError: If it holds one, and ``overwrite`` is not given.
+    """
+    if not overwrite and (path / "model.safetensors").exists():
+        raise ValueError(f"{path} holds a model already; give another folder, or --overwrite")
+    return path

@@ -1,0 +1,51 @@
+"""What the verbs that train share: a recipe on the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+C = TypeVar("C")
+
+
+class _Parser(ArgumentParser):
+    """Reads ``--data PATH`` as ``--data.path PATH``: everywhere else the key is a group."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Namespace:
+        """See ``ArgumentParser.parse_args``."""
+        given = list(sys.argv[1:] if args is None else args)
+        short = [f"--data.path{item[6:]}" if item == "--data" or item.startswith("--data=") else item for item in given]
+        return super().parse_args(short, *rest, **options)
+
+
+def recipe_parser(prog: str, description: str, example: str, config: type) -> ArgumentParser:
+    """Options for a recipe, and for any key of the dataclass ``config``."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    options = _Parser(
+        prog=prog,
+        allow_abbrev=False,
+        description=f"{description} The output folder goes on where it stopped.",
+        epilog="--data PATH is short for --data.path PATH. Keys given after --config override the recipe.",
+    )
+    options.add_argument("--config", action="config", help=f"a recipe, e.g. {example}")
+    options.add_class_arguments(config)
+    return options
+
+
+def config_of(parser: ArgumentParser, parsed: Namespace, config: type[C]) -> C:
+    """What was parsed as a ``config``."""
+    # its name before jsonargparse 4.49 was another
+    instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
+    return config(**{key: value for key, value in vars(instantiate(parsed)).items() if key != "config"})
+
+
+def write_once(stream: TextIO, line: str) -> None:
+    """Write ``line`` once, however many processes train."""
+    if os.environ.get("RANK", "0") == "0":
+        stream.write(line)

@@ -1,0 +1,71 @@
+"""Folders: of a run, and of a model as transformers reads it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import slabformer.models.llama  # noqa: F401 (registers ours)
+from slabformer.tasks.engine.files import sync_file, sync_folder
+from slabformer.tasks.engine.folder import Found, RunFolder
+from slabformer.tasks.language.trainer import latest_checkpoint
+
+#: written last, since a folder with it is a whole model
+WEIGHTS = "model.safetensors"
+
+
+def load_model_folder(model: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model in eval mode, ours or any that transformers knows, from a folder or the hub.
+
+    Raises:
+        ValueError: If there is none, or its weights do not fit its configuration.
+    """
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"no language model at {str(model)!r}: {reason}") from error
+    wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
+    found = [f"{len(names)} tensors {what} (first: {names[0]})" for what, names in wrong.items() if names]
+    if found:
+        raise ValueError(f"the weights in {str(model)!r} do not fit its configuration: {', '.join(found)}")
+    return loaded.eval()
+
+
+class LanguageRunFolder(RunFolder):
+    """The output folder of one run; checkpoints are the Trainer's."""
+
+    @property
+    def result_path(self) -> Path:
+        """Written last: its presence says that the run is finished."""
+        return self.path / "summary.json"
+
+    def look(self) -> Found:
+        """As :meth:`RunFolder.look`."""
+        found = super().look()
+        return "unfinished" if found == "new" and latest_checkpoint(self.path) is not None else found
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.result_path.unlink(missing_ok=True)
+        for path in self.path.glob("checkpoint-*"):
+            shutil.rmtree(path)
+
+
+def save_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write safetensors, configuration and tokenizer for ``from_pretrained``; the weights appear last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".model-", dir=folder) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        files = sorted(Path(temporary).iterdir(), key=lambda path: path.name == WEIGHTS)
+        for file in files:
+            sync_file(file)
+            os.replace(file, folder / file.name)  # noqa: PTH105 - the one call that is atomic on every platform
+    sync_folder(folder)

@@ -1,0 +1,187 @@
+"""Train a language model while its RMSNorms fade out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+import slabformer as sf
+from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
+from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.tasks.engine.seeds import reseed
+from slabformer.tasks.engine.signals import StopSignals
+from slabformer.tasks.language.bigram import bigram_perplexity
+from slabformer.tasks.language.callback import ProgressiveCallback
+from slabformer.tasks.language.config import TrainConfig
+from slabformer.tasks.language.folders import LanguageRunFolder, save_model_folder
+from slabformer.tasks.language.packing import PackedBlocks, collate
+from slabformer.tasks.language.text import TrainingText, read_text
+from slabformer.tasks.language.trainer import LanguageTrainer, latest_checkpoint
+from slabformer.tasks.language.watch import RecordCallback, SignalCallback
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What :func:`train` leaves, beside the files."""
+
+    output: Path
+    """Folder of the run, which ``from_pretrained`` reads."""
+    summary: dict[str, Any]
+    """``summary.json``: perplexity of the recalibrated, deployed form and of the bigram reference, the text's digest,
+    sizes and times."""
+    already_finished: bool = False
+    """Nothing was trained: the run in ``output`` was complete."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train as ``config`` says, or go on with the run in ``config.output``.
+
+    The folder then holds ``model.safetensors`` with configuration and tokenizer, ``config.yaml``, ``metrics.csv``,
+    ``steps.csv``, ``summary.json`` and the last checkpoints.
+
+    Raises:
+        ValueError: If the recipe does not fit the text, the tokenizer or the run in the folder.
+        NonFiniteError: If the loss is NaN or infinite; the last good checkpoint stays.
+        StoppedError: After SIGTERM or SIGINT, once a checkpoint is written.
+    """
+    folder = LanguageRunFolder(Path(config.output), config.to_dict(), config.harmless())
+    found = "new" if config.overwrite else folder.look()
+    if config.resume == "never" and found != "new":
+        raise ValueError(f"{config.output} holds a run already; pass --overwrite true, or --resume auto to go on")
+    if found == "finished":
+        return TrainResult(output=folder.path, summary=folder.result(), already_finished=True)
+    text = read_text(config)
+    reseed(config.seed)
+    model = build_model(config, text)
+    arguments = training_arguments(config)
+    if arguments.process_index == 0:
+        folder.claim(config.overwrite)
+    if arguments.world_size > 1:
+        dist.barrier()
+        sf.sync_norms_(model)
+    return _run(config, folder, text, model, arguments)
+
+
+def build_model(config: TrainConfig, text: TrainingText) -> SlabLlamaForCausalLM:
+    """A LLaMA with random weights, as large as the recipe says.
+
+    Raises:
+        ValueError: If its sizes do not go together.
+    """
+    made, tokenizer = config.model, text.tokenizer
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "norm", "norm_start")
+    settings = {
+        **{name: getattr(made, name) for name in sizes},
+        "vocab_size": made.vocab_size or len(tokenizer),
+        "max_position_embeddings": made.context,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": False,
+        # with a cache transformers does not see where documents end
+        "use_cache": False,
+    }
+    model = SlabLlamaForCausalLM(SlabLlamaConfig(**settings | made.args))
+    if config.checkpoint_activations:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The recipe in transformers' words."""
+    optimizer = config.optimizer
+    return TrainingArguments(
+        output_dir=config.output,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        seed=config.seed,
+        bf16=config.precision == "bf16",
+        use_cpu=config.device == "cpu" or not torch.accelerator.is_available(),
+        torch_compile=config.compile,
+        learning_rate=optimizer.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": optimizer.min_lr},
+        warmup_steps=optimizer.warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_epsilon=optimizer.eps,
+        max_grad_norm=optimizer.clip_norm or 0.0,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=config.eval_every,
+        save_steps=config.save_every,
+        save_total_limit=config.keep,
+        report_to=["tensorboard"] if config.tensorboard else "none",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+    )
+
+
+def _run(
+    config: TrainConfig,
+    folder: LanguageRunFolder,
+    text: TrainingText,
+    model: SlabLlamaForCausalLM,
+    arguments: TrainingArguments,
+) -> TrainResult:
+    tokens_per_step = config.batch_size * config.accumulate * arguments.world_size * config.model.context
+    record = RecordCallback(folder.path, tokens_per_step)
+    with ExitStack() as stack:
+        stack.callback(record.close)
+        # the first one: a run that was stopped has not ended with gamma above 0
+        callbacks: list[TrainerCallback] = [SignalCallback(stack.enter_context(StopSignals())), record]
+        if prepbn_modules(model):
+            callbacks.append(ProgressiveCallback(**vars(config.gamma)))
+        trainer = LanguageTrainer(
+            model,
+            arguments,
+            data_collator=collate,
+            train_dataset=text.train,
+            eval_dataset=text.held_out,
+            processing_class=text.tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        checkpoint = latest_checkpoint(folder.path)
+        began = time.perf_counter()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        seconds = time.perf_counter() - began
+        summary = _finish(config, text, trainer) | {"seconds": round(seconds, 1), "resumed": checkpoint is not None}
+    if trainer.is_world_process_zero():
+        model.config.use_cache = True
+        save_model_folder(model, text.tokenizer, folder.path)
+        folder.finish(summary)
+    return TrainResult(output=folder.path, summary=summary)
+
+
+def _finish(config: TrainConfig, text: TrainingText, trainer: LanguageTrainer) -> dict[str, Any]:
+    """Recalibrate and evaluate."""
+    summary: dict[str, Any] = {"data": text.record, "steps": trainer.state.global_step}
+    summary["parameters"] = trainer.model.num_parameters()
+    summary["vocab_size"] = trainer.model.config.vocab_size
+    if config.recalibrate.enabled and repbn_modules(trainer.model):
+        summary["perplexity_before_recalibration"] = trainer.held_out_perplexity().perplexity
+        trainer.recalibrate(config.recalibrate.batches)
+    summary["perplexity"] = trainer.held_out_perplexity().perplexity
+    norms = list(prepbn_modules(trainer.model).values())
+    if norms:
+        summary["gamma"] = float(norms[0].gamma)
+    if isinstance(text.train, PackedBlocks):
+        reference = bigram_perplexity(text.train, text.held_out, summary["vocab_size"])
+        summary["bigram_perplexity"] = reference.perplexity
+    return summary

@@ -1,0 +1,127 @@
+"""transformers' Trainer, as a fading model needs it: it stops at a NaN and evaluates both forms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+import slabformer as sf
+from slabformer.nn.controls import prepbn_modules
+from slabformer.tasks.engine.nonfinite import (
+    NonFiniteError,
+    NonFiniteGuard,
+    first_nonfinite_module,
+    first_nonfinite_tensor,
+)
+from slabformer.tasks.language.packing import batches_of
+from slabformer.tasks.language.perplexity import Perplexity, perplexity
+
+#: written last into a checkpoint: its presence says that the checkpoint is whole
+LAST_FILE = "trainer_state.json"
+
+
+class LanguageTrainer(Trainer):
+    """A :class:`transformers.Trainer` over packed blocks.
+
+    A loss that is not finite ends training with :class:`NonFiniteError` before it reaches a checkpoint: at once on a
+    CPU, at the next logged or saved step on an accelerator, which is not waited for in between. Evaluation gives the
+    perplexity of the deployed form, and of the blend while gamma is above 0.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._guard = NonFiniteGuard(self.args.device)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As transformers', watching the loss."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._guard.observe(self.state.global_step, loss)
+        if loss.device.type == "cpu":
+            self._check_finite(inputs)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers', with gamma, so that TensorBoard sees it too."""
+        self._check_finite()
+        norms = list(prepbn_modules(self.model).values())
+        if norms:
+            logs["gamma"] = float(norms[0].gamma)
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Perplexity on the held-out blocks; ``blend_perplexity`` too while gamma is above 0."""
+        metrics = self._metrics("")
+        if any(norm.phase != "done" for norm in prepbn_modules(self.model).values()):
+            with sf.blended(self.model):
+                metrics |= self._metrics("blend_")
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def held_out_perplexity(self) -> Perplexity:
+        """Of the model as it is, over the held-out blocks, each process with its share of them."""
+        assert isinstance(self.eval_dataset, Dataset)
+        indices = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)  # type: ignore[arg-type]
+        blocks = (self.eval_dataset[index] for index in indices)
+        with self.compute_loss_context_manager():
+            own = perplexity(self.model, batches_of(blocks, self.args.eval_batch_size))
+        if self.args.world_size == 1:
+            return own
+        sums = torch.tensor([own.nll, own.tokens], dtype=torch.float64, device=self.args.device)
+        dist.all_reduce(sums)
+        return Perplexity(float(sums[0]), int(sums[1]))
+
+    def recalibrate(self, num_batches: int | None) -> None:
+        """Population statistics of the norms over training blocks."""
+
+        def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+            model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+
+        sf.recalibrate_(self.model, self.training_batches(num_batches), forward=forward)
+
+    def training_batches(self, num_batches: int | None) -> Iterable[dict[str, Tensor]]:
+        """Batches as training sees them; all of an epoch for None."""
+        return islice(self.get_train_dataloader(), num_batches)
+
+    def _metrics(self, prefix: str) -> dict[str, float]:
+        found = self.held_out_perplexity()
+        return {f"{prefix}perplexity": found.perplexity, f"{prefix}loss": found.loss}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_finite()
+        name = first_nonfinite_tensor(self.model.state_dict())
+        if name is not None:
+            raise NonFiniteError(f"{name} became non-finite by step {self.state.global_step}; {self._kept()}")
+        super()._save_checkpoint(model, trial)
+
+    def _check_finite(self, inputs: dict[str, Any] | None = None) -> None:
+        step = self._guard.first_bad_step()
+        if step is None:
+            return
+        culprit = None if inputs is None else first_nonfinite_module(self.model, partial(self._run, inputs))
+        first = f", first in the output of {culprit}" if culprit else ""
+        raise NonFiniteError(f"the loss became non-finite in step {step + 1}{first}; {self._kept()}")
+
+    def _run(self, inputs: dict[str, Any]) -> None:
+        self.model(**self._prepare_inputs(inputs))
+
+    def _kept(self) -> str:
+        checkpoint = latest_checkpoint(Path(str(self.args.output_dir)))
+        return f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of the Trainer in ``folder`` that was written to its end."""
+    if not folder.is_dir():
+        return None
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{LAST_FILE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
