@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,12 @@ def description(name: str) -> dict:
 
 
 def published_state(name: str) -> dict[str, Tensor]:
-    """State dict of a published model, filled from its names, counters at zero."""
+    """State dict of a published model, filled from its names, counters at zero; the caller's to change."""
+    return {key: value.clone() for key, value in _filled(name).items()}
+
+
+@lru_cache(maxsize=2)  # drawing tens of millions of numbers takes seconds
+def _filled(name: str) -> dict[str, Tensor]:
     state = {}
     for key, (shape, dtype) in description(name)["state_dict"].items():
         floating = dtype == "float32"
