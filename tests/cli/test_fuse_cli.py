@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import slabformer as sf
@@ -107,3 +109,29 @@ def test_a_model_is_fused_for_another_input_size(model: Path, tmp_path: Path) ->
     assert info.input_size == (3, 32, 32)
     with torch.no_grad():
         assert fused(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
+@pytest.mark.slow
+def test_plain_weights_load_into_timms_own_model_without_norms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "plain.safetensors"
+    source = saved(tmp_path / "deit.safetensors", "deit_tiny_prepbn")
+    assert main(["fuse", str(source), "--output", str(output), "--plain"]) == 0
+    printed = capsys.readouterr().out
+    expression = printed.rpartition("load it without slabformer: ")[2].strip()
+    stock = eval(expression, {"timm": timm, "torch": torch})
+    stock.load_state_dict(load_file(output), strict=True)
+    fused, _ = load_model(output)
+    with torch.no_grad():
+        assert torch.equal(stock.eval()(images()), fused(images()))
+
+
+def test_weights_that_timm_has_no_place_for_are_refused_and_nothing_written(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "plain.safetensors"
+    assert main(["fuse", str(model), "--output", str(output), "--plain"]) == 2
+    printed = capsys.readouterr().err
+    assert "timm has no model of its own for slab_deit_micro" in printed
+    assert not output.exists()

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
+from torch import nn
 
 import slabformer as sf
+from slabformer._extras import require
 from slabformer.cli.common import add_model_options, console, example_images, load, writable
 from slabformer.deployment.equality import FUSED_RTOL, verify_fused
+from slabformer.deployment.variants import twin_name
+from slabformer.nn import Folded
 from slabformer.surgery.fuse import FuseReport
+from slabformer.surgery.fuse.plain import plain_
 from slabformer.tasks.engine.files import write_text
-from slabformer.tasks.saved_model import save_model
+from slabformer.tasks.saved_model import ModelInfo, create_model, save_model
 
 ACTIONS = {"forward": "[green]forward[/]", "backward": "[blue]backward[/]", "kept": "[yellow]kept[/]"}
 
@@ -26,6 +32,9 @@ def parser() -> ArgumentParser:
     made.add_argument("--output", type=Path, required=True, help="the fused model, a .safetensors file")
     made.add_argument("--json", type=Path | None, help="also write where each norm went, as JSON")
     made.add_argument("--fixed-size", action="store_true", help="fold for this input size alone; others are refused")
+    made.add_argument(
+        "--plain", action="store_true", help="only if timm's own model, built without norms, can hold the weights"
+    )
     made.add_argument("--rtol", type=float, default=FUSED_RTOL, help="largest difference, relative to outputs' scale")
     return made
 
@@ -36,6 +45,7 @@ def run(config: Namespace) -> None:
     model, info = load(config)
     fused, report = sf.fuse(model, example_images(info, batch_size=2), fixed_size=config.fixed_size)
     result = verify_fused(model, fused, [example_images(info, batch_size=4, seed=seed) for seed in (1, 2)], config.rtol)
+    recipe = plain_recipe(fused, info, config.rtol) if config.plain else ""
     output = console()
     output.print(fuse_table(report))
     output.print(f"{report.summary()}\noutputs within {result.max_rel:.1e} of their scale")
@@ -43,6 +53,40 @@ def run(config: Namespace) -> None:
     if config.json is not None:
         write_text(config.json, json.dumps({**report.to_dict(), "verify": asdict(result)}, indent=2) + "\n")
     output.print("saved", *map(str, files), soft_wrap=True)
+    if recipe:
+        output.print(f"load it without slabformer: {recipe}", soft_wrap=True, markup=False)
+
+
+def plain_recipe(fused: nn.Module, info: ModelInfo, rtol: float) -> str:
+    """The expression that builds a model of timm's own for the fused weights; it was tried.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    timm, refusals = require("timm", extra="vision"), []
+    for name in (twin_name(info.model), info.model):
+        if name is None or not timm.model_entrypoint(name).__module__.startswith("timm."):
+            continue
+        # Swins read attributes off their norms while they are built, which nn.Identity lacks
+        for norm_layer, words in ((nn.Identity, "torch.nn.Identity"), (Folded, "slabformer.nn.Folded")):
+            try:
+                stock = create_model(name, norm_layer=norm_layer, **_arguments(fused, info))
+            except (AttributeError, ValueError) as error:
+                refusals.append(f"{name} cannot be built with norm_layer={words} ({error})")
+                continue
+            try:
+                sf.verify(fused, plain_(stock, fused), example_images(info, batch_size=2), rtol)
+            except ValueError as error:
+                refusals.append(str(error))
+                continue
+            arguments = "".join(f", {key}={value!r}" for key, value in _arguments(fused, info).items())
+            return f"timm.create_model({name!r}, norm_layer={words}{arguments})"
+    raise ValueError(refusals[0] if refusals else f"timm has no model of its own for {info.model}; leave --plain out")
+
+
+def _arguments(fused: nn.Module, info: ModelInfo) -> dict[str, Any]:
+    classes = getattr(fused, "num_classes", None)
+    return {**info.model_args, **({} if classes is None else {"num_classes": classes})}
 
 
 def fuse_table(report: FuseReport) -> Table:
