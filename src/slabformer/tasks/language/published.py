@@ -1,0 +1,66 @@
+"""The published LLaMA's folder, as its hub repository holds it, into ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
+from slabformer.models.official import load_published
+from slabformer.tasks.language.tokens import check_vocabulary, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, CONFIG = "pytorch_model.bin", "config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+#: what else is taken over; class names and code that a configuration may point to are not
+OPTIONAL = (
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_theta", "rope_scaling"),
+)
+
+
+def import_published(folder: Path) -> tuple[SlabLlamaForCausalLM, PreTrainedTokenizerBase | None]:
+    """The model of a published folder in eval mode, gamma 0, and its tokenizer if there is one.
+
+    Only tensors are read from ``pytorch_model.bin``; whatever else is pickled beside it is left alone.
+
+    Args:
+        folder: With ``config.json`` and ``pytorch_model.bin``.
+
+    Raises:
+        FileNotFoundError: If one of the two is missing.
+        ValueError: If the configuration lacks a size, or names or shapes of the weights differ from it.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {str(folder)!r}; give the folder of the published model")
+    model = SlabLlamaForCausalLM(SlabLlamaConfig(**_settings(folder / CONFIG))).eval()
+    load_published(model, folder / WEIGHTS)
+    return model, _tokenizer(folder, model.config.vocab_size)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    missing = [name for name in SIZES if name not in given]
+    if missing:
+        raise ValueError(f"{path} lacks {missing[0]}; is it a LLaMA's?")
+    taken = {name: given[name] for name in (*SIZES, *OPTIONAL) if given.get(name) is not None}
+    return {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, **taken}
+
+
+def _tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase | None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        logger.warning("%s holds no tokenizer; copy one beside the weights to generate or evaluate", folder)
+        return None
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, vocab_size)
+    return tokenizer
