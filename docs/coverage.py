@@ -105,8 +105,8 @@ def measure(subject: Subject, speed: bool = False) -> Row:
 def convert(model: nn.Module, cases: list[Any]) -> bool:
     """Put random PRepBNs at gamma 0 into ``model``; false where it has neither their like nor heads and BatchNorm.
 
-    Statistics are those of ``cases``: random ones let the residual stream explode, and then a difference of 1e-16
-    grows beyond what is allowed.
+    Statistics are those of ``cases`` and ``eta`` is small: else the residual stream explodes with depth, and a
+    difference of 1e-16 grows beyond what is allowed.
     """
     try:
         convert_norms_(model)
@@ -115,9 +115,11 @@ def convert(model: nn.Module, cases: list[Any]) -> bool:
         if not (has_heads and find_norms(model)):
             return False
     norms = prepbn_modules(model)
+    randomize_norms_(model).eval().double()
     for norm in norms.values():
         norm.set_gamma(0)
-    randomize_norms_(model).eval().double()
+        with torch.no_grad():
+            norm.rep.eta.mul_(0.1)
     if norms:
         recalibrate_(model, cases, forward=run)
     return True
@@ -152,7 +154,7 @@ def _changed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
 
     def other(value: Tensor) -> Tensor:
         if value.is_floating_point():
-            return value + 0.5 * noise(*value.shape)
+            return value + 0.5 * noise(*value.shape).flip(-1)
         return value.flip(-1)
 
     return tuple(other(value) for value in args), {name: other(value) for name, value in kwargs.items()}

@@ -38,6 +38,16 @@ def test_an_audit_is_what_fuse_reports_after_training(device: str) -> None:
     assert [o.action for o in found] == ["forward", "forward", "kept"]
 
 
+def test_a_layer_scale_that_is_still_next_to_zero_does_not_count() -> None:
+    def scaled(m: Any, x: Tensor) -> Tensor:
+        x = m.embed(x)
+        return m.head(x + m.gamma * m.proj(F.pad(m.padded(x), (0, 0, 0, 1))[:, :4]))
+
+    model = build()
+    model.body, model.gamma = scaled, nn.Parameter(torch.full((6,), 1e-6))
+    assert audit(model, X)["padded"].into == ("proj", "embed")
+
+
 def test_an_audit_changes_nothing() -> None:
     model = build().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -138,6 +138,8 @@ def test_a_weight_of_one_row_or_column_takes_a_norm_over() -> None:
     assert fused(narrow, tokens(2, 4, 1))[1]["norm"].action == "forward"
     wide = net(lambda m, x: m.linear(m.norm(x)), norm=norm(), linear=nn.Linear(6, 1))
     assert fused(wide, X)[1]["norm"].action == "forward"
+    single = net(lambda m, x: m.linear(m.norm(x)), norm=RepBN(1), linear=nn.Linear(1, 1))
+    assert fused(single, tokens(2, 4, 1))[1]["norm"].action == "forward"
 
 
 def test_a_bias_put_together_from_parameters_and_a_buffer_takes_the_shift(tmp_path: Path) -> None:

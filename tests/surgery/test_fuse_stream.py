@@ -120,6 +120,32 @@ def test_a_norm_before_a_padded_convolution_folds_by_moving_the_stream(groups: i
     assert_same_outputs(model, result, (tokens(*PADDED[-1]),))
 
 
+def layer_scale(shape: tuple[int, ...]) -> nn.Module:
+    """A linear whose output is scaled by a parameter of its own."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.embed(x)
+        y = merged(m.proj(m.qkv(windows(m.norm(x))).softmax(-2)), x)
+        x = x + y * m.scale.gamma.view(-1)
+        return m.head(x).tanh()
+
+    scale = nn.Module()
+    scale.gamma = nn.Parameter(torch.rand(shape) + 0.5)
+    return net(forward, **children(scale=scale))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1, 1)], ids=str)
+def test_a_branch_behind_layer_scale_moves_the_stream(shape: tuple[int, ...]) -> None:
+    assert_folds_at_every_size(layer_scale(shape), "qkv", "embed", "proj")
+
+
+def test_a_layer_scale_near_zero_keeps_the_norm() -> None:
+    model = layer_scale((6,))
+    with torch.no_grad():
+        model.scale.gamma[1] = 1e-6
+    assert "scale.gamma is too near 0 for proj to move the stream" in refusal(model)
+
+
 REFUSED = {
     "output": (
         lambda m, x: ((x := m.embed(x)) + attend(m, x), x),

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from slabformer.surgery.fuse.flow import End, downstream, producers, written_between
-from slabformer.surgery.fuse.fold import maps_after
 from slabformer.surgery.fuse.graph import Trace
 from slabformer.surgery.fuse.labels import RefusalError, describe
 from slabformer.surgery.fuse.marks import NORM, PAD
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.owners import Owners, display
-from slabformer.surgery.fuse.pads import LARGEST_FILL, LARGEST_MOVE, ZERO, find_pads, first_beyond
+from slabformer.surgery.fuse.pads import find_pads
 from slabformer.surgery.fuse.parts import Part, bias_parts, weight_part
-from slabformer.surgery.fuse.plan import Edit, Plan, Role, Side, Target, share
+from slabformer.surgery.fuse.plan import Edit, Plan, Role, Side, Target
+from slabformer.surgery.fuse.ranges import need_range
 from slabformer.surgery.fuse.sites import Site, along, channel_labels, site_of
 from slabformer.surgery.fuse.stream import pair, stream_targets
 
@@ -57,7 +57,7 @@ def decide(model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fix
 
 class _Decider:
     def __init__(self, model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fixed_size: bool) -> None:
-        self.owners, self.pads = Owners(model), find_pads(model)
+        self.model, self.owners, self.pads = model, Owners(model), find_pads(model)
         self.norms, self.traces, self.fixed_size = norms, traces, fixed_size
         self.gone: set[int] = set()
         self.plan = Plan()
@@ -80,7 +80,7 @@ class _Decider:
         for action, ways in WAYS:
             try:
                 edit = Edit(norm.index, action, ways(self, norm))
-                self.need_range(edit)
+                need_range(self.model, self.norms, self.pads, self.plan.edits, edit)
                 return edit
             except RefusalError as error:
                 reasons.append(str(error))
@@ -160,21 +160,6 @@ class _Decider:
         if _has_hooks(pad.module):
             raise RefusalError(f"{pad.name} has forward hooks, which see what it pads")
         return Target(pad.name, role, side, index, pad=pad.index)
-
-    def need_range(self, edit: Edit) -> None:
-        """Refuse a fold that divides by a scale near 0, for a pad's fill or to move the stream."""
-        maps, fills = maps_after(self.norms, self.pads, [*self.plan.edits, edit])
-        for target in edit.targets:
-            fill = fills.get(target.pad, ZERO)  # type: ignore[arg-type]
-            channel = first_beyond(fill, LARGEST_FILL)
-            if channel is not None:
-                raise RefusalError(
-                    f"its scale of channel {channel} is too near 0 for {target.name} to pad in its stead"
-                )
-        if any(target.role == "add" for target in edit.targets):
-            channel = first_beyond(share("add", *maps[edit.norm])[1], LARGEST_MOVE)
-            if channel is not None:
-                raise RefusalError(f"its scale of channel {channel} is too near 0 to move the stream in front of it")
 
     def backward(self, norm: Norm) -> tuple[Target, ...]:
         """All producers, each read by nothing else."""

@@ -87,6 +87,8 @@ def _take_over(model: nn.Module, solution: Solution, scale_shift: ScaleShift, ta
     whole = _current(model, solution, part.name)
     weight = whole.movedim(part.axis, 0)[part.rows]
     scale, shift = (t.to(weight.device) for t in _share(scale_shift, target))
+    if target.gain is not None:
+        shift = shift / gain_of(model, target.gain)
     bias = _bias(model, solution, target, like=weight)
     if target.side == "next":
         weight, bias = fold_into_next(weight, bias, scale, shift, target.groups)
@@ -99,6 +101,11 @@ def _take_over(model: nn.Module, solution: Solution, scale_shift: ScaleShift, ta
             solution.tensors.setdefault(own.name, whole.new_zeros(whole.shape[part.axis]))
         values = bias[own.channels.to(bias.device)]
         solution.tensors[own.name] = _current(model, solution, own.name).index_copy(0, own.rows.to(bias.device), values)
+
+
+def gain_of(model: nn.Module, part: Part) -> Tensor:
+    """Value of a LayerScale for each output channel that it multiplies, float64."""
+    return tensor_at(model, part.name).detach().double().flatten()[part.rows]
 
 
 def _bias(model: nn.Module, solution: Solution, target: Target, like: Tensor) -> Tensor | None:

@@ -10,13 +10,6 @@ from torch import Tensor, nn
 from slabformer.nn.padding import PadTokens
 from slabformer.surgery.fuse.norms import ScaleShift
 
-#: larger fills stand for channels that the norm all but erases: half precision would lose the digits of the product
-LARGEST_FILL = 1e3
-#: a stream that is moved further than this rounds visibly there
-LARGEST_MOVE = 64.0
-#: of a pad that no fold passes
-ZERO = torch.zeros(1)
-
 
 @dataclass(frozen=True)
 class Pad:
@@ -63,9 +56,3 @@ def fill_after(fill: Tensor, norm: ScaleShift) -> Tensor:
     """What ``x * scale + shift`` sends ``fill`` to."""
     scale, shift = norm
     return fill.to(shift.device) * scale + shift
-
-
-def first_beyond(values: Tensor, limit: float) -> int | None:
-    """The first channel whose value is out of the range that half precision can work with, or None."""
-    beyond = ~(values.abs() <= limit)
-    return int(beyond.int().argmax()) if bool(beyond.any()) else None

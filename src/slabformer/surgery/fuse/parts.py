@@ -52,9 +52,9 @@ def weight_part(site: Site, trace: Trace) -> Part:
     parts = _parts(site.weight, int(site.transposed), trace.parameters)
     if len(parts) != 1 or ".parametrizations." in f".{parts[0].name}" or len(parts[0].rows) != site.num_out:
         raise refusal
-    columns = _parts(site.weight, int(not site.transposed), trace.parameters)
+    columns = _parts(site.weight, int(not site.transposed), trace.parameters, own_axes=(1 - parts[0].axis,))
     size = site.weight.meta["val"].shape[int(not site.transposed)]
-    if len(columns) != 1 or columns[0].axis == parts[0].axis or not torch.equal(columns[0].rows, torch.arange(size)):
+    if len(columns) != 1 or not torch.equal(columns[0].rows, torch.arange(size)):
         raise refusal
     return parts[0]
 
@@ -71,12 +71,12 @@ def bias_parts(site: Site, trace: Trace, name: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _parts(node: Node, axis: int, names: Mapping[Node, str]) -> list[Part]:
+def _parts(node: Node, axis: int, names: Mapping[Node, str], own_axes: tuple[int, ...] = (0, 1)) -> list[Part]:
     """The named tensors whose elements, moved only, become ``node`` along ``axis``; [] where there is more to it."""
     ancestors = _ancestors(node, names)
     parts = []
     for leaf in ancestors:
-        part = _part(ancestors, leaf, node, axis, names[leaf]) if leaf in names else None
+        part = _part(ancestors, leaf, node, axis, names[leaf], own_axes) if leaf in names else None
         if part is not None:
             parts.append(part)
     return parts
@@ -97,8 +97,10 @@ def _ancestors(node: Node, names: Mapping[Node, str]) -> list[Node]:
     return sorted(found)
 
 
-def _part(ancestors: list[Node], leaf: Node, node: Node, axis: int, name: str) -> Part | None:
-    for own_axis in range(min(leaf.meta["val"].ndim, 2)):
+def _part(
+    ancestors: list[Node], leaf: Node, node: Node, axis: int, name: str, own_axes: tuple[int, ...]
+) -> Part | None:
+    for own_axis in (own for own in own_axes if own < leaf.meta["val"].ndim):
         labels: dict[Node, Labels] = {leaf: channel_labels(leaf, own_axis)}
         try:
             for current in ancestors:

@@ -43,6 +43,7 @@ class Target:
         bias: Its bias.
         new_bias: Whether that bias must be created.
         groups: Of a Conv.
+        gain: What its output is multiplied by before it meets the stream (LayerScale), if anything.
         norm: Index of the norm that takes it over instead, or None.
         pad: Index of the pad whose fill changes, or None.
     """
@@ -55,12 +56,15 @@ class Target:
     bias: tuple[Part, ...] = ()
     new_bias: bool = False
     groups: int = 1
+    gain: Part | None = None
     norm: int | None = None
     pad: int | None = None
 
     def agrees(self, other: Target) -> bool:
         """Whether both are one and the same change."""
-        mine, others = ([part for part in (own.weight, *own.bias) if part is not None] for own in (self, other))
+        mine, others = (
+            [part for part in (own.weight, own.gain, *own.bias) if part is not None] for own in (self, other)
+        )
         return (
             (self.groups, self.role, self.side, len(mine)) == (other.groups, other.role, other.side, len(others))
             and all(one.agrees(two) for one, two in zip(mine, others, strict=True))

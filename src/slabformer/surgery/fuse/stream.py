@@ -8,6 +8,7 @@ the next Linear whose output is added to ``x``, or a Linear that reads it. The s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from slabformer.surgery.fuse.graph import Trace
 from slabformer.surgery.fuse.labels import RefusalError, describe, unread
 from slabformer.surgery.fuse.marks import NORM
 from slabformer.surgery.fuse.norms import Norm
+from slabformer.surgery.fuse.parts import Part
 from slabformer.surgery.fuse.plan import Role, Side, Target
 from slabformer.surgery.fuse.rules import FOLLOW
 from slabformer.surgery.fuse.sites import Site, along, channel_labels, site_of
@@ -122,10 +124,50 @@ def _behind(
         raise RefusalError("what is added to the stream in front of it is broadcast")
     origin = _origin(known, operand)
     own = _labels_at(known, origin, total, labels, trace)
-    for end in downstream(trace, {origin: own}, known.gone, known.fixed_size):
-        if end.node is not total or end.source is not operand:
+    _need_alone(known, origin, own, total, operand, trace)
+    scaled = _scaled(known, origin, trace)
+    if scaled is None:
+        yield from _supplied(known, origin, own, trace, role)
+        return
+    source, gamma, leaf = scaled
+    inner = _origin(known, source)
+    site = site_of(inner)
+    if site is None:
+        raise RefusalError(f"what is added to the stream in front of it comes from {describe(inner)}, scaled")
+    _need_alone(known, inner, _labels_at(known, inner, origin, own, trace), origin, source, trace)
+    channels = channel_labels(inner, site.axis)
+    arrived = _arriving(known, {inner: channels}, origin, source, trace)
+    elements = torch.arange(leaf.meta["val"].numel(), dtype=torch.int32).view(leaf.meta["val"].shape)
+    gains = _arriving(known, {leaf: elements}, origin, gamma, trace)
+    rows = pair([(one, two) for one in arrived for two in gains], channels.numel())
+    if rows is None or bool((rows < 0).any()):
+        raise RefusalError(f"an output channel of {describe(inner)} is scaled in several ways")
+    gain = Part(trace.parameters[leaf], 0, rows, torch.arange(channels.numel()))
+    inner_labels = _labels_at(known, inner, origin, own, trace)
+    for target, node in _supplied(known, inner, inner_labels, trace, role):
+        yield replace(target, gain=gain), node
+
+
+def _need_alone(known: Neighbours, node: Node, labels: Tensor, sink: Node, source: Node, trace: Trace) -> None:
+    for end in downstream(trace, {node: labels}, known.gone, known.fixed_size):
+        if end.node is not sink or end.source is not source:
             raise RefusalError(f"what is added to the stream in front of it also feeds {describe(end.node)}")
-    yield from _supplied(known, origin, own, trace, role)
+
+
+def _arriving(known: Neighbours, seeds: dict[Node, Tensor], sink: Node, source: Node, trace: Trace) -> list[Tensor]:
+    ends = downstream(trace, seeds, known.gone, known.fixed_size)
+    return [end.labels for end in ends if end.node is sink and end.source is source]
+
+
+def _scaled(known: Neighbours, node: Node, trace: Trace) -> tuple[Node, Node, Node] | None:
+    """Of a product with a parameter (LayerScale): what is scaled, the factor, and the parameter; else None."""
+    if node.target is not aten.mul.Tensor or len(node.all_input_nodes) != 2:
+        return None
+    for scaled, gamma in (node.all_input_nodes, node.all_input_nodes[::-1]):
+        leaf = _origin(known, gamma)
+        if leaf in trace.parameters:
+            return scaled, gamma, leaf
+    return None
 
 
 def _compensated(known: Neighbours, end: End, trace: Trace) -> Iterator[tuple[Target, Node]]:
