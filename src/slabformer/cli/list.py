@@ -1,21 +1,28 @@
-"""`slab list`: models, what was published about them, and whether they can be had."""
+"""`slab list`: models, what was published about them, and what they cost."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from slabformer._extras import require
 from slabformer.cli.common import console
 from slabformer.cli.main import did_you_mean
+from slabformer.deployment.cost import cost_of
 from slabformer.deployment.measure import count_parameters
 from slabformer.models.published import BY_MODEL
+from slabformer.models.registry import twin_of
+from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.tasks.saved_model import create_model
 
 
@@ -25,97 +32,176 @@ class Row:
 
     model: str
     """Name in timm, once slabformer is imported."""
+    family: str
+    """Of models, by the file that holds them."""
     published: str | None = None
     """Name in the publication."""
     top1: float | None = None
     """Published ImageNet-1K accuracy in percent."""
-    parameters: int | None = None
-    """In training form."""
-    attention: str | None = None
+    parameters: int
+    """In training form; of a published model as published, with what its file holds and nothing reads."""
+    deployed_parameters: int | None = None
+    """With every norm folded; None unless asked for."""
+    macs: int | None = None
+    """Multiply-adds of one image in training form; None unless asked for."""
+    deployed_macs: int | None = None
+    """The same with every norm folded."""
+    attention: str
     """One letter a stage: S softmax, L linear."""
     fade: float | None = None
     """Share of training over which LayerNorm fades out in the published recipe."""
     weights: str | None = None
     """Where the released weights are."""
-    available: bool
-    """Whether this version can build it."""
+    twin: str | None = None
+    """The LayerNorm and softmax model that it replaces."""
 
 
 def parser() -> ArgumentParser:
     """Options of `slab list`."""
     made = ArgumentParser(prog="slab list", description="Models, published accuracies and released weights.")
     made.add_argument("pattern", type=str, nargs="?", default="*", help="e.g. 'slab_*'; part of a name is enough")
+    made.add_argument("--family", type=str | None, help="of these models only: deit, swin ...")
+    made.add_argument("--attention", type=str | None, help="with this plan only, e.g. LLSS or 'L*'")
+    made.add_argument("--weights", action="store_true", help="with released weights only")
+    made.add_argument(
+        "--macs", action="store_true", help="also count multiply-adds, and what is left when norms are folded (slower)"
+    )
     made.add_argument("--json", action="store_true", help="machine-readable")
     return made
 
 
 def run(config: Namespace) -> None:
-    """Print the models whose names match.
+    """Print the models that match.
 
     Raises:
         ValueError: If none does.
     """
-    pattern = config.pattern if any(sign in config.pattern for sign in "*?[") else f"*{config.pattern}*"
-    rows = models()
-    found = [row for row in rows if any(fnmatch.fnmatch(name, pattern) for name in (row.model, row.published) if name)]
+    rows = models(chosen(config.pattern))
+    found = [row for row in rows if _wanted(row, config)]
     if not found:
-        hint = did_you_mean(config.pattern, [row.model for row in rows])
-        raise ValueError(f"no model matches {config.pattern!r}{hint or ';'} `slab list` shows all")
+        families = ", ".join(sorted({row.family for row in rows}))
+        raise ValueError(f"no model passes these filters; {config.pattern!r} are of {families}; `slab list` shows all")
+    if config.macs:
+        with Console(stderr=True).status("counting") as status:
+            found = [with_cost(row, status.update) for row in found]
     if config.json:
         sys.stdout.write(json.dumps([vars(row) for row in found], indent=2) + "\n")
     else:
-        console().print(table(found))
+        console().print(table(found, costs=config.macs))
 
 
-def models() -> list[Row]:
-    """Every published model, then those that are ours alone."""
+def registered() -> list[str]:
+    """Names of all models of this package: the published ones first, in the publication's order."""
     timm = require("timm", extra="vision")
-    registered = [
-        name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("slabformer.")
-    ]
-    names = [*BY_MODEL, *(name for name in registered if name not in BY_MODEL)]
-    return [_row(name, available=name in registered) for name in names]
+    ours = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("slabformer.")]
+    return [*(name for name in BY_MODEL if name in ours), *(name for name in ours if name not in BY_MODEL)]
 
 
-def table(rows: list[Row]) -> Table:
-    """For a terminal."""
-    made = Table(
-        title="models",
-        caption="attention by stage: S softmax, L linear; fade: share of training until LayerNorm is gone",
-    )
-    for heading in ("model", "published as", "attention", "top-1 %", "params", "fade", "weights", "in this version"):
-        made.add_column(heading, justify="right" if heading in ("top-1 %", "params", "fade") else "left", no_wrap=True)
+def chosen(pattern: str) -> list[str]:
+    """The models whose name, here or in the publication, matches ``pattern``; part of a name is enough.
+
+    Raises:
+        ValueError: If none does; names the nearest.
+    """
+    known = registered()
+    wide = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    found = [name for name in known if any(fnmatch.fnmatch(spelling, wide) for spelling in _names(name))]
+    if not found:
+        raise ValueError(f"no model matches {pattern!r}{did_you_mean(pattern, known) or ';'} `slab list` shows all")
+    return found
+
+
+def models(names: Sequence[str]) -> list[Row]:
+    """A row for each of ``names``, costs left out."""
+    return [_row(name) for name in names]
+
+
+def with_cost(row: Row, progress: Callable[[str], None] = lambda _: None) -> Row:
+    """``row`` with its multiply-adds and what is left when norms are folded."""
+    progress(f"counting {row.model}")
+    model = _without_memory(row.model)
+    cost = cost_of(model, torch.empty(1, *model.pretrained_cfg["input_size"], device="meta"))
+    return replace(row, deployed_parameters=cost.deployed_parameters, macs=cost.macs, deployed_macs=cost.deployed_macs)
+
+
+def table(rows: Sequence[Row], costs: bool) -> Table:
+    """For a terminal; ``costs`` adds the columns that :func:`with_cost` fills."""
+    caption = "attention by stage: S softmax, L linear; fade: share of training until LayerNorm is gone"
+    made = Table(title="models", caption=f"{caption}{'; folded norms take part in no multiply-add' * costs}")
+    columns = columns_of(costs)
+    for heading, (_, is_number) in columns.items():
+        made.add_column(heading, justify="right" if is_number else "left", no_wrap=True)
     for row in rows:
-        made.add_row(
-            row.model,
-            row.published or "-",
-            row.attention or "-",
-            "-" if row.top1 is None else f"{row.top1:.1f}",
-            "-" if row.parameters is None else f"{row.parameters / 1e6:.2f} M",
-            "-" if row.fade is None else f"{row.fade:.2f}",
-            row.weights.rsplit("/", 1)[-1] if row.weights else "-",
-            "yes" if row.available else "not yet",
-            style=None if row.available else "dim",
-        )
+        made.add_row(*(text(row) for text, _ in columns.values()))
     return made
 
 
-def _row(model: str, available: bool) -> Row:
-    published = BY_MODEL.get(model)
-    if published is None:
-        return Row(model=model, available=available, parameters=_count_parameters(model))
-    return Row(
-        model=model,
-        published=published.config,
-        top1=published.top1,
-        parameters=published.num_params,
-        attention=published.attention,
-        fade=published.fade,
-        weights=published.url,
-        available=available,
+def columns_of(costs: bool) -> dict[str, tuple[Callable[[Row], str], bool]]:
+    """Heading -> (its text in a row, whether that is a number)."""
+    counted: dict[str, tuple[Callable[[Row], str], bool]] = {
+        "deployed": (lambda row: _millions(row.deployed_parameters), True),
+        "MACs": (lambda row: "-" if row.macs is None else f"{row.macs / 1e9:.2f} G", True),
+    }
+    return {
+        "model": (lambda row: row.model, False),
+        "published as": (lambda row: row.published or "-", False),
+        "attention": (lambda row: row.attention, False),
+        "top-1 %": (lambda row: "-" if row.top1 is None else f"{row.top1:.1f}", True),
+        "params": (lambda row: _millions(row.parameters), True),
+        **(counted if costs else {}),
+        "fade": (lambda row: "-" if row.fade is None else f"{row.fade:.2f}", True),
+        "weights": (lambda row: "released" if row.weights else "-", False),
+        "LayerNorm twin": (lambda row: row.twin or "-", False),
+    }
+
+
+def _millions(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.2f} M"
+
+
+def _names(model: str) -> tuple[str, ...]:
+    return (model, BY_MODEL[model].config) if model in BY_MODEL else (model,)
+
+
+def _wanted(row: Row, config: Namespace) -> bool:
+    return (
+        config.family in (None, row.family)
+        and fnmatch.fnmatch(row.attention, (config.attention or "*").upper())
+        and (row.weights is not None or not config.weights)
     )
 
 
-def _count_parameters(model: str) -> int:
+def _row(model: str) -> Row:
+    published = BY_MODEL.get(model)
+    family = require("timm", extra="vision").model_entrypoint(model).__module__.rpartition(".")[2]
+    if published is None:
+        built = _without_memory(model)
+        return Row(
+            model=model,
+            family=family,
+            parameters=count_parameters(built),
+            attention=_attention(built),
+            twin=twin_of(model),
+        )
+    return Row(
+        model=model,
+        family=family,
+        published=published.config,
+        top1=published.top1,
+        parameters=published.num_params or count_parameters(_without_memory(model)),
+        attention=published.attention,
+        fade=published.fade,
+        weights=published.url,
+        twin=twin_of(model),
+    )
+
+
+def _attention(model: nn.Module) -> str:
+    """The plan of a model with stages; of a plain one, what its attentions are."""
+    linear = any(isinstance(module, SimplifiedLinearAttention) for module in model.modules())
+    return str(getattr(model, "attention", "L" if linear else "S"))
+
+
+def _without_memory(model: str) -> Any:
     with torch.device("meta"):
-        return count_parameters(create_model(model))
+        return create_model(model)
