@@ -3,4 +3,8 @@
 #: verb -> (module, what it does)
 VERBS = {
     "train": ("slabformer.cli.lm.train", "train a LLaMA while its RMSNorms fade out"),
+    "eval": ("slabformer.cli.lm.eval", "perplexity of a text, and accuracy on multiple-choice tasks"),
+    "generate": ("slabformer.cli.lm.generate", "go on with a text"),
+    "import": ("slabformer.cli.lm.importing", "the published LLaMA's folder into safetensors"),
+    "fuse": ("slabformer.cli.lm.fuse", "fold every norm into its neighbours, verify, save"),
 }

@@ -1,0 +1,138 @@
+"""`slab lm eval`: perplexity of a text, and accuracy on multiple-choice tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.table import Table
+
+import slabformer as sf
+from slabformer.cli.common import console
+from slabformer.cli.data import STDOUT, ExamplesFormatter, progress_bar, write_json
+from slabformer.cli.lm.common import add_model_options, load
+from slabformer.nn.controls import prepbn_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EXAMPLES = """examples:
+  slab lm eval runs/llama_micro_prepbn --data book.txt
+  slab lm eval runs/llama_micro_prepbn --tasks quiz.jsonl --fused
+  slab lm eval llama-350m --tasks published --json result.json
+"""
+ALL_PUBLISHED = "published"
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab lm eval`."""
+    made = ArgumentParser(
+        prog="slab lm eval",
+        description="Perplexity of a text by a sliding window, and zero-shot accuracy on tasks of "
+        "lm-evaluation-harness ('published': the paper's nine) or on files of questions.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+    )
+    add_model_options(made)
+    made.add_argument("--data", type=str | None, help="a text: files, a folder, hf:NAME, or pydoc")
+    made.add_argument("--document", type=str, default="file", help="what a document is in text: file, paragraph, line")
+    made.add_argument("--split", type=str, default="test", help="split of a data set of the hub")
+    made.add_argument("--text-field", type=str, default="text", help="where the text lies in JSON lines and columns")
+    made.add_argument("--max-documents", type=int | None, help="read no more of the text")
+    made.add_argument("--stride", type=int | None, help="tokens from window to window; half the context by default")
+    made.add_argument(
+        "--tasks", type=str, nargs="+", default=[], help="'published', names of the harness, .jsonl files"
+    )
+    made.add_argument("--limit", type=int | None, help="questions of each task")
+    made.add_argument("--batch-size", type=int, default=8, help="texts at once")
+    made.add_argument("--fused", action="store_true", help="fold the norms before evaluating")
+    made.add_argument("--json", type=Path | None, help="also write the figures as JSON; - for standard output alone")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Evaluate and print tables."""
+    from slabformer.tasks.language.fusing import fuse_language_model
+
+    if config.data is None and not config.tasks:
+        raise ValueError("nothing to evaluate on; give --data TEXT, --tasks NAMES, or both")
+    model, tokenizer = load(config)
+    if config.fused:
+        model, _ = fuse_language_model(model)
+    figures: dict[str, Any] = {}
+    if config.data is not None:
+        figures["perplexity"] = _perplexities(config, model, tokenizer)
+    if config.tasks:
+        figures["tasks"] = _tasks(config, model, tokenizer)
+    if config.json != STDOUT:
+        for name, rows in figures.items():
+            console().print((_perplexity_table if name == "perplexity" else _task_table)(config.model, rows))
+    write_json(config.json, figures)
+
+
+def _perplexities(
+    config: Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, float]]:
+    from slabformer.tasks.language.evaluate import read_documents, sliding_perplexity
+
+    documents = read_documents(
+        config.data,
+        document=config.document,
+        split=config.split,
+        text_field=config.text_field,
+        max_documents=config.max_documents,
+    )
+    options = {"stride": config.stride, "batch_size": config.batch_size}
+    rows = {}
+    with progress_bar("perplexity", len(documents)) as advance:
+        rows["fused" if config.fused else "deployed"] = sliding_perplexity(
+            model, tokenizer, documents, **options, progress=advance
+        )
+    norms = list(prepbn_modules(model).values())
+    if any(norm.phase != "done" for norm in norms):
+        with sf.blended(model), progress_bar("blend", len(documents)) as advance:
+            gamma = max(float(norm.gamma) for norm in norms)
+            rows[f"blend, gamma {gamma:.2f}"] = sliding_perplexity(
+                model, tokenizer, documents, **options, progress=advance
+            )
+    return rows
+
+
+def _tasks(config: Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
+    from slabformer.tasks.language.harness import PUBLISHED, evaluate_tasks
+
+    names = [task for name in config.tasks for task in (PUBLISHED if name == ALL_PUBLISHED else [name])]
+    found = evaluate_tasks(model, tokenizer, names, batch_size=config.batch_size, limit=config.limit)
+    return {name: result.to_dict() for name, result in found.items()}
+
+
+def _perplexity_table(title: str, rows: dict[str, dict[str, float]]) -> Table:
+    table = Table("form", title=title)
+    for heading in ("perplexity", "nats/token", "bits/byte", "tokens"):
+        table.add_column(heading, justify="right")
+    for form, row in rows.items():
+        figures = (f"{row['perplexity']:.3f}", f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}")
+        table.add_row(form, *figures, f"{row['tokens']:,}")
+    return table
+
+
+def _task_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+    from slabformer.tasks.language.harness import MEAN_PUBLISHED, PUBLISHED
+
+    table = Table("task", title=title)
+    for heading in ("acc %", "+-", "acc_norm %", "questions", "published RMSNorm", "published PRepBN"):
+        table.add_column(heading, justify="right")
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.2f}"
+
+    for name, row in rows.items():
+        title, *published = PUBLISHED.get(name, (name, None, None))
+        figures = (percent(row["acc"]), percent(row["stderr"]), percent(row["acc_norm"]), f"{row['questions']:,}")
+        table.add_row(title, *figures, *("-" if value is None else f"{value:.2f}" for value in published))
+    if rows.keys() >= PUBLISHED.keys():
+        mean = sum(rows[name]["acc"] for name in PUBLISHED) / len(PUBLISHED)
+        table.add_section()
+        table.add_row("mean", percent(mean), "", "", "", *(f"{value:.2f}" for value in MEAN_PUBLISHED))
+    return table

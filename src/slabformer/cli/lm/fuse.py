@@ -1,0 +1,51 @@
+"""`slab lm fuse`: fold every norm of a language model into its neighbours, verify, save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from slabformer.cli.common import console
+from slabformer.cli.fuse import fuse_table
+from slabformer.cli.lm.common import add_model_options, folder_to_write, load
+from slabformer.deployment.equality import verify_fused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab lm fuse`."""
+    made = ArgumentParser(prog="slab lm fuse", description="Fold every norm into its neighbours, verify, save.")
+    add_model_options(made)
+    made.add_argument("--output", type=Path, required=True, help="folder to write")
+    made.add_argument("--untie", action="store_true", help="give a head that shares the embedding weights of its own")
+    made.add_argument("--overwrite", action="store_true", help="replace the model that is there")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Fuse, verify, print, save; nothing is saved that differs."""
+    from slabformer.tasks.language.folders import save_model_folder
+    from slabformer.tasks.language.fusing import check_finished
+
+    folder_to_write(config.output, config.overwrite)
+    model, tokenizer = load(config)
+    check_finished(model, config.model)
+    save_model_folder(fuse_verified(model, untie=config.untie), tokenizer, config.output)
+    console().print(f"saved {config.output}", soft_wrap=True)
+
+
+def fuse_verified(model: PreTrainedModel, *, untie: bool) -> PreTrainedModel:
+    """``model`` without norms, held against it; prints where they went."""
+    from slabformer.tasks.language.fusing import LogitsOf, check_saveable, fuse_language_model, tokens_for
+
+    fused, report = fuse_language_model(model, untie=untie)
+    console().print(fuse_table(report))
+    check_saveable(fused, report)
+    cases = [(tokens_for(model, 2, length, seed),) for seed, length in ((1, 16), (2, 7))]
+    result = verify_fused(LogitsOf(model), LogitsOf(fused), cases)
+    console().print(f"{report.summary()}\noutputs within {result.max_rel:.1e} of their scale")
+    return fused

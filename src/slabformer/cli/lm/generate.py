@@ -1,0 +1,68 @@
+"""`slab lm generate`: go on with a text."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from slabformer.cli.data import ExamplesFormatter
+from slabformer.cli.lm.common import add_model_options, load
+
+EXAMPLES = """examples:
+  slab lm generate runs/llama_micro_prepbn "The import statement"
+  slab lm generate runs/llama_micro_prepbn --file prompt.txt --temperature 0 --fused
+  echo "A class is" | slab lm generate runs/llama_micro_prepbn -
+"""
+STDIN = "-"
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab lm generate`."""
+    made = ArgumentParser(
+        prog="slab lm generate",
+        description="Go on with a text; it is written as it comes.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+    )
+    add_model_options(made)
+    made.add_argument("prompt", type=str | None, nargs="?", help="what to go on with; - reads standard input")
+    made.add_argument("--file", type=Path | None, help="a file that holds it")
+    made.add_argument("--max-new-tokens", type=int, default=100, help="longest continuation")
+    made.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    made.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0 from all")
+    made.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this total share")
+    made.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids what was said already")
+    made.add_argument("--seed", type=int, default=0, help="of the draws")
+    made.add_argument("--fused", action="store_true", help="fold the norms first")
+    made.add_argument("--only-new", action="store_true", help="write the continuation without the prompt")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Read the prompt, write the text."""
+    import torch
+    from transformers import TextStreamer
+
+    from slabformer.tasks.language.fusing import fuse_language_model
+    from slabformer.tasks.language.generate import check_prompt, sampling
+
+    options = sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
+    prompt = _prompt(config)
+    model, tokenizer = load(config)
+    if config.fused:
+        model, _ = fuse_language_model(model)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    check_prompt(model, inputs["input_ids"].shape[1], config.max_new_tokens)
+    torch.manual_seed(config.seed)
+    streamer = TextStreamer(tokenizer, skip_prompt=config.only_new, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=config.max_new_tokens, streamer=streamer, **options)
+
+
+def _prompt(config: Namespace) -> str:
+    if (config.prompt is None) == (config.file is None):
+        raise ValueError("give a prompt, or --file, and only one of them; - reads standard input")
+    if config.file is not None:
+        return config.file.read_text(encoding="utf-8").rstrip("\n")
+    return sys.stdin.read().rstrip("\n") if config.prompt == STDIN else config.prompt

@@ -1,0 +1,39 @@
+"""`slab lm import`: the published LLaMA's folder into safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from slabformer.cli.common import console
+from slabformer.cli.lm.common import folder_to_write, quiet_transformers
+from slabformer.cli.lm.fuse import fuse_verified
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab lm import`."""
+    made = ArgumentParser(
+        prog="slab lm import",
+        description="Read a published folder strictly (config.json, pytorch_model.bin; nothing but tensors is "
+        "unpickled) and write it as transformers and slab read it.",
+    )
+    made.add_argument("folder", type=Path, help="what was downloaded from the hub")
+    made.add_argument("--output", type=Path, required=True, help="folder to write")
+    made.add_argument("--fuse", action="store_true", help="fold every norm into its neighbours")
+    made.add_argument("--overwrite", action="store_true", help="replace the model that is there")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Read, fuse where asked, write."""
+    from slabformer.tasks.language.folders import save_model_folder
+    from slabformer.tasks.language.published import import_published
+
+    quiet_transformers()
+    folder_to_write(config.output, config.overwrite)
+    model, tokenizer = import_published(config.folder)
+    saved = fuse_verified(model, untie=False) if config.fuse else model
+    save_model_folder(saved, tokenizer, config.output)
+    parameters = sum(parameter.numel() for parameter in saved.parameters())
+    console().print(f"saved {config.output}: {parameters / 1e6:.2f} M parameters", soft_wrap=True)

@@ -1,0 +1,171 @@
+"""`slab lm`: verbs that go together, mistakes in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from language_models import SIZES, sentences, trained_looking, write_lines
+from reference_files import description, published_state
+from slabformer.cli.main import main
+from slabformer.nn.controls import prepbn_modules
+from slabformer.tasks.language.folders import save_model_folder
+from slabformer.tasks.language.tokens import TokenizerConfig, train_tokenizer
+
+GOLDEN = "llama_prepbn_tiny"
+
+
+def lm(*arguments: object) -> int:
+    return main(["lm", *map(str, arguments)])
+
+
+def saved(folder: Path, gamma: float = 0.0) -> Path:
+    model = trained_looking()
+    for norm in prepbn_modules(model).values():
+        norm.set_gamma(gamma)
+    save_model_folder(model, train_tokenizer(sentences(200), TokenizerConfig(vocab_size=300), 64), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_help_lists_the_verbs_of_the_group(capsys: pytest.CaptureFixture[str]) -> None:
+    from slabformer.cli.lm import VERBS
+
+    assert lm("--help") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: slab lm COMMAND")
+    assert all(f"  {verb} " in printed for verb in VERBS)
+    assert lm() == 2
+    assert lm("trian") == 2
+    assert "unknown command 'trian'; did you mean 'train'? `slab lm --help` lists all" in capsys.readouterr().err
+
+
+def test_a_recipe_makes_a_folder_that_the_other_verbs_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {"model": {**SIZES, "context": 16}, "tokenizer": {"vocab_size": 300}, "steps": 6, "batch_size": 4}
+    recipe |= {"optimizer": {"warmup_steps": 1}, "device": "cpu", "data": {"document": "line"}, "log_every": 3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text, out = write_lines(tmp_path / "text.txt"), tmp_path / "out"
+    train = ("train", "--config", tmp_path / "recipe.yaml", "--data", text, "--output", out)
+    assert lm(*train) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"finished: {out}  perplexity ")
+    assert "step 6/6" in captured.err
+    assert "gamma 0.000" in captured.err
+    assert lm(*train) == 0
+    assert capsys.readouterr().out.startswith(f"already finished: {out}")
+    assert lm("fuse", out, "--output", tmp_path / "fused") == 0
+    shown = capsys.readouterr().out
+    assert "lm_head" in shown
+    assert "5 of 5" in shown
+    assert lm("generate", tmp_path / "fused", "the norm", "--max-new-tokens", 3) == 0
+    assert capsys.readouterr().out.startswith("the norm")
+
+
+def test_fused_and_unfused_texts_are_scored_alike(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = write_lines(tmp_path / "text.txt", 10)
+    losses = []
+    for options in ([], ["--fused"]):
+        assert lm("eval", folder, "--data", text, "--document", "line", "--json", "-", *options) == 0
+        (row,) = json.loads(capsys.readouterr().out)["perplexity"].values()
+        losses.append(row["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert lm("eval", folder, "--data", text) == 0
+    assert "bits/byte" in capsys.readouterr().out
+
+
+def test_the_blend_is_scored_while_gamma_is_above_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = write_lines(tmp_path / "text.txt", 5)
+    assert lm("eval", saved(tmp_path / "model", gamma=0.5), "--data", text, "--json", "-") == 0
+    rows = json.loads(capsys.readouterr().out)["perplexity"]
+    assert list(rows) == ["deployed", "blend, gamma 0.50"]
+    assert rows["deployed"]["loss"] != rows["blend, gamma 0.50"]["loss"]
+
+
+def test_greedy_text_is_the_same_fused_and_from_argument_file_or_stdin(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompt.txt").write_text("a layer of\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("a layer of\n"))
+    greedy = ("--temperature", 0, "--max-new-tokens", 8)
+    texts = []
+    for source in (["a layer of"], ["--file", tmp_path / "prompt.txt"], ["-"], ["a layer of", "--fused"]):
+        assert lm("generate", folder, *source, *greedy) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("a layer of")
+    assert len(texts[0]) > len("a layer of\n")
+    assert set(texts) == {texts[0]}
+    assert lm("generate", folder, "a layer of", "--only-new", *greedy) == 0
+    assert texts[0] == "a layer of" + capsys.readouterr().out
+
+
+def test_draws_follow_the_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        assert lm("generate", folder, "the", "--temperature", 1.5, "--max-new-tokens", 12, "--seed", seed) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["unfused", "fused"])
+def test_the_published_folder_is_imported(fuse: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    (theirs / "config.json").write_text(json.dumps(description(GOLDEN)["config"]))
+    torch.save(published_state(GOLDEN), theirs / "pytorch_model.bin")
+    arguments = ("import", theirs, "--output", ours, *(["--fuse"] if fuse else []))
+    assert lm(*arguments) == 0
+    assert f"saved {ours}" in capsys.readouterr().out
+    assert json.loads((ours / "config.json").read_text())["norm"] == ("folded" if fuse else "prepbn")
+    assert lm(*arguments) == 2
+    assert "holds a model already; give another folder, or --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "nowhere/at/all"], "no text at 'nowhere/at/all'"),
+        (["train", "--model.hiden_size", 3], "unknown option 'model.hiden_size'; did you mean 'model.hidden_size'?"),
+        (["generate", "nowhere", "text"], "no language model at 'nowhere'"),
+        (["generate", "MODEL"], "give a prompt, or --file"),
+        (["generate", "MODEL", "the", "--max-new-tokens", 99], "do not fit the context of 64"),
+        (["generate", "MODEL", "the", "--temperature", -1], "temperature must be 0 or more"),
+        (["eval", "MODEL"], "nothing to evaluate on"),
+        (["eval", "MODEL", "--tasks", "no/quiz.jsonl"], "no task file 'no/quiz.jsonl'"),
+        (["eval", "MODEL", "--data", "pydoc", "--stride", 64], "stride must be in [1, 63]"),
+        (["fuse", "FADING", "--output", "out"], "still holds its RMSNorms (gamma is 0.5)"),
+        (["import", "nowhere", "--output", "out"], "no config.json in 'nowhere'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_cost_one_line(
+    arguments: list[object],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    known: dict[object, object] = {"MODEL": folder}
+    if "FADING" in arguments:
+        known["FADING"] = saved(tmp_path / "fading", gamma=0.5)
+    assert lm(*(known.get(argument, argument) for argument in arguments)) == 2
+    complaint = capsys.readouterr().err.strip()
+    assert message in complaint
+    assert "\n" not in complaint.partition("slab: ")[2]
