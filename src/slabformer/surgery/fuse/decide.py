@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from slabformer.surgery.fuse.pads import find_pads
 from slabformer.surgery.fuse.parts import Part, bias_parts, weight_part
 from slabformer.surgery.fuse.plan import Edit, Plan, Role, Side, Target
 from slabformer.surgery.fuse.ranges import need_range
+from slabformer.surgery.fuse.report import Action
 from slabformer.surgery.fuse.sites import Site, along, channel_labels, site_of
 from slabformer.surgery.fuse.stream import pair, stream_targets
 
@@ -203,7 +204,7 @@ class _Decider:
         weight, name = weight_part(site, trace), self.name_of(site, trace)
         self.owners.need_single(weight.name)
         if site.bias is None:
-            bias = (replace(weight, name=self.owners.new_bias(weight.name), axis=0),)
+            bias: tuple[Part, ...] = (replace(weight, name=self.owners.new_bias(weight.name), axis=0),)
         else:
             bias = bias_parts(site, trace, name)
             for part in bias:
@@ -262,7 +263,11 @@ class _Decider:
 
 
 #: what to try, in this order, and what the report calls it
-WAYS = (("forward", _Decider.forward), ("backward", _Decider.backward), ("forward", _Decider.through_stream))
+WAYS: tuple[tuple[Action, Callable[[_Decider, Norm], tuple[Target, ...]]], ...] = (
+    ("forward", _Decider.forward),
+    ("backward", _Decider.backward),
+    ("forward", _Decider.through_stream),
+)
 
 
 def _has_hooks(module: nn.Module) -> bool:

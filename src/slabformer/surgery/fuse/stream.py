@@ -188,4 +188,4 @@ def _compensated(known: Neighbours, end: End, trace: Trace) -> Iterator[tuple[Ta
 
 
 def _is_sum(node: Node) -> bool:
-    return node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1
+    return node.target is aten.add.Tensor and bool(node.kwargs.get("alpha", 1) == 1)
