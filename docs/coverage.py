@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_subjects import Subject, noise, subjects
+from coverage_subjects import Subject, keys, noise, subject_of
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -250,18 +250,14 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     state: dict[str, Any] = json.loads(STATE.read_text()) if STATE.is_file() else {}
-    version, all_subjects = code_version(), list(subjects())
-    for subject in track(all_subjects, "coverage"):
-        done = state.get(subject.key, {})
-        speed = bool(re.search(options.speed, subject.key))
+    version = code_version()
+    for key in track(keys(), "coverage"):
+        done, speed = state.get(key, {}), bool(re.search(options.speed, key))
         fresh = done.get("version") == version and (not speed or done["row"]["speed"] is not None)
-        if fresh or not re.search(options.only, subject.key):
-            continue
-        row = attempt(subject, speed)
-        state[subject.key] = {"version": version, "row": asdict(row)}
-        write_text(STATE, json.dumps(state, indent=1))
-    rows = [row_of(state[subject.key]["row"]) for subject in all_subjects if subject.key in state]
-    write_text(PAGE, page(rows))
+        if not fresh and re.search(options.only, key):
+            state[key] = {"version": version, "row": asdict(attempt(subject_of(key), speed))}
+            write_text(STATE, json.dumps(state, indent=1))
+    write_text(PAGE, page([row_of(state[key]["row"]) for key in keys() if key in state]))
 
 
 def attempt(subject: Subject, speed: bool) -> Row:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ WORDS = (
 )
 #: image sizes to try until a model takes one
 SIZES = (96, 128, 192, 224, 256)
+#: whether norms stand in front
+ENCODERS = {"TransformerEncoder, norm_first=True": True, "TransformerEncoder, norm_first=False": False}
 IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
@@ -63,41 +65,39 @@ class Subject:
         return f"{self.library}/{self.family}"
 
 
-def subjects(library: str = "") -> Iterator[Subject]:
-    """All of them, or those of one library; which timm families hold a norm shows when they are built."""
-    for made in (_timm_subjects, _transformers_subjects, _torchvision_subjects, _torch_subjects):
-        if library in ("", made.__name__.removeprefix("_").removesuffix("_subjects")):
-            yield from made()
+def keys() -> list[str]:
+    """Library and family of all of them; which timm families hold a norm shows when they are built."""
+    families = {
+        "timm": [module for module in sorted(_registry._module_to_models) if _variants(module)],
+        "transformers": list(TRANSFORMERS),
+        "torchvision": ["vit_b_16", "swin_t", "swin_v2_t", "convnext_tiny", "maxvit_t"],
+        "torch": list(ENCODERS),
+    }
+    return [f"{library}/{family}" for library, names in families.items() for family in names]
 
 
-def _timm_subjects() -> Iterator[Subject]:
-    for module in sorted(_registry._module_to_models):
-        name = smallest(module)
-        if name:
-            yield Subject("timm", module, name, lambda name=name: _timm(name))
+def subject_of(key: str) -> Subject:
+    """One of them."""
+    library, _, family = key.partition("/")
+    if library == "timm":
+        name = smallest(family)
+        return Subject(library, family, name, lambda: _timm(name))
+    if library == "transformers":
+        model, inputs = TRANSFORMERS[family]
+        return Subject(library, family, family, lambda: (model(), (), dict(inputs)))
+    if library == "torchvision":
+        return Subject(library, family, family, lambda: _torchvision(family))
+    return Subject(library, family, family, lambda: _encoder(ENCODERS[family]))
 
 
-def _transformers_subjects() -> Iterator[Subject]:
-    for family, (model, inputs) in TRANSFORMERS.items():
-        yield Subject("transformers", family, family, lambda model=model, inputs=inputs: (model(), (), dict(inputs)))
-
-
-def _torchvision_subjects() -> Iterator[Subject]:
-    for name in ("vit_b_16", "swin_t", "swin_v2_t", "convnext_tiny", "maxvit_t"):
-        yield Subject("torchvision", name, name, lambda name=name: _torchvision(name))
-
-
-def _torch_subjects() -> Iterator[Subject]:
-    for first in (True, False):
-        name = f"TransformerEncoder, norm_first={first}"
-        yield Subject("torch", name, name, lambda first=first: _encoder(first))
+def _variants(module: str) -> list[str]:
+    names = timm.list_models(module=module)
+    return [name for name in names if timm.model_entrypoint(name).__module__.startswith("timm.")]
 
 
 def smallest(module: str) -> str:
     """The variant of a timm module with the fewest parameters among those whose names say that they are small."""
-    names = timm.list_models(module=module)
-    theirs = [name for name in names if timm.model_entrypoint(name).__module__.startswith("timm.")]
-    return min(sorted(theirs, key=_rank)[:4], key=_num_parameters, default="")
+    return min(sorted(_variants(module), key=_rank)[:4], key=_num_parameters)
 
 
 def _rank(name: str) -> tuple[int, int, str]:
