@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 
+from slabformer.cli import bench as bench_cli
 from slabformer.cli.main import main
+from slabformer.deployment.comparison import compare_files
 from small_models import saved
 
 QUICK = ["--no-compile", "--batch-sizes", "2", "--seconds", "0.1"]
@@ -38,19 +41,48 @@ def test_any_model_is_converted_and_is_its_own_twin(tmp_path: Path) -> None:
 
 
 def test_the_twin_can_be_left_out(tmp_path: Path) -> None:
-    found = bench(tmp_path / "out", "slab_deit_micro", "--twin", "none")
+    found = bench(tmp_path / "out", "slab_deit_micro", "--against", "none")
     assert [row["variant"] for row in found["measurements"]] == ["as given", "fused", "ceiling"]
     assert all(row["over_twin"] is None for row in found["measurements"])
+
+
+def zoo(folder: Path, *arguments: str) -> list[dict[str, str]]:
+    assert main(["bench", "--models", *arguments, *QUICK, "--output", str(folder)]) == 0
+    with (folder / "bench.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_many_models_make_one_table_and_are_measured_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = zoo(tmp_path, "slab_deit_micro", "deit_micro_prepbn", "--against", "twin")
+    assert {row["model"] for row in first} == {"slab_deit_micro", "deit_micro_prepbn"}
+    assert {row["variant"] for row in first} == {"as given", "fused", "LayerNorm twin", "ceiling"}
+    assert "fused over twin" in (tmp_path / "bench.md").read_text()
+    assert "slab_deit_micro" in capsys.readouterr().out
+    monkeypatch.setattr(bench_cli, "compare", lambda *_, **__: pytest.fail("measured again"))
+    assert zoo(tmp_path, "slab_deit_micro") == first
+
+
+def test_a_report_reads_the_table(tmp_path: Path) -> None:
+    zoo(tmp_path, "slab_deit_micro")
+    (pair,) = compare_files([tmp_path / "bench.csv"]).pairs
+    assert pair.fused.model == "slab_deit_micro"
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["slab_deit_micro", "--twin", "deit_micr"], "did you mean 'deit_micro'?"),
+        (["slab_deit_micro", "--against", "deit_micr"], "did you mean 'deit_micro'?"),
         (["slab_deit_micro", "--batch-sizes", "0"], "at least 1"),
         (["slab_deit_micro", "--device", "cuda:99"], "no device 'cuda:99' here"),
+        ([], "give one model, or several with --models"),
+        (["slab_deit_micro", "--models", "slab_*"], "give one model, or several with --models"),
+        (["--models", "slab_dit_micro"], "did you mean 'slab_deit_micro'?"),
+        (["--models", "slab_deit_micro", "--against", "deit_micr"], "did you mean 'deit_micro'?"),
+        (["--models", "slab_deit_micro", "--pretrained"], "are for one model"),
     ],
-    ids=["unknown-twin", "batch-size", "device"],
+    ids=["unknown-twin", "batch-size", "device", "none", "both", "pattern", "zoo-twin", "zoo-weights"],
 )
 def test_mistakes_are_one_line(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from slabformer.deployment.measure import count_macs
-from slabformer.deployment.variants import Compiled, ProjectionsOnly, ceiling_of, twin_name
+from slabformer.deployment.variants import Compiled, ProjectionsOnly, ceiling_of
+from slabformer.models.published import BY_MODEL
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Folded
 from small_models import images, trained_looking
@@ -50,25 +51,28 @@ def test_ceiling_knows_timms_other_attentions(name: str) -> None:
     assert not any(isinstance(module, nn.LayerNorm) for module in ceiling.modules())
 
 
+@pytest.mark.parametrize("name", sorted(name for name in BY_MODEL if timm.is_model(name)))
+def test_every_model_of_the_zoo_has_a_ceiling_that_costs_less(name: str) -> None:
+    with torch.device("meta"):
+        model, image = timm.create_model(name, num_classes=3).eval(), torch.empty(1, 3, 224, 224)
+    ceiling = ceiling_of(model)
+    assert ceiling(image).shape == (1, 3)
+    blocks = sum(type(module).__name__.endswith("Block") for module in model.modules())
+    assert sum(isinstance(module, ProjectionsOnly) for module in ceiling.modules()) == blocks
+    assert not any(isinstance(module, (PRepBN, RepBN)) for module in ceiling.modules())
+    assert count_macs(ceiling, (image,)) < count_macs(model, (image,))
+
+
+def test_reduced_keys_and_values_are_projected_for_as_many_tokens() -> None:
+    attention = timm.create_model("pvt_v2_b0").stages[0].blocks[0].attn
+    tokens, width = torch.randn(1, 56 * 56, 32), 32
+    macs = count_macs(ProjectionsOnly(attention), (tokens,))
+    assert macs == width * width * (2 * 56 * 56 + 2 * 7 * 7)
+
+
 def test_a_model_without_attention_has_no_ceiling() -> None:
     with pytest.raises(ValueError, match="no attention with proj and qkv"):
         ceiling_of(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)))
-
-
-@pytest.mark.parametrize(
-    ("model", "twin"),
-    [
-        ("slab_deit_tiny", "deit_tiny_patch16_224"),
-        ("deit_small_prepbn", "deit_small_patch16_224"),
-        ("slab_deit_micro", "deit_micro"),
-        ("slab_swin_tiny", "swin_tiny_patch4_window7_224"),
-        ("slab_pvt_v2_b0", "pvt_v2_b0"),
-        ("pvt_tiny_prepbn", None),
-        ("vit_tiny_patch16_224", None),
-    ],
-)
-def test_twins_are_found_by_name(model: str, twin: str | None) -> None:
-    assert twin_name(model) == twin
 
 
 @pytest.mark.slow

@@ -1,32 +1,54 @@
-"""`slab bench`: speed of a model, fused and not, beside its LayerNorm twin and its ceiling."""
+"""`slab bench`: speed of a model, or of many, fused and not, beside LayerNorm twin and ceiling."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from rich.console import Console
+from rich.markdown import Markdown
 from torch import nn
 
 import slabformer as sf
 from slabformer.cli.common import add_model_options, available_device, console, example_images, load, needs_weights
+from slabformer.cli.data import ExamplesFormatter
+from slabformer.cli.list import chosen
 from slabformer.deployment.bench import compare
-from slabformer.deployment.variants import twin_name
+from slabformer.deployment.measure import Machine, num_threads
+from slabformer.deployment.report import BenchReport
+from slabformer.deployment.zoo import ZooTable, to_markdown
+from slabformer.models.registry import twin_of
 from slabformer.nn.controls import prepbn_modules
-from slabformer.tasks.saved_model import ModelInfo, create_model
+from slabformer.tasks.saved_model import ModelInfo, check_model_name, create_model
+
+ZOO_FOLDER = Path("benchmarks/results/zoo")
+#: what decides how a model is measured; a table's rows stand for runs with the same
+SETTINGS = ("against", "convert", "batch_sizes", "compile", "seconds", "input_size")
+#: arguments of our models that the models they replace do not take
+OWN_ARGUMENTS = ("norm", "norm_layer", "norm_eps", "attention")
+EXAMPLES = """examples:
+  slab bench slab_deit_tiny --threads 1 --batch-sizes 1 8 --output runs/bench
+  slab bench vit_tiny_patch16_224 --convert --no-compile
+  slab bench --models 'slab_*' --against twin --threads 1 --batch-sizes 8
+"""
 
 
 def parser() -> ArgumentParser:
     """Options of `slab bench`."""
     made = ArgumentParser(
         prog="slab bench",
-        description="Time a model as given, fused, its LayerNorm twin and its ceiling (norms and attention deleted), "
-        "in turns in one process; a model without weights gets random ones.",
+        description="Time a model as given, fused, its LayerNorm twin and its ceiling (norms and attention deleted),\n"
+        "in turns in one process; a model without weights gets random ones. With --models, many into one table:\n"
+        "models that are in it, measured alike, are left out, and one that breaks is a row with its error.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
     )
-    add_model_options(made)
+    add_model_options(made, required=False)
+    made.add_argument("--models", type=str, nargs="+", default=[], help="of ours, by name or pattern: 'slab_*'")
+    made.add_argument("--against", type=str, default="twin", help="twin, none, or a LayerNorm model that timm knows")
     made.add_argument("--convert", action="store_true", help="first replace the model's LayerNorms; it is its own twin")
-    made.add_argument("--twin", type=str | None, help="LayerNorm model in timm; guessed for ours, 'none' for none")
     made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     made.add_argument("--threads", type=int | None, help="torch's threads on a CPU; all cores by default")
     made.add_argument(
@@ -34,42 +56,90 @@ def parser() -> ArgumentParser:
     )
     made.add_argument("--seconds", type=float, default=20.0, help="of measuring for each batch size")
     made.add_argument("--device", type=str, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
-    made.add_argument("--output", type=Path | None, help="folder for bench.csv, bench.json and bench.png")
+    made.add_argument(
+        "--output", type=Path | None, help=f"folder for bench.csv and more; {ZOO_FOLDER} by default with --models"
+    )
     return made
 
 
 def run(config: Namespace) -> None:
-    """Measure, print, write."""
+    """Measure, print, write.
+
+    Raises:
+        ValueError: If a model and patterns are given, or neither, or no model matches.
+    """
+    if (config.model is None) == (not config.models):
+        raise ValueError("give one model, or several with --models 'slab_*'")
     device = available_device(config.device)
+    output = console()
+    with Console(stderr=True).status("loading") as status:
+        if config.models:
+            table = _zoo(config, device, status.update)
+            shown, written = Markdown(to_markdown(table.rows)), [table.path, table.markdown]
+        else:
+            report = measure(config, device, status.update)
+            shown, written = report.table(), [] if config.output is None else report.write(config.output)
+    output.print(shown)
+    if written:
+        output.print("wrote", *map(str, written), soft_wrap=True)
+
+
+def measure(config: Namespace, device: torch.device, progress: Callable[[str], None]) -> BenchReport:
+    """The report of the one model that the options describe.
+
+    Raises:
+        ValueError: If the model or what it is held against is unknown.
+    """
     model, info = load(config)
     twin = _twin(config, info)
     if config.convert:
         sf.convert_norms_(model)
     if needs_weights(config):
         _as_if_trained(model)
-    with Console(stderr=True).status("loading") as status:
-        report = compare(
-            model.to(device).eval(),
-            example_images(info, batch_size=min(8, max(config.batch_sizes))).to(device),
-            twin=None if twin is None else twin.to(device).eval(),
-            batch_sizes=config.batch_sizes,
-            threads=config.threads,
-            compiled=config.compile,
-            seconds=config.seconds,
-            name=info.model,
-            progress=status.update,
-        )
-    output = console()
-    output.print(report.table())
-    if config.output is not None:
-        output.print("wrote", *map(str, report.write(config.output)), soft_wrap=True)
+    return compare(
+        model.to(device).eval(),
+        example_images(info, batch_size=min(8, max(config.batch_sizes))).to(device),
+        twin=None if twin is None else twin.to(device).eval(),
+        batch_sizes=config.batch_sizes,
+        threads=config.threads,
+        compiled=config.compile,
+        seconds=config.seconds,
+        name=info.model,
+        progress=progress,
+    )
+
+
+def _zoo(config: Namespace, device: torch.device, progress: Callable[[str], None]) -> ZooTable:
+    """The table of all models that match, those that were missing measured."""
+    if config.checkpoint is not None or config.pretrained:
+        raise ValueError("--checkpoint and --pretrained are for one model; speeds do not hang on weights")
+    if min(config.batch_sizes, default=0) < 1:
+        raise ValueError(f"batch_sizes must be at least 1 each, got {config.batch_sizes}")
+    if config.against not in ("twin", "none"):
+        check_model_name(config.against)
+    names = list(dict.fromkeys(name for pattern in config.models for name in chosen(pattern)))
+    with num_threads(config.threads):
+        machine = Machine.here(device)
+    settings = " ".join(f"{name}={config[name]}".replace(" ", "") for name in SETTINGS)
+    table = ZooTable(config.output or ZOO_FOLDER, machine, settings)
+
+    def one(name: str) -> BenchReport:
+        place = f"{name} ({names.index(name) + 1} of {len(names)})"
+        alone = config.clone()
+        alone.model = name
+        return measure(alone, device, lambda what: progress(f"{place}: {what}"))
+
+    table.measure(names, one)
+    return table
 
 
 def _twin(config: Namespace, info: ModelInfo) -> nn.Module | None:
-    name = config.twin or (info.model if config.convert else twin_name(info.model))
+    guess = info.model if config.convert else twin_of(info.model)
+    name = guess if config.against == "twin" else config.against
     if name in (None, "none"):
         return None
-    return create_model(name, **{key: value for key, value in info.model_args.items() if not key.startswith("norm_")})
+    arguments = {key: value for key, value in info.model_args.items() if key not in OWN_ARGUMENTS}
+    return create_model(name, **arguments)
 
 
 @torch.no_grad()

@@ -27,9 +27,12 @@ def console() -> Console:
     return made if made.is_terminal else Console(width=PIPE_WIDTH)
 
 
-def add_model_options(parser: ArgumentParser) -> None:
+def add_model_options(parser: ArgumentParser, *, required: bool = True) -> None:
     """``MODEL`` and all that says which weights and input size it has."""
-    parser.add_argument("model", type=str, help=MODEL_HELP)
+    if required:
+        parser.add_argument("model", type=str, help=MODEL_HELP)
+    else:
+        parser.add_argument("model", type=str | None, nargs="?", help=MODEL_HELP)
     parser.add_argument("--checkpoint", type=Path | None, help="published weights (.pth) for a model given by name")
     parser.add_argument("--pretrained", action="store_true", help="fetch the released weights of a named model")
     parser.add_argument("--input-size", type=int | None, help="height and width of its images, if not its own")

@@ -129,7 +129,10 @@ def _read(path: Path) -> list[Row]:
     missing = [name for name in COLUMNS if not rows or rows[0].get(name) is None]
     if missing:
         raise ValueError(f"{path} is no benchmark of `slab bench`: it lacks {', '.join(missing)}")
-    return rows
+    measured = [row for row in rows if not row.get("error")]
+    if not measured:
+        raise ValueError(f"{path} holds no model that could be measured; see its column `error`")
+    return measured
 
 
 def _common(models: Mapping[str, Sequence[Row]], mode: Mode | None, batch_size: int | None) -> tuple[Mode, int]:

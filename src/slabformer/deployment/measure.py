@@ -69,6 +69,10 @@ class Machine:
         """For JSON."""
         return asdict(self)
 
+    def columns(self) -> dict[str, object]:
+        """For one row of a table: the versions in one cell."""
+        return self.to_dict() | {"versions": " ".join(f"{name}={version}" for name, version in self.versions.items())}
+
 
 @contextmanager
 def num_threads(threads: int | None) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -141,10 +141,17 @@ class BenchReport:
         save(speed_bars(self), paths[2])
         return paths
 
+    def rows(self) -> list[dict[str, object]]:
+        """The measurements as flat rows with the columns of :func:`columns`."""
+        where = {"model": self.model, **self.machine.columns()}
+        return [asdict(row) | where for row in self]
+
     def _write_rows(self, file: TextIO) -> None:
-        where = {"model": self.model, **self.machine.to_dict()}
-        where["versions"] = " ".join(f"{name}={version}" for name, version in self.machine.versions.items())
-        rows = [asdict(row) | where for row in self]
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=columns())
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(self.rows())
+
+
+def columns() -> list[str]:
+    """Of the CSV files."""
+    return [*(field.name for field in fields(Measurement)), "model", *(field.name for field in fields(Machine))]

@@ -1,8 +1,9 @@
-"""What a model is held against: its LayerNorm twin, its ceiling, and the compiled form of each."""
+"""What a model is held against: its ceiling, and the compiled form of each."""
 
 from __future__ import annotations
 
 import copy
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slabformer._extras import require
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
 from slabformer.surgery.convert import recognise
-
-#: what timm appends to the names of the models that ours replace
-TWIN_SUFFIXES = ("", "_patch16_224", "_patch4_window7_224")
 
 
 class ProjectionsOnly(nn.Module):
@@ -24,20 +21,29 @@ class ProjectionsOnly(nn.Module):
 
     Args:
         attention: Holds ``proj`` and either ``qkv`` or ``q`` and ``kv``, as in timm's models and ours; its own
-            reduction of keys and values (``sr``) goes too.
+            reduction of keys and values (``sr``) goes too, and with it the tokens that it took away.
     """
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
         assert isinstance(attention.proj, nn.Linear)
         self.proj = attention.proj
-        self.inputs = nn.ModuleList(getattr(attention, name) for name in ("qkv", "q", "kv") if hasattr(attention, name))
+        self.input = attention.qkv if hasattr(attention, "qkv") else attention.q
+        self.reduced = getattr(attention, "kv", None)
+        reduction = getattr(attention, "sr", None)
+        self.reduction = math.prod(reduction.stride) if isinstance(reduction, nn.Conv2d) else 1
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """``(B, N, C)`` to the same: the projection of the values, plus the queries where those stand alone."""
+        """``(B, ..., C)`` to the same: the projection of the values, plus the queries where those stand alone."""
         width = self.proj.in_features
-        first, *others = (project(x)[..., -width:] for project in self.inputs)
-        return self.proj(sum(others, first))
+        first = self.input(x)[..., -width:]
+        if self.reduced is None:
+            return self.proj(first)
+        tokens = x.flatten(1, -2)
+        values = self.reduced(tokens[:, : max(1, tokens.shape[1] // self.reduction)])[..., -width:]
+        if self.reduction == 1:
+            return self.proj(first + values.view_as(first))
+        return self.proj(first + values.mean(1).view(len(x), *[1] * (x.ndim - 2), width))
 
 
 def ceiling_of(model: nn.Module) -> nn.Module:
@@ -57,18 +63,6 @@ def ceiling_of(model: nn.Module) -> nn.Module:
             f"no attention with proj and qkv, or proj, q and kv, in {type(model).__name__}: no ceiling to measure"
         )
     return ceiling
-
-
-def twin_name(model: str) -> str | None:
-    """What timm calls the LayerNorm model that ``model`` of ours replaces: "slab_deit_tiny", "deit_tiny_patch16_224".
-
-    None when it is none of ours, or timm has no such model.
-    """
-    bare = model.removeprefix("slab_").removesuffix("_prepbn")
-    if bare == model:
-        return None
-    is_model = require("timm", extra="vision").is_model
-    return next((bare + suffix for suffix in TWIN_SUFFIXES if is_model(bare + suffix)), None)
 
 
 class Compiled(nn.Module):
