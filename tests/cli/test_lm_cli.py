@@ -15,6 +15,7 @@ from reference_files import description, published_state
 from slabformer.cli.main import main
 from slabformer.nn.controls import prepbn_modules
 from slabformer.tasks.language.folders import save_model_folder
+from slabformer.tasks.language.fusing import fuse_language_model
 from slabformer.tasks.language.tokens import TokenizerConfig, train_tokenizer
 
 GOLDEN = "llama_prepbn_tiny"
@@ -169,3 +170,24 @@ def test_mistakes_cost_one_line(
     complaint = capsys.readouterr().err.strip()
     assert message in complaint
     assert "\n" not in complaint.partition("slab: ")[2]
+
+
+def test_bench_prints_every_form_of_a_folder_and_of_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, recipe = tmp_path / "model", tmp_path / "tiny.yaml"
+    save_model_folder(trained_looking(max_position_embeddings=80), None, folder)
+    recipe.write_text(yaml.safe_dump({"model": {**SIZES, "context": 80}, "tokenizer": {"vocab_size": 300}}))
+    options = ("--batch-sizes", 1, "--prompt-tokens", 4, "--seconds", 0, "--no-compile", "--threads", 1)
+    for model in (folder, recipe):
+        assert lm("bench", model, *options, "--output", tmp_path / "out") == 0
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in ("RMSNorm twin", "as given", "fused", "ceiling", model.stem))
+    assert (tmp_path / "out" / "decode.csv").exists()
+
+
+def test_bench_refuses_a_fused_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fused, _ = fuse_language_model(trained_looking())
+    save_model_folder(fused, None, tmp_path)
+    assert lm("bench", tmp_path, "--prompt-tokens", 4) == 2
+    assert "this model is fused already; give the one it was fused from" in capsys.readouterr().err

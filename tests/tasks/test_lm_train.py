@@ -17,12 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import slabformer as sf
 from language_models import SIZES, sentences, tiny_config, tokens
+from slabformer.cli.lm.train import parser, to_train_config
 from slabformer.models.llama import SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.engine.nonfinite import NonFiniteError
 from slabformer.tasks.engine.signals import StoppedError
+from slabformer.tasks.language.build import config_of_model
 from slabformer.tasks.language.config import GammaConfig, ModelConfig, RecalibrateConfig, TrainConfig
 from slabformer.tasks.language.corpus import DataConfig
+from slabformer.tasks.language.text import read_text
 from slabformer.tasks.language.tokens import TokenizerConfig
 from slabformer.tasks.language.train import train
 from slabformer.tasks.language.trainer import LanguageTrainer
@@ -146,8 +149,6 @@ def test_recalibration_takes_the_population_of_the_training_blocks(tmp_path: Pat
     config = tiny_config(tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(train(config).output)
     before = {name: norm.running_mean.clone() for name, norm in repbn_modules(model).items()}
-    from slabformer.tasks.language.text import read_text
-
     train_blocks = read_text(config).train
     batch = {name: torch.stack([block[name] for block in train_blocks]) for name in ("input_ids", "position_ids")}
     sf.recalibrate_(model, [{**batch, "use_cache": False}])
@@ -182,9 +183,10 @@ def test_a_nan_ends_the_run_and_names_its_origin(tmp_path: Path, monkeypatch: py
         ({"data": DataConfig(path="EMPTY")}, "holds no text"),
         ({"model": ModelConfig(**SIZES, context=16, vocab_size=280)}, "a vocabulary of 280"),
         ({"model": ModelConfig(**SIZES, context=4096)}, "fewer than one block of 4096"),
+        ({"model": ModelConfig(hidden_size=30, num_attention_heads=2)}, "hidden_size must be a multiple of twice the 2 heads"),
         ({"gamma": GammaConfig(warmup=0.5, fade=0.8)}, "schedule would end after training"),
     ],
-    ids=["empty", "vocabulary", "short", "gamma"],
+    ids=["empty", "vocabulary", "short", "heads", "gamma"],
 )
 def test_mistakes_are_told_before_training(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
@@ -216,17 +218,10 @@ def test_a_document_longer_than_the_context_is_split(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["llama_micro_prepbn", "llama_10m_prepbn", "llama_350m_prepbn"])
 def test_a_recipe_is_read_and_its_model_can_be_built(recipe: str) -> None:
-    from slabformer.cli.lm.train import parser, to_train_config
-
     path = Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml"
     config = to_train_config(parser().parse_args(["--config", str(path)]))
     given = yaml.safe_load(path.read_text())
     assert config.steps == given["steps"]
-    from slabformer.models.llama import SlabLlamaConfig
-
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    settings = {name: getattr(config.model, name) for name in sizes} | config.model.args
-    vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
     with torch.device("meta"):
-        made = SlabLlamaForCausalLM(SlabLlamaConfig(vocab_size=vocab_size, **settings))
+        made = SlabLlamaForCausalLM(config_of_model(config.model, config.tokenizer.vocab_size))
     assert len(prepbn_modules(made)) == 2 * config.model.num_hidden_layers + 1

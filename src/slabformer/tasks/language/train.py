@@ -14,11 +14,12 @@ import torch.distributed as dist
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import slabformer as sf
-from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
+from slabformer.models.llama import SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.engine.seeds import reseed
 from slabformer.tasks.engine.signals import StopSignals
 from slabformer.tasks.language.bigram import bigram_perplexity
+from slabformer.tasks.language.build import config_of_model
 from slabformer.tasks.language.callback import ProgressiveCallback
 from slabformer.tasks.language.config import TrainConfig
 from slabformer.tasks.language.folders import LanguageRunFolder, save_model_folder
@@ -78,20 +79,13 @@ def build_model(config: TrainConfig, text: TrainingText) -> SlabLlamaForCausalLM
     Raises:
         ValueError: If its sizes do not go together.
     """
-    made, tokenizer = config.model, text.tokenizer
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "norm", "norm_start")
+    tokenizer = text.tokenizer
     settings = {
-        **{name: getattr(made, name) for name in sizes},
-        "vocab_size": made.vocab_size or len(tokenizer),
-        "max_position_embeddings": made.context,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": False,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
         # with a cache transformers does not see where documents end
         "use_cache": False,
     }
-    model = SlabLlamaForCausalLM(SlabLlamaConfig(**settings | made.args))
+    model = SlabLlamaForCausalLM(config_of_model(config.model, len(tokenizer), **settings))
     if config.checkpoint_activations:
         model.gradient_checkpointing_enable()
     return model

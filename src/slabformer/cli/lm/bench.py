@@ -1,0 +1,120 @@
+"""`slab lm bench`: how fast a language model writes, fused and not, beside its RMSNorm twin and its ceiling."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from rich.console import Console
+
+import slabformer as sf
+from slabformer.cli.common import console
+from slabformer.cli.data import ExamplesFormatter
+from slabformer.cli.lm.common import available_accelerator, quiet_transformers
+from slabformer.deployment.report import Variant
+from slabformer.nn.controls import prepbn_modules, repbn_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXAMPLES = """examples:
+  slab lm bench runs/llama_micro_prepbn
+  slab lm bench recipes/llama_350m_prepbn.yaml --threads 1 --no-compile
+  slab lm bench recipes/llama_350m_prepbn.yaml --device cuda --bf16
+"""
+RECIPE = (".yaml", ".yml")
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab lm bench`."""
+    made = ArgumentParser(
+        prog="slab lm bench",
+        description="Time reading a prompt and writing tokens: a model as given, fused, its RMSNorm twin and its "
+        "ceiling (norms deleted), in turns in one process.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+    )
+    made.add_argument("model", type=str, help="a folder or hub name, or a recipe (.yaml): random weights of its sizes")
+    made.add_argument("--device", type=str, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
+    made.add_argument("--bf16", action="store_true", help="weights and arithmetic in bfloat16")
+    made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="texts at once")
+    made.add_argument("--prompt-tokens", type=int, default=128, help="length of the prompt")
+    made.add_argument("--threads", type=int | None, help="torch's threads on a CPU; all cores by default")
+    made.add_argument(
+        "--compile", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="also under torch.compile"
+    )
+    made.add_argument("--seconds", type=float, default=20.0, help="of measuring, for prompts and for tokens each")
+    made.add_argument("--output", type=Path | None, help="folder for decode.csv and decode.json")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Measure, print, write."""
+    from slabformer.deployment.decode import compare_decoding
+
+    quiet_transformers()
+    device = available_accelerator(config.device)
+    with Console(stderr=True).status("loading") as status:
+        report = compare_decoding(
+            _variants(_model(config.model).to(device, torch.bfloat16 if config.bf16 else torch.float32)),
+            batch_sizes=config.batch_sizes,
+            prompt_tokens=config.prompt_tokens,
+            threads=config.threads,
+            compiled=config.compile,
+            seconds=config.seconds,
+            name=Path(config.model).stem,
+            progress=status.update,
+        )
+    output = console()
+    output.print(report.table())
+    if config.output is not None:
+        output.print("wrote", *map(str, report.write(config.output)), soft_wrap=True)
+
+
+def _model(given: str) -> PreTrainedModel:
+    """The model of a folder, or one with random weights, as large as a recipe says."""
+    from slabformer.tasks.language.folders import load_model_folder
+
+    if Path(given).suffix not in RECIPE:
+        return load_model_folder(given)
+    from slabformer.cli.lm.train import parser as recipe_options
+    from slabformer.cli.lm.train import to_train_config
+    from slabformer.models.llama import SlabLlamaForCausalLM
+    from slabformer.tasks.language.build import config_of_model
+
+    recipe = to_train_config(recipe_options().parse_args(["--config", given]))
+    vocab_size = recipe.model.vocab_size or recipe.tokenizer.vocab_size
+    model = SlabLlamaForCausalLM(config_of_model(recipe.model, vocab_size)).eval()
+    sf.testing.randomize_norms_(model)
+    return model
+
+
+@torch.no_grad()
+def _variants(model: PreTrainedModel) -> dict[Variant, PreTrainedModel]:
+    """The forms to compare: of a model that has RMSNorms it is the twin, and its converted copy "as given"."""
+    from slabformer.deployment.decode import without_norms
+    from slabformer.tasks.language.fusing import fuse_language_model
+
+    twin = _twin(model)
+    if not repbn_modules(model):
+        model = copy.deepcopy(model)
+        sf.convert_norms_(model)
+    for norm in prepbn_modules(model).values():
+        norm.set_gamma(0.0)
+    model.eval()
+    fused, _ = fuse_language_model(model)
+    return {"LayerNorm twin": twin, "as given": model, "fused": fused, "ceiling": without_norms(model)}
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    from slabformer.models.llama import SlabLlamaConfig
+
+    if not isinstance(model.config, SlabLlamaConfig):
+        return model
+    if model.config.norm == "folded":
+        raise ValueError("this model is fused already; give the one it was fused from")
+    settings = {**model.config.to_dict(), "norm": "rmsnorm"}
+    return type(model)(SlabLlamaConfig(**settings)).to(model.device, model.dtype).eval()
