@@ -1,10 +1,14 @@
 import csv
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from image_folders import fill_classes, fill_splits
+from image_folders import fill_classes, fill_splits, picture
 from saved_digits import digits_model, save_digits_model
 from slabformer.cli.main import main
 from slabformer.tasks.classification.data import AugmentConfig, DataConfig, create_loader
@@ -48,6 +52,46 @@ def test_fused_is_as_good(model_file: str, tmp_path: Path) -> None:
     assert main(["eval", model_file, "--data", "digits", "--fused", "--json", str(tmp_path / "r.json")]) == 0
     figures = json.loads((tmp_path / "r.json").read_text())["fused"]
     assert figures["loss"] == pytest.approx(by_hand().loss, rel=1e-4)
+
+
+def test_real_labels_have_a_column_of_their_own(
+    model_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for digit in range(10):
+        (tmp_path / "val" / str(digit)).mkdir(parents=True)
+        picture(digit).save(tmp_path / "val" / str(digit) / f"{digit}.png")
+    (tmp_path / "real.json").write_text(json.dumps([list(range(10))] * 9 + [[]]))
+    result = tmp_path / "result.json"
+    arguments = ["--data", str(tmp_path), "--real-labels", str(tmp_path / "real.json"), "--num-workers", "0"]
+    assert main(["eval", model_file, *arguments, "--json", str(result)]) == 0
+    assert "real top-1 %" in capsys.readouterr().out
+    figures = json.loads(result.read_text())["deployed"]
+    assert (figures["real_top1"], figures["real_images"], figures["images"]) == (1.0, 9, 10)
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_image_once_and_print_once(model_file: str, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "slabformer.cli.main", "eval", model_file, "--data", "digits", "--device", "cpu"]
+    command += ["--batch-size", "50", "--per-class", str(tmp_path / "rows.csv"), "--json", str(tmp_path / "r.json")]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert ["slab_deit_micro on digits" in text for text in printed] == [True, False]
+    figures, expected = json.loads((tmp_path / "r.json").read_text())["deployed"], by_hand()
+    assert (figures["images"], figures["top1"]) == (360, pytest.approx(expected.top1))
+    assert figures["loss"] == pytest.approx(expected.loss, rel=1e-5)
 
 
 def test_the_blend_is_shown_while_gamma_is_above_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 from torch import nn
@@ -27,6 +30,9 @@ from slabformer.nn.controls import prepbn_modules
 from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.data import Loader, create_loader
 from slabformer.tasks.classification.evaluate import ClassResult, EvalResult, evaluate
+from slabformer.tasks.classification.real_labels import NumberedSource, RealLabels
+from slabformer.tasks.classification.sources import open_source
+from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.files import replaced
 from slabformer.tasks.saved_model import ModelInfo
 
@@ -36,6 +42,8 @@ EXAMPLES = """examples:
   slab eval runs/digits/model.safetensors --data digits --fused --per-class classes.csv
   slab eval slab_deit_tiny --pretrained --data /data/imagenet --batch-size 256
   slab eval slab_deit_tiny --checkpoint slab_deit_tiny.pth --data wds//data/imagenet-wds --json result.json
+  slab eval slab_deit_tiny --pretrained --data /data/imagenet --real-labels real.json
+  torchrun --nproc-per-node 8 -m slabformer.cli.main eval model.safetensors --data /data/imagenet
 """
 
 
@@ -52,39 +60,85 @@ def parser() -> ArgumentParser:
     add_device_option(made)
     made.add_argument("--fused", action="store_true", help="fold the norms before evaluating")
     made.add_argument("--per-class", type=Path | None, help="also write every class's accuracy to this CSV file")
+    made.add_argument(
+        "--real-labels",
+        type=Path | None,
+        help="also hold top-1 against several right classes an image: JSON, a list of classes for each image, in the "
+        "order of file names (ImageNet-ReaL's real.json)",
+    )
     made.add_argument("--json", type=Path | None, help="also write the figures as JSON; - for standard output alone")
     return made
 
 
 def run(config: Namespace) -> None:
-    """Evaluate and print a table."""
+    """Evaluate and print a table; under torchrun every process takes its share, and the first one prints."""
+    accelerator = _accelerator(config)
+    try:
+        _run(config, accelerator)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _run(config: Namespace, accelerator: Any) -> None:
+    is_main = accelerator is None or accelerator.is_main_process
     model, info = load_trained(config)
     data = data_of(config, info, "validation")
+    source = open_source(data, "validation")
+    real = None if config.real_labels is None else RealLabels.load(config.real_labels, source)
     loader = create_loader(
-        data, AugmentConfig(), "validation", batch_size=config.batch_size, seed=0, num_workers=config.num_workers
+        data,
+        AugmentConfig(),
+        "validation",
+        batch_size=config.batch_size,
+        seed=0,
+        num_workers=config.num_workers,
+        rank=0 if accelerator is None else accelerator.process_index,
+        world_size=1 if accelerator is None else accelerator.num_processes,
+        source=source if real is None else NumberedSource(source),
     )
-    _compare_names(info, loader)
+    if is_main:
+        _compare_names(info, loader)
     if config.fused and not info.fused:
         images = example_images(info, batch_size=2).to(next(model.parameters()).device)
         model, _ = sf.fuse(model, images)
-    results = dict(_evaluate(model, loader, "fused" if config.fused or info.fused else "deployed", config.per_class))
-    deployed = next(iter(results.values()))
-    if config.json != STDOUT:
-        console().print(_table(f"{info.model} on {config.data}", results))
-    write_json(config.json, {form: result.to_dict() for form, result in results.items()})
-    if config.per_class is not None and deployed.per_class is not None:
-        write_classes(config.per_class, deployed.per_class)
+    form = "fused" if config.fused or info.fused else "deployed"
+    options = {"per_class": config.per_class is not None, "real": real, "accelerator": accelerator}
+    results = dict(_evaluate(model, loader, form, options))
+    if is_main:
+        _tell(config, f"{info.model} on {config.data}", results)
 
 
-def _evaluate(model: nn.Module, loader: Loader, form: str, per_class: Path | None) -> Iterator[tuple[str, EvalResult]]:
-    total = loader.order.count
+def _accelerator(config: Namespace) -> Any:
+    """accelerate's, where torchrun started several processes; they then run on its devices."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    if config.device not in ("auto", "cpu"):
+        raise ValueError(f"several processes take a device each; use --device auto or cpu, not {config.device!r}")
+    accelerator = create_accelerator(device=config.device)
+    config.device = str(accelerator.device)
+    return accelerator
+
+
+def _evaluate(model: nn.Module, loader: Loader, form: str, options: dict[str, Any]) -> Iterator[tuple[str, EvalResult]]:
+    total = -(-loader.order.count // loader.order.world_size)
     with progress_bar("evaluate", total) as advance:
-        yield form, evaluate(model, loader, per_class=per_class is not None, progress=advance)
+        yield form, evaluate(model, loader, progress=advance, **options)
     norms = list(prepbn_modules(model).values())
     if any(norm.phase != "done" for norm in norms):
         gamma = max(float(norm.gamma) for norm in norms)
         with sf.blended(model), progress_bar("blend", total) as advance:
-            yield f"blend, gamma {gamma:.2f}", evaluate(model, loader, progress=advance)
+            yield f"blend, gamma {gamma:.2f}", evaluate(model, loader, progress=advance, **options)
+
+
+def _tell(config: Namespace, title: str, results: dict[str, EvalResult]) -> None:
+    """Print and write the results."""
+    if config.json != STDOUT:
+        console().print(_table(title, results))
+    write_json(config.json, {form: result.to_dict() for form, result in results.items()})
+    deployed = next(iter(results.values()))
+    if config.per_class is not None and deployed.per_class is not None:
+        write_classes(config.per_class, deployed.per_class)
 
 
 def _compare_names(info: ModelInfo, loader: Loader) -> None:
@@ -102,12 +156,13 @@ def _compare_names(info: ModelInfo, loader: Loader) -> None:
 def _table(title: str, results: dict[str, EvalResult]) -> Table:
     table = Table(title=title)
     table.add_column("form")
-    for heading in ("top-1 %", "top-5 %", "loss", "images", "images/s"):
+    real = any(result.real_images is not None for result in results.values())
+    for heading in ("top-1 %", *(["real top-1 %"] if real else []), "top-5 %", "loss", "images", "images/s"):
         table.add_column(heading, justify="right")
     for form, result in results.items():
-        top5 = "-" if result.top5 is None else f"{100 * result.top5:.2f}"
-        figures = (f"{100 * result.top1:.2f}", top5, f"{result.loss:.4f}", f"{result.images:,}")
-        table.add_row(form, *figures, f"{result.images_per_s:,.0f}")
+        shares = [result.top1, *([result.real_top1] if real else []), result.top5]
+        figures = ("-" if share is None else f"{100 * share:.2f}" for share in shares)
+        table.add_row(form, *figures, f"{result.loss:.4f}", f"{result.images:,}", f"{result.images_per_s:,.0f}")
     return table
 
 

@@ -87,7 +87,9 @@ def to_markdown(rows: Sequence[Row]) -> str:
         f"- {row['device']}, {row['threads']} thread(s); {row['versions']}; {row['settings']}; `{row['command']}`"
         for row in measured
     )
-    return "\n".join(["# Speed of the zoo", "", *lines, "", *broken, *["", "Measured on:", ""], *places, ""])
+    return "\n".join(
+        ["# Speed of the zoo", "", *lines, "", *broken, *[""] * bool(broken), "Measured on:", "", *places, ""]
+    )
 
 
 def _cells(variants: dict[str, Row]) -> list[str]:

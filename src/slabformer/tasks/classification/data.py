@@ -42,6 +42,7 @@ def create_loader(
     world_size: int = 1,
     num_workers: int = 0,
     drop_last: bool | None = None,
+    source: Source | None = None,
 ) -> Loader:
     """Batches of ``split``: shuffled and augmented for "train", all images once and in order for "validation".
 
@@ -57,6 +58,7 @@ def create_loader(
         world_size: Number of processes.
         num_workers: Processes that decode images; no effect on what comes out, nor on sources held in memory.
         drop_last: Leave out the last, incomplete batch; by default for "train" only.
+        source: Read instead of the images that ``data`` names.
 
     Raises:
         ValueError: If the data is incomplete (see :func:`open_source`) or smaller than one batch.
@@ -66,7 +68,7 @@ def create_loader(
         raise ValueError(f"split must be 'train' or 'validation', got {split!r}")
     train = split == "train"
     policy = augment.policy if train else "none"
-    source = open_source(data, split)
+    source = open_source(data, split) if source is None else source
     order = BatchOrder(
         len(source),
         batch_size=batch_size,
