@@ -191,3 +191,12 @@ def test_bench_refuses_a_fused_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     save_model_folder(fused, None, tmp_path)
     assert lm("bench", tmp_path, "--prompt-tokens", 4) == 2
     assert "this model is fused already; give the one it was fused from" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:# The axis name:UserWarning", "ignore::DeprecationWarning")
+def test_export_writes_a_checked_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lm("export", folder, "--fused", "--output", tmp_path / "model.onnx") == 0
+    assert "of PyTorch's scale, reading and writing" in capsys.readouterr().out
+    assert (tmp_path / "model.onnx").stat().st_size > 10_000
+    assert lm("export", folder, "--output", tmp_path / "nowhere" / "model.onnx") == 2
+    assert "to write model.onnx into; create it first" in capsys.readouterr().err

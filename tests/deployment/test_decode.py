@@ -95,6 +95,14 @@ def test_nothing_is_timed_that_computes_something_else() -> None:
         compare_decoding({"as given": model(), "fused": model(seed=1)}, prompt_tokens=4, seconds=0)
 
 
+def test_logits_that_are_not_finite_are_refused() -> None:
+    made = model()
+    with torch.no_grad():
+        made.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="tiny gives logits that are not finite"):
+        compare_decoding({"as given": made, "fused": made}, prompt_tokens=4, name="tiny")
+
+
 def test_a_prompt_that_leaves_no_room_is_refused() -> None:
     with pytest.raises(ValueError, match=r"prompt must have 1 to 16 tokens \(64 more are written\), got 17"):
         compare_decoding({"as given": model()}, prompt_tokens=17)

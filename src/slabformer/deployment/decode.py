@@ -68,7 +68,7 @@ def compare_decoding(
 
     Raises:
         VerificationError: If the fused form, or a compiled one, computes something else.
-        ValueError: If prompt and written tokens do not fit the context.
+        ValueError: If prompt and written tokens do not fit the context, or the model's logits are not finite.
     """
     given = variants["as given"]
     _check_room(given, prompt_tokens)
@@ -76,6 +76,8 @@ def compare_decoding(
         generator = torch.Generator().manual_seed(0)
         shape = (max(batch_sizes), prompt_tokens)
         ids = torch.randint(0, given.config.vocab_size, shape, generator=generator).to(given.device)
+        if not Logits(given)(ids[:1]).isfinite().all():
+            raise ValueError(f"{name} gives logits that are not finite: nothing can be compared with them")
         equality = verify_fused(Logits(given), Logits(variants["fused"]), [(ids[:2],)]) if "fused" in variants else None
         rows: list[Decoding] = []
         for batch_size in batch_sizes:

@@ -72,7 +72,7 @@ def export(
         raise ValueError("export needs eval mode, got a model in train mode; call model.eval() first")
     pair = example[:1].expand(2, *example.shape[1:]).contiguous()  # a batch of 1 would be taken for a constant
     shapes = ({0: torch.export.Dim("batch", min=1)},)
-    with torch.no_grad(), _quiet_exporter():
+    with torch.no_grad(), quiet_exporter():
         if format == "onnx":
             run = _export_onnx(model, pair, path, shapes, metadata or {})
         else:
@@ -119,7 +119,7 @@ def _export_pt2(model: nn.Module, example: Tensor, path: Path, shapes: Any) -> C
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """The exporter's own log lines about registries and opsets are not for our users."""
     exporters = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     before = [exporter.level for exporter in exporters]

@@ -8,4 +8,5 @@ VERBS = {
     "import": ("slabformer.cli.lm.importing", "the published LLaMA's folder into safetensors"),
     "fuse": ("slabformer.cli.lm.fuse", "fold every norm into its neighbours, verify, save"),
     "bench": ("slabformer.cli.lm.bench", "how fast it writes, fused and not, beside its RMSNorm twin and its ceiling"),
+    "export": ("slabformer.cli.lm.export", "write ONNX with cache inputs, checked against PyTorch"),
 }

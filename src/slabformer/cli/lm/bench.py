@@ -84,11 +84,14 @@ def _model(given: str) -> PreTrainedModel:
     from slabformer.cli.lm.train import to_train_config
     from slabformer.models.llama import SlabLlamaForCausalLM
     from slabformer.tasks.language.build import config_of_model
+    from slabformer.tasks.language.fusing import tokens_for
 
     recipe = to_train_config(recipe_options().parse_args(["--config", given]))
     vocab_size = recipe.model.vocab_size or recipe.tokenizer.vocab_size
     model = SlabLlamaForCausalLM(config_of_model(recipe.model, vocab_size)).eval()
     sf.testing.randomize_norms_(model)
+    # statistics of what passes through, or activations would overflow layer by layer
+    sf.recalibrate_(model, [{"input_ids": tokens_for(model, 2, 32), "use_cache": False}])
     return model
 
 

@@ -1,0 +1,48 @@
+"""`slab lm export`: a language model as ONNX with cache inputs, checked against PyTorch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from slabformer.cli.common import writable
+from slabformer.cli.lm.common import MODEL_HELP, quiet_transformers
+from slabformer.deployment.equality import RUNTIME_RTOL
+from slabformer.tasks.engine.files import replaced
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab lm export`."""
+    made = ArgumentParser(
+        prog="slab lm export",
+        description="Write a language model for onnxruntime, its cache as inputs and outputs (past.I.key and .value, "
+        "present.I.key and .value), any batch and length, checked against PyTorch.",
+    )
+    made.add_argument("model", type=str, help=MODEL_HELP)
+    made.add_argument("--output", type=Path, required=True, help="the file, model.onnx")
+    made.add_argument("--fused", action="store_true", help="fold the norms first")
+    made.add_argument("--rtol", type=float, default=RUNTIME_RTOL, help="largest difference, relative to outputs' scale")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Export and check; the file appears when it has passed."""
+    from slabformer.deployment.export_decoder import export_decoder
+    from slabformer.tasks.language.folders import load_model_folder
+    from slabformer.tasks.language.fusing import fuse_language_model
+
+    quiet_transformers()
+    output = writable(config.output)
+    model = load_model_folder(config.model)
+    if config.fused:
+        model, _ = fuse_language_model(model)
+    with replaced(output) as temporary:
+        result = export_decoder(
+            model, temporary, rtol=config.rtol, metadata={"slabformer": model.config.to_json_string()}
+        )
+    sys.stdout.write(
+        f"{output}: {output.stat().st_size / 1e6:.1f} MB, within {result.max_rel:.1e} of PyTorch's scale, "
+        "reading and writing\n"
+    )
