@@ -31,6 +31,8 @@ WORDS = (
     "tiny",
     "mini",
 )
+#: models with more parameters are built with two blocks
+LARGEST = 150_000_000
 #: image sizes to try until a model takes one
 SIZES = (96, 128, 192, 224, 256)
 #: whether norms stand in front
@@ -114,8 +116,9 @@ def _num_parameters(name: str) -> int:
 
 
 def _timm(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    fewer = {"depth": 2} if _num_parameters(name) > LARGEST else {}
     for size in SIZES:
-        for arguments in ({"img_size": size}, {}):
+        for arguments in ({"img_size": size, **fewer}, fewer):
             try:
                 model = timm.create_model(name, num_classes=10, **arguments).eval()
                 with torch.no_grad():

@@ -14,7 +14,7 @@ from slabformer.surgery.fuse.plan import Edit, Target, share
 
 #: larger fills stand for channels that the norm all but erases: half precision would lose the digits of the product
 LARGEST_FILL = 1e3
-#: a stream that is moved further than this rounds visibly there
+#: a stream that is moved further than this, in units of what the norm takes for its spread, rounds visibly there
 LARGEST_MOVE = 64.0
 
 
@@ -36,11 +36,12 @@ def need_range(
                 why = f"for {target.name} to pad in its stead"
                 raise RefusalError(f"its scale of channel {channel} is too near 0 {why}")
         if target.role in ("add", "subtract"):
-            _need_small_move(model, target, share(target.role, *maps[edit.norm])[1])
+            _need_small_move(model, target, *maps[edit.norm])
 
 
-def _need_small_move(model: nn.Module, target: Target, move: Tensor) -> None:
-    channel = first_beyond(move, LARGEST_MOVE)
+def _need_small_move(model: nn.Module, target: Target, scale: Tensor, shift: Tensor) -> None:
+    move = share(target.role, scale, shift)[1]
+    channel = first_beyond(move * scale.abs().median(), LARGEST_MOVE)
     if channel is not None:
         raise RefusalError(f"its scale of channel {channel} is too near 0 to move the stream in front of it")
     if target.gain is not None and not tensor_at(model, target.gain.name).is_meta:
