@@ -67,7 +67,8 @@ class CachedDecoder(nn.Module):
             past_key_values=cache,
             use_cache=True,
         ).logits
-        return [logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))]
+        layers: list[Any] = cache.layers
+        return [logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))]
 
 
 def export_decoder(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
@@ -59,7 +59,7 @@ def run(config: Namespace) -> None:
     device = available_accelerator(config.device)
     with Console(stderr=True).status("loading") as status:
         report = compare_decoding(
-            _variants(_model(config.model).to(device, torch.bfloat16 if config.bf16 else torch.float32)),
+            _variants(_model(config.model, device, torch.bfloat16 if config.bf16 else torch.float32)),
             batch_sizes=config.batch_sizes,
             prompt_tokens=config.prompt_tokens,
             threads=config.threads,
@@ -74,12 +74,13 @@ def run(config: Namespace) -> None:
         output.print("wrote", *map(str, report.write(config.output)), soft_wrap=True)
 
 
-def _model(given: str) -> PreTrainedModel:
+@torch.no_grad()
+def _model(given: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder, or one with random weights, as large as a recipe says."""
     from slabformer.tasks.language.folders import load_model_folder
 
     if Path(given).suffix not in RECIPE:
-        return load_model_folder(given)
+        return load_model_folder(given, dtype, device)
     from slabformer.cli.lm.train import parser as recipe_options
     from slabformer.cli.lm.train import to_train_config
     from slabformer.models.llama import SlabLlamaForCausalLM
@@ -88,11 +89,12 @@ def _model(given: str) -> PreTrainedModel:
 
     recipe = to_train_config(recipe_options().parse_args(["--config", given]))
     vocab_size = recipe.model.vocab_size or recipe.tokenizer.vocab_size
-    model = SlabLlamaForCausalLM(config_of_model(recipe.model, vocab_size)).eval()
-    sf.testing.randomize_norms_(model)
-    # statistics of what passes through, or activations would overflow layer by layer
+    model: Any = SlabLlamaForCausalLM(config_of_model(recipe.model, vocab_size, norm_start="zeros"))
+    model.to(device).eval()
+    for norm in repbn_modules(model).values():
+        norm.weight.fill_(1.0)  # with a skip weight, the gated MLPs would square what grows from layer to layer
     sf.recalibrate_(model, [{"input_ids": tokens_for(model, 2, 32), "use_cache": False}])
-    return model
+    return model.to(dtype)
 
 
 @torch.no_grad()
@@ -120,4 +122,5 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
     if model.config.norm == "folded":
         raise ValueError("this model is fused already; give the one it was fused from")
     settings = {**model.config.to_dict(), "norm": "rmsnorm"}
-    return type(model)(SlabLlamaConfig(**settings)).to(model.device, model.dtype).eval()
+    twin: Any = type(model)(SlabLlamaConfig(**settings))
+    return twin.to(model.device, model.dtype).eval()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer._extras import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 transformers = require("transformers", extra="lm")
 MODEL_HELP = "a folder that slab lm wrote, or any causal language model that transformers knows: a folder or hub name"
@@ -40,7 +44,7 @@ def add_model_options(parser: ArgumentParser) -> None:
     parser.add_argument("--bf16", action="store_true", help="weights and arithmetic in bfloat16")
 
 
-def load(config: Namespace) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+def load(config: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that :func:`add_model_options` describes, in eval mode, and its tokenizer.
 
     Raises:
@@ -51,7 +55,7 @@ def load(config: Namespace) -> tuple[transformers.PreTrainedModel, transformers.
 
     quiet_transformers()
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = load_model_folder(config.model, dtype).to(available_accelerator(config.device))
+    model = load_model_folder(config.model, dtype, available_accelerator(config.device))
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, model.config.vocab_size)
     return model, tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -57,7 +58,8 @@ def run(config: Namespace) -> None:
     check_prompt(model, inputs["input_ids"].shape[1], config.max_new_tokens)
     torch.manual_seed(config.seed)
     streamer = TextStreamer(tokenizer, skip_prompt=config.only_new, skip_special_tokens=True)
-    model.generate(**inputs, max_new_tokens=config.max_new_tokens, streamer=streamer, **options)
+    generate: Any = model.generate
+    generate(**inputs, max_new_tokens=config.max_new_tokens, streamer=streamer, **options)
 
 
 def _prompt(config: Namespace) -> str:

@@ -16,7 +16,7 @@ def config_of_model(model: ModelConfig, vocab_size: int, **settings: Any) -> Sla
     Args:
         model: The recipe's part.
         vocab_size: Where the recipe leaves it to the tokenizer.
-        settings: Further arguments, which ``model.args`` overrides.
+        settings: Further arguments, which override the recipe's.
 
     Raises:
         ValueError: If its sizes do not go together.
@@ -29,4 +29,4 @@ def config_of_model(model: ModelConfig, vocab_size: int, **settings: Any) -> Sla
             f"model.hidden_size must be a multiple of twice the {heads} heads, since rotary positions come in pairs, "
             f"got {model.hidden_size}"
         )
-    return SlabLlamaConfig(**{**own, "tie_word_embeddings": False, **settings, **model.args})
+    return SlabLlamaConfig(**{**own, "tie_word_embeddings": False, **model.args, **settings})

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,22 +20,25 @@ from slabformer.tasks.language.trainer import latest_checkpoint
 WEIGHTS = "model.safetensors"
 
 
-def load_model_folder(model: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model_folder(
+    model: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """A causal language model in eval mode, ours or any that transformers knows, from a folder or the hub.
 
     Raises:
         ValueError: If there is none, or its weights do not fit its configuration.
     """
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        read: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"no language model at {str(model)!r}: {reason}") from error
+    loaded, info = read
     wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
     found = [f"{len(names)} tensors {what} (first: {names[0]})" for what, names in wrong.items() if names]
     if found:
         raise ValueError(f"the weights in {str(model)!r} do not fit its configuration: {', '.join(found)}")
-    return loaded.eval()
+    return loaded.to(device).eval()
 
 
 class LanguageRunFolder(RunFolder):

@@ -69,8 +69,8 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
         return model
     state = {name: value.clone() for name, value in model.state_dict().items()}
     config = type(model.config).from_dict({**model.config.to_dict(), "tie_word_embeddings": False})
-    copied = type(model)(config).to(device=head.weight.device, dtype=head.weight.dtype)
-    copied.load_state_dict(state)
+    copied: Any = type(model)(config)
+    copied.to(device=head.weight.device, dtype=head.weight.dtype).load_state_dict(state)
     return copied.train(model.training)
 
 

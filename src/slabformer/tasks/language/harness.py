@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,10 @@ def _harness_name(path: Path) -> str:
 #: suffixes of task files in the harness's own format, tags and all, which it reads itself
 YAML = (".yaml", ".yml")
 #: how a task is read from a file, by its suffix
-FILES = {".jsonl": choices_task, **dict.fromkeys(YAML, _harness_name)}
+FILES: dict[str, Callable[[Path], str | dict[str, Any]]] = {
+    ".jsonl": choices_task,
+    **dict.fromkeys(YAML, _harness_name),
+}
 
 
 def _check_question(line: str, where: str) -> None:

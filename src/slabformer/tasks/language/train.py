@@ -166,13 +166,13 @@ def _run(
 def _finish(config: TrainConfig, text: TrainingText, trainer: LanguageTrainer) -> dict[str, Any]:
     """Recalibrate and evaluate."""
     summary: dict[str, Any] = {"data": text.record, "steps": trainer.state.global_step}
-    summary["parameters"] = trainer.model.num_parameters()
-    summary["vocab_size"] = trainer.model.config.vocab_size
-    if config.recalibrate.enabled and repbn_modules(trainer.model):
+    summary["parameters"] = trainer.net.num_parameters()
+    summary["vocab_size"] = trainer.net.config.vocab_size
+    if config.recalibrate.enabled and repbn_modules(trainer.net):
         summary["perplexity_before_recalibration"] = trainer.held_out_perplexity().perplexity
         trainer.recalibrate(config.recalibrate.batches)
     summary["perplexity"] = trainer.held_out_perplexity().perplexity
-    norms = list(prepbn_modules(trainer.model).values())
+    norms = list(prepbn_modules(trainer.net).values())
     if norms:
         summary["gamma"] = float(norms[0].gamma)
     if isinstance(text.train, PackedBlocks):

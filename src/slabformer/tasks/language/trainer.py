@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 import slabformer as sf
 from slabformer.nn.controls import prepbn_modules
@@ -41,6 +41,12 @@ class LanguageTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._guard = NonFiniteGuard(self.args.device)
 
+    @property
+    def net(self) -> PreTrainedModel:
+        """The model, not wrapped."""
+        assert isinstance(self.model, PreTrainedModel)
+        return self.model
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As transformers', watching the loss."""
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -52,7 +58,7 @@ class LanguageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As transformers', with gamma, so that TensorBoard sees it too."""
         self._check_finite()
-        norms = list(prepbn_modules(self.model).values())
+        norms = list(prepbn_modules(self.net).values())
         if norms:
             logs["gamma"] = float(norms[0].gamma)
         super().log(logs, start_time)
@@ -60,8 +66,8 @@ class LanguageTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Perplexity on the held-out blocks; ``blend_perplexity`` too while gamma is above 0."""
         metrics = self._metrics("")
-        if any(norm.phase != "done" for norm in prepbn_modules(self.model).values()):
-            with sf.blended(self.model):
+        if any(norm.phase != "done" for norm in prepbn_modules(self.net).values()):
+            with sf.blended(self.net):
                 metrics |= self._metrics("blend_")
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -73,7 +79,7 @@ class LanguageTrainer(Trainer):
         indices = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)  # type: ignore[arg-type]
         blocks = (self.eval_dataset[index] for index in indices)
         with self.compute_loss_context_manager():
-            own = perplexity(self.model, batches_of(blocks, self.args.eval_batch_size))
+            own = perplexity(self.net, batches_of(blocks, self.args.eval_batch_size))
         if self.args.world_size == 1:
             return own
         sums = torch.tensor([own.nll, own.tokens], dtype=torch.float64, device=self.args.device)
@@ -86,7 +92,7 @@ class LanguageTrainer(Trainer):
         def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
             model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
 
-        sf.recalibrate_(self.model, self.training_batches(num_batches), forward=forward)
+        sf.recalibrate_(self.net, self.training_batches(num_batches), forward=forward)
 
     def training_batches(self, num_batches: int | None) -> Iterable[dict[str, Tensor]]:
         """Batches as training sees them; all of an epoch for None."""
@@ -98,7 +104,7 @@ class LanguageTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_finite()
-        name = first_nonfinite_tensor(self.model.state_dict())
+        name = first_nonfinite_tensor(self.net.state_dict())
         if name is not None:
             raise NonFiniteError(f"{name} became non-finite by step {self.state.global_step}; {self._kept()}")
         super()._save_checkpoint(model, trial)
@@ -107,12 +113,12 @@ class LanguageTrainer(Trainer):
         step = self._guard.first_bad_step()
         if step is None:
             return
-        culprit = None if inputs is None else first_nonfinite_module(self.model, partial(self._run, inputs))
+        culprit = None if inputs is None else first_nonfinite_module(self.net, partial(self._run, inputs))
         first = f", first in the output of {culprit}" if culprit else ""
         raise NonFiniteError(f"the loss became non-finite in step {step + 1}{first}; {self._kept()}")
 
     def _run(self, inputs: dict[str, Any]) -> None:
-        self.model(**self._prepare_inputs(inputs))
+        self.net(**self._prepare_inputs(inputs))
 
     def _kept(self) -> str:
         checkpoint = latest_checkpoint(Path(str(self.args.output_dir)))
