@@ -174,7 +174,7 @@ def _changed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
 
     def other(value: Tensor) -> Tensor:
         if value.is_floating_point():
-            return value + 0.1 * noise(*value.shape).flip(-1)
+            return value + 0.01 * noise(*value.shape).flip(-1)
         return value.flip(-1)
 
     return tuple(other(value) for value in args), {name: other(value) for name, value in kwargs.items()}
