@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markdown import Markdown
 from torch import nn
 
@@ -72,6 +72,7 @@ def run(config: Namespace) -> None:
         raise ValueError("give one model, or several with --models 'slab_*'")
     device = available_device(config.device)
     output = console()
+    shown: RenderableType
     with Console(stderr=True).status("loading") as status:
         if config.models:
             table = _zoo(config, device, status.update)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ def cost_of(model: nn.Module, image: Tensor) -> Cost:
 class _Readers:
     """While open, finds the Linears and Convs without bias that read what a norm has written, by its storage."""
 
-    def __init__(self, model: nn.Module, norms: list[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, norms: Sequence[nn.Module]) -> None:
         self.written: list[torch.UntypedStorage] = []  # held, so that no other tensor takes their place
         self.found: set[nn.Linear | nn.Conv2d] = set()
         layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is None]

@@ -28,8 +28,8 @@ class ProjectionsOnly(nn.Module):
         super().__init__()
         assert isinstance(attention.proj, nn.Linear)
         self.proj = attention.proj
-        self.input = attention.qkv if hasattr(attention, "qkv") else attention.q
-        self.reduced = getattr(attention, "kv", None)
+        self.input: nn.Module = getattr(attention, "qkv", None) or attention.get_submodule("q")
+        self.reduced: nn.Module | None = getattr(attention, "kv", None)
         reduction = getattr(attention, "sr", None)
         self.reduction = math.prod(reduction.stride) if isinstance(reduction, nn.Conv2d) else 1
 
