@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,20 @@ def test_export_writes_a_checked_file(folder: Path, tmp_path: Path, capsys: pyte
     assert (tmp_path / "model.onnx").stat().st_size > 10_000
     assert lm("export", folder, "--output", tmp_path / "nowhere" / "model.onnx") == 2
     assert "to write model.onnx into; create it first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("hidden", "arguments", "extra"),
+    [("transformers", ["generate", "m", "text"], "lm"), ("datasets", ["eval", "MODEL", "--data", "TEXT"], "lm")],
+)
+def test_a_missing_package_is_told_with_the_extra_that_brings_it(
+    hidden: str, arguments: list[str], extra: str, folder: Path, tmp_path: Path
+) -> None:
+    known = {"MODEL": str(folder), "TEXT": str(write_lines(tmp_path / "text.txt", 3))}
+    given = ["lm", *(known.get(argument, argument) for argument in arguments)]
+    script = (
+        f"import sys; sys.modules[{hidden!r}] = None; from slabformer.cli.main import main; sys.exit(main({given!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"slab: slabformer needs {hidden} for this; pip install 'slabformer[{extra}]'" in done.stderr

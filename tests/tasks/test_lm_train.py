@@ -183,7 +183,10 @@ def test_a_nan_ends_the_run_and_names_its_origin(tmp_path: Path, monkeypatch: py
         ({"data": DataConfig(path="EMPTY")}, "holds no text"),
         ({"model": ModelConfig(**SIZES, context=16, vocab_size=280)}, "a vocabulary of 280"),
         ({"model": ModelConfig(**SIZES, context=4096)}, "fewer than one block of 4096"),
-        ({"model": ModelConfig(hidden_size=30, num_attention_heads=2)}, "hidden_size must be a multiple of twice the 2 heads"),
+        (
+            {"model": ModelConfig(hidden_size=30, num_attention_heads=2)},
+            "hidden_size must be a multiple of twice the 2 heads",
+        ),
         ({"gamma": GammaConfig(warmup=0.5, fade=0.8)}, "schedule would end after training"),
     ],
     ids=["empty", "vocabulary", "short", "heads", "gamma"],
@@ -225,3 +228,13 @@ def test_a_recipe_is_read_and_its_model_can_be_built(recipe: str) -> None:
     with torch.device("meta"):
         made = SlabLlamaForCausalLM(config_of_model(config.model, config.tokenizer.vocab_size))
     assert len(prepbn_modules(made)) == 2 * config.model.num_hidden_layers + 1
+
+
+@pytest.mark.slow
+def test_half_of_the_micro_recipe_beats_bigrams_by_a_fifth(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "llama_micro_prepbn.yaml"
+    options = ["--config", str(recipe), "--steps", "300", "--output", str(tmp_path), "--device", "cpu"]
+    summary = train(to_train_config(parser().parse_args(options))).summary
+    assert summary["data"]["path"] == "pydoc"
+    assert len(summary["data"]["sha256"]) == 64
+    assert summary["perplexity"] <= 0.8 * summary["bigram_perplexity"]
