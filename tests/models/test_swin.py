@@ -241,7 +241,7 @@ class TestPretrained:
     @pytest.fixture
     def load(self, source, tmp_path):
         torch.save({"model": to_published(source)}, tmp_path / "published.pth")
-        overlay = {"file": str(tmp_path / "published.pth"), "custom_load": True}
+        overlay = {"file": str(tmp_path / "published.pth")}  # known by its suffix
         shape = {**SMALL, "window_size": 7, "num_classes": 10}
         return lambda **kwargs: timm.create_model(
             "slab_swin_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **{**shape, **kwargs}

@@ -52,12 +52,12 @@ class SlabLlamaConfig(LlamaConfig):
 
 def norm_of(config: SlabLlamaConfig) -> nn.Module:
     """One norm as ``config`` describes it."""
-    C, rep = config.hidden_size, {"momentum": config.bn_momentum}
+    C, bn_eps, momentum = config.hidden_size, config.bn_eps, config.bn_momentum
     make: dict[str, Callable[[], nn.Module]] = {
-        "prepbn": lambda: PRepBN(C, norm=LlamaRMSNorm(C, config.rms_norm_eps), bn_eps=config.bn_eps, **rep),
-        "repbn": lambda: RepBN(C, eps=config.bn_eps, **rep),
+        "prepbn": lambda: PRepBN(C, norm=LlamaRMSNorm(C, config.rms_norm_eps), bn_eps=bn_eps, momentum=momentum),
+        "repbn": lambda: RepBN(C, eps=bn_eps, momentum=momentum),
         "rmsnorm": lambda: LlamaRMSNorm(C, config.rms_norm_eps),
-        "folded": lambda: Folded(C, eps=config.bn_eps),
+        "folded": lambda: Folded(C, eps=bn_eps),
     }
     return make[config.norm]()
 
@@ -107,10 +107,9 @@ class SlabLlamaModel(SlabLlamaPreTrainedModel, LlamaModel):
         for layer in self.layers:
             layer.input_layernorm, layer.post_attention_layernorm = norm_of(config), norm_of(config)
             if config.norm == "folded":
-                _add_biases(layer.self_attn, "q_proj", "k_proj", "v_proj")
-                _add_biases(layer.mlp, "gate_proj", "up_proj")
-        # a last norm is always followed by a head, which takes it over
-        self.norm = norm_of(config)
+                _add_biases(layer, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+                _add_biases(layer, "mlp.gate_proj", "mlp.up_proj")
+        self.add_module("norm", norm_of(config))
         self.post_init()
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -118,7 +117,7 @@ class SlabLlamaModel(SlabLlamaPreTrainedModel, LlamaModel):
         norms = repbn_modules(self)
         if any(norm.training or norm.accumulator is not None for norm in norms.values()):
             # left in place, since activation checkpointing runs the norms again in backward
-            set_token_mask(self, attention_mask.bool() if _is_per_token(attention_mask) else None)
+            set_token_mask(self, _per_token(attention_mask))
         return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
 
 
@@ -137,15 +136,15 @@ class SlabLlamaForSequenceClassification(GenericForSequenceClassification, SlabL
     """transformers' classification head on :class:`SlabLlamaModel`."""
 
 
-def _is_per_token(attention_mask: Tensor | None) -> bool:
-    return isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+def _per_token(attention_mask: Tensor | None) -> Tensor | None:
+    return attention_mask.bool() if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
 
 
 def _add_biases(module: nn.Module, *names: str) -> None:
     for name in names:
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        setattr(module, name, nn.Linear(linear.in_features, linear.out_features))
+        module.set_submodule(name, nn.Linear(linear.in_features, linear.out_features))
 
 
 def _put_back(model: nn.Module, state: State) -> State:

@@ -24,6 +24,8 @@ def pretrained_source(
 ) -> dict[str, Any]:
     """timm's ``pretrained_cfg_overlay`` that points it to the released file, unless the caller named another source."""
     overlay = dict(overlay or {})
+    if str(overlay.get("file", "")).endswith((".pth", ".pt")):
+        overlay.setdefault("custom_load", True)  # a published file, which timm would take for one of its own
     if pretrained_cfg or any(overlay.get(key) for key in ("url", "file", "state_dict", "hf_hub_id")):
         return overlay
     return overlay | {"file": str(fetch(model, cache_dir)), "custom_load": True}
