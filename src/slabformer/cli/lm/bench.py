@@ -92,7 +92,7 @@ def _model(given: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMo
     model: Any = SlabLlamaForCausalLM(config_of_model(recipe.model, vocab_size, norm_start="zeros"))
     model.to(device).eval()
     for norm in repbn_modules(model).values():
-        norm.weight.fill_(1.0)  # with a skip weight, the gated MLPs would square what grows from layer to layer
+        norm.weight.fill_(0.1)  # calm: gated MLPs square what grows from layer to layer
     sf.recalibrate_(model, [{"input_ids": tokens_for(model, 2, 32), "use_cache": False}])
     return model.to(dtype)
 
