@@ -55,4 +55,4 @@ def _is_constant(parameter: Tensor) -> bool:
 
 def _is_layer_scale(name: str) -> bool:
     leaf = name.rsplit(".", 1)[-1]
-    return leaf in {"gamma", "gamma_1", "gamma_2", "lambda1", "layer_scale", "ls1", "ls2"} or "layer_scale" in name
+    return leaf.rstrip("_0123456789") in {"gamma", "lambda", "layer_scale", "ls"} or "layer_scale" in name
