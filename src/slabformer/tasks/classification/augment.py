@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from slabformer._extras import require
-from slabformer.tasks.classification.order import Stream
+from slabformer.tasks.engine.order import Stream
 from slabformer.tasks.classification.sources import DataConfig
 
 Transform = Callable[[Image.Image], Tensor]
