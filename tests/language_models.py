@@ -11,7 +11,7 @@ from torch import Tensor
 import slabformer as sf
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules
-from slabformer.tasks.language.config import ModelConfig, OptimizerConfig, TrainConfig
+from slabformer.tasks.language.config import AdamWConfig, ModelConfig, TrainConfig
 from slabformer.tasks.language.corpus import DataConfig
 from slabformer.tasks.language.tokens import TokenizerConfig
 
@@ -41,7 +41,7 @@ def tiny_config(output: Path, **changes: Any) -> TrainConfig:
         "model": ModelConfig(**SIZES, context=16),
         "data": DataConfig(path=str(text), document="line"),
         "tokenizer": TokenizerConfig(vocab_size=300),
-        "optimizer": OptimizerConfig(lr=1e-2, warmup_steps=2),
+        "optimizer": AdamWConfig(lr=1e-2, warmup_steps=2),
         "steps": 10,
         "batch_size": 4,
         "output": str(output),

@@ -16,16 +16,10 @@ from torch import Tensor
 
 from image_folders import fill_splits
 from slabformer.tasks.classification.augment import AugmentConfig
-from slabformer.tasks.classification.config import (
-    EmaConfig,
-    GammaConfig,
-    LrConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from slabformer.tasks.classification.config import EmaConfig, GammaConfig, ModelConfig, TrainConfig
 from slabformer.tasks.classification.sources import DataConfig
 from slabformer.tasks.classification.train import train
+from slabformer.tasks.engine.config import LrConfig, OptimizerConfig
 from slabformer.tasks.engine.observers import Observer, StepReport
 from slabformer.tasks.engine.signals import StoppedError
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from slabformer.tasks.classification.augment import AugmentConfig
-from slabformer.tasks.classification.config import ModelConfig, OptimizerConfig, TrainConfig
+from slabformer.tasks.classification.config import ModelConfig, TrainConfig
 from slabformer.tasks.classification.result import read_history
 from slabformer.tasks.engine.checkpoint import CheckpointStore
+from slabformer.tasks.engine.config import OptimizerConfig
 from slabformer.tasks.engine.observers import Observer
 from tiny_training import TINY_MODEL, AtStep, finish, start, start_ranks, tiny_config, weights
 

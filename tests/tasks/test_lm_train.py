@@ -20,10 +20,11 @@ from language_models import SIZES, sentences, tiny_config, tokens
 from slabformer.cli.lm.train import parser, to_train_config
 from slabformer.models.llama import SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.tasks.engine.config import FadeConfig, RecalibrateConfig
 from slabformer.tasks.engine.nonfinite import NonFiniteError
 from slabformer.tasks.engine.signals import StoppedError
 from slabformer.tasks.language.build import config_of_model
-from slabformer.tasks.language.config import GammaConfig, ModelConfig, RecalibrateConfig, TrainConfig
+from slabformer.tasks.language.config import ModelConfig, TrainConfig
 from slabformer.tasks.language.corpus import DataConfig
 from slabformer.tasks.language.text import read_text
 from slabformer.tasks.language.tokens import TokenizerConfig
@@ -187,7 +188,7 @@ def test_a_nan_ends_the_run_and_names_its_origin(tmp_path: Path, monkeypatch: py
             {"model": ModelConfig(hidden_size=30, num_attention_heads=2)},
             "hidden_size must be a multiple of twice the 2 heads",
         ),
-        ({"gamma": GammaConfig(warmup=0.5, fade=0.8)}, "schedule would end after training"),
+        ({"gamma": FadeConfig(warmup=0.5, fade=0.8)}, "schedule would end after training"),
     ],
     ids=["empty", "vocabulary", "short", "heads", "gamma"],
 )

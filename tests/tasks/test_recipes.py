@@ -16,15 +16,12 @@ from image_folders import fill_splits
 from recipes_of import NAMES, RECIPES, header, load
 from slabformer.models.published import BY_MODEL
 from slabformer.tasks.classification.augment import AugmentConfig
-from slabformer.tasks.classification.build import (
-    build_gamma_schedule,
-    build_lr_schedule,
-    build_model,
-    build_optimizer,
-)
-from slabformer.tasks.classification.config import GammaConfig, LrConfig, OptimizerConfig, TrainConfig
+from slabformer.tasks.classification.build import build_model
+from slabformer.tasks.classification.config import GammaConfig, TrainConfig
 from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.mixup import MixedStep
+from slabformer.tasks.engine.build import build_gamma_schedule, build_lr_schedule, build_optimizer, rate_scale
+from slabformer.tasks.engine.config import LrConfig, OptimizerConfig
 
 PUBLISHED = [name for name in NAMES if name in BY_MODEL]
 NUM_PROCESSES, IMAGENET = 8, 1_281_167
@@ -138,9 +135,15 @@ def test_two_steps_run(name: str, tmp_path: Path) -> None:
     loader = create_loader(config.data, config.augment, "train", batch_size=config.batch_size, seed=0)
     num_classes = len(loader.class_names)
     model, _ = build_model(config.model, num_classes, config.data.image_size)
-    optimizer = build_optimizer(config, model, 1024)
-    lr_schedule, epochs = build_lr_schedule(config, optimizer, 1251, 1024)
-    gamma_schedule = build_gamma_schedule(config, model, optimizer, epochs * 1251)
+    optimizer = build_optimizer(config.optimizer, model, 1024)
+    lr_schedule, epochs = build_lr_schedule(
+        config.lr_schedule,
+        optimizer,
+        epochs=config.epochs,
+        steps_per_epoch=1251,
+        scale=rate_scale(config.optimizer, 1024),
+    )
+    gamma_schedule = build_gamma_schedule(config.gamma, model, optimizer, epochs * 1251)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     loss_of = MixedStep(config.augment, num_classes, config.batch_size)
     for step, batch in zip(range(1, 3), loader, strict=False):
@@ -165,7 +168,7 @@ def test_decay_spares_what_it_spared_in_the_publication(name: str, tmp_path: Pat
     config = reduced(load(name), tmp_path)
     with torch.device("meta"):
         model, _ = build_model(config.model, 3, 32)
-    for parameter, decayed in decayed_or_not(model, build_optimizer(config, model, 1024)).items():
+    for parameter, decayed in decayed_or_not(model, build_optimizer(config.optimizer, model, 1024)).items():
         shape = model.get_parameter(parameter).shape
         spared = ("relative_position_bias_table", *(("pos_embed", "cls_token") if family(name) == "deit" else ()))
         assert decayed == (len(shape) > 1 and not parameter.endswith(spared)), parameter

@@ -13,15 +13,11 @@ import slabformer as sf
 from recipes_of import load
 from slabformer.cli.train import parser
 from slabformer.tasks.classification.augment import AugmentConfig
-from slabformer.tasks.classification.build import (
-    build_gamma_schedule,
-    build_lr_schedule,
-    build_model,
-    build_optimizer,
-    rate_scale,
-)
-from slabformer.tasks.classification.config import LrConfig, ModelConfig, OptimizerConfig, TrainConfig
+from slabformer.tasks.classification.build import build_model
+from slabformer.tasks.classification.config import ModelConfig, TrainConfig
 from slabformer.tasks.classification.mixup import MixedStep
+from slabformer.tasks.engine.build import build_gamma_schedule, build_lr_schedule, build_optimizer, rate_scale
+from slabformer.tasks.engine.config import LrConfig, OptimizerConfig
 
 IMAGENET_STEPS, PUBLISHED_BATCH = 1_281_167 // 1024, 1024
 
@@ -29,8 +25,14 @@ IMAGENET_STEPS, PUBLISHED_BATCH = 1_281_167 // 1024, 1024
 def test_the_published_rates_come_out_of_the_published_batch() -> None:
     config = load("slab_deit_tiny")
     model = nn.Linear(2, 2)
-    optimizer = build_optimizer(config, model, PUBLISHED_BATCH)
-    schedule, epochs = build_lr_schedule(config, optimizer, IMAGENET_STEPS, PUBLISHED_BATCH)
+    optimizer = build_optimizer(config.optimizer, model, PUBLISHED_BATCH)
+    schedule, epochs = build_lr_schedule(
+        config.lr_schedule,
+        optimizer,
+        epochs=config.epochs,
+        steps_per_epoch=IMAGENET_STEPS,
+        scale=rate_scale(config.optimizer, PUBLISHED_BATCH),
+    )
     rates = []
     for step in (0, 20 * IMAGENET_STEPS, 300 * IMAGENET_STEPS):
         schedule.step_update(step)
@@ -46,7 +48,9 @@ def test_the_published_fade_comes_out_of_the_published_steps() -> None:
     config.model.args.update(embed_dim=48, depth=1)
     model, _ = build_model(config.model, 10, 224)
     total = 300 * IMAGENET_STEPS
-    schedule = build_gamma_schedule(config, model, build_optimizer(config, model, PUBLISHED_BATCH), total)
+    schedule = build_gamma_schedule(
+        config.gamma, model, build_optimizer(config.optimizer, model, PUBLISHED_BATCH), total
+    )
     assert schedule is not None
     assert schedule.fade_steps == pytest.approx(60_000, rel=0.001)
 
@@ -55,7 +59,7 @@ def test_decay_spares_norms_biases_and_what_the_model_names() -> None:
     config = load("slab_deit_tiny")
     config.model.args.update(embed_dim=48, depth=1)
     model, _ = build_model(config.model, 10, 224)
-    groups = build_optimizer(config, model, PUBLISHED_BATCH).param_groups
+    groups = build_optimizer(config.optimizer, model, PUBLISHED_BATCH).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed = {names[id(p)] for group in groups if group["weight_decay"] > 0 for p in group["params"]}
     assert "blocks.0.attn.positional_encoding" in decayed
@@ -65,8 +69,8 @@ def test_decay_spares_norms_biases_and_what_the_model_names() -> None:
 
 
 def test_rates_are_taken_as_they_are_without_a_base_batch() -> None:
-    assert rate_scale(TrainConfig(optimizer=OptimizerConfig(lr_base_batch=None)), 4096) == 1.0
-    assert rate_scale(TrainConfig(optimizer=OptimizerConfig(lr_base_batch=512)), 1024) == 2.0
+    assert rate_scale(OptimizerConfig(lr_base_batch=None), 4096) == 1.0
+    assert rate_scale(OptimizerConfig(lr_base_batch=512), 1024) == 2.0
 
 
 @pytest.mark.parametrize(
@@ -87,22 +91,28 @@ def test_senseless_numbers_are_refused(changes: dict[str, int], message: str) ->
 def test_a_warmup_longer_than_training_is_refused() -> None:
     config = TrainConfig(epochs=5, lr_schedule=LrConfig(warmup_epochs=5))
     with pytest.raises(ValueError, match=r"warmup_epochs \(5\) must be below epochs \(5\)"):
-        build_lr_schedule(config, torch.optim.SGD(nn.Linear(1, 1).parameters()), 10, 512)
+        build_lr_schedule(
+            config.lr_schedule,
+            torch.optim.SGD(nn.Linear(1, 1).parameters()),
+            epochs=config.epochs,
+            steps_per_epoch=10,
+            scale=1.0,
+        )
 
 
 def test_an_unknown_optimizer_is_refused_by_name() -> None:
     config = TrainConfig(optimizer=OptimizerConfig(name="adamv"))
     with pytest.raises(ValueError, match="adamv"):
-        build_optimizer(config, nn.Linear(1, 1), 512)
+        build_optimizer(config.optimizer, nn.Linear(1, 1), 512)
 
 
 def test_a_model_without_fading_norms_has_no_schedule() -> None:
     config = TrainConfig()
     twin, _ = build_model(ModelConfig(name="deit_micro"), 10, 32)
-    optimizer = build_optimizer(config, twin, 512)
-    assert build_gamma_schedule(config, twin, optimizer, 100) is None
+    optimizer = build_optimizer(config.optimizer, twin, 512)
+    assert build_gamma_schedule(config.gamma, twin, optimizer, 100) is None
     rep, _ = build_model(ModelConfig(name="deit_micro_prepbn", args={"norm": "repbn"}), 10, 32)
-    assert build_gamma_schedule(config, rep, build_optimizer(config, rep, 512), 100) is None
+    assert build_gamma_schedule(config.gamma, rep, build_optimizer(config.optimizer, rep, 512), 100) is None
 
 
 def test_the_image_size_of_the_data_reaches_the_model() -> None:

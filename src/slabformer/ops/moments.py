@@ -9,10 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-#: rows by whose mean compiled code centres a batch; the error of the variance is at most eps * N / SAMPLED_ROWS
-SAMPLED_ROWS = 16
-
-
 @dataclass(frozen=True)
 class Moments:
     """First two moments of the valid tokens, per channel.
@@ -51,8 +47,6 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, dtype: torch.dtype | No
     axes = tuple(range(x.ndim - 1))
     if mask is None:
         count = x.new_full((), x.numel() // x.shape[-1])
-        if torch.compiler.is_compiling() and x.ndim == 2 and x.numel():
-            return _moments_around_sample(x, count)
         mean = x.sum(axes) / count.clamp(min=1)
         squares = (x - mean).square()
     else:
@@ -61,15 +55,6 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, dtype: torch.dtype | No
         mean = torch.where(valid, x, 0).sum(axes) / count.clamp(min=1)
         squares = torch.where(valid, x - mean, 0).square()
     return Moments(count, mean, squares.sum(axes) / count.clamp(min=1))
-
-
-def _moments_around_sample(x: Tensor, count: Tensor) -> Moments:
-    """Moments of ``(N, C)`` in one pass, which compiled code makes of it: around the mean of a few rows."""
-    shift = x[:: -(-x.shape[0] // SAMPLED_ROWS)].mean(0)
-    centred = x - shift
-    mean = centred.sum(0) / count
-    var = (centred.square().sum(0) / count - mean.square()).clamp(min=0)
-    return Moments(count, mean + shift, var)
 
 
 def share_moments(moments: Moments, group: dist.ProcessGroup | None) -> Moments:

@@ -22,10 +22,11 @@ from slabformer.quickstart.beside import training_beside
 from slabformer.quickstart.report import write_report
 from slabformer.quickstart.result import QuickstartConfig, QuickstartResult
 from slabformer.tasks.classification.augment import AugmentConfig
-from slabformer.tasks.classification.config import LrConfig, ModelConfig, OptimizerConfig, TrainConfig
+from slabformer.tasks.classification.config import ModelConfig, TrainConfig
 from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.sources import DataConfig
 from slabformer.tasks.classification.train import TrainResult, train
+from slabformer.tasks.engine.config import LrConfig, OptimizerConfig
 from slabformer.tasks.engine.files import replaced, write_text
 from slabformer.tasks.engine.observers import Observer
 from slabformer.tasks.saved_model import load_model, save_model

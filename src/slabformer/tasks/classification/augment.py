@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from slabformer._extras import require
-from slabformer.tasks.engine.order import Stream
 from slabformer.tasks.classification.sources import DataConfig
+from slabformer.tasks.engine.order import Stream
 
 Transform = Callable[[Image.Image], Tensor]
 

@@ -6,13 +6,10 @@ import logging
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 import slabformer as sf
 from slabformer._extras import require
-from slabformer.nn.controls import prepbn_modules
-from slabformer.progressive import ProgressiveSchedule
-from slabformer.tasks.classification.config import ModelConfig, TrainConfig
+from slabformer.tasks.classification.config import ModelConfig
 from slabformer.tasks.saved_model import create_model, load_model
 
 logger = logging.getLogger(__name__)
@@ -57,66 +54,3 @@ def _load(config: ModelConfig, path: str, num_classes: int, image_size: int) -> 
         logger.info("new head: %s has %d classes, the data %d", path, len(info.class_names), num_classes)
         model.reset_classifier(num_classes)  # type: ignore[operator]
     return model.train(), {**info.model_args, "num_classes": num_classes}
-
-
-def build_optimizer(config: TrainConfig, model: nn.Module, total_batch: int) -> Optimizer:
-    """timm's optimizer, its rate scaled to ``total_batch``."""
-    optimizer = config.optimizer
-    try:
-        return require("timm.optim", extra="vision").create_optimizer_v2(
-            model,
-            opt=optimizer.name,
-            lr=optimizer.lr * rate_scale(config, total_batch),
-            weight_decay=optimizer.weight_decay,
-            layer_decay=optimizer.layer_decay,
-            **optimizer.args,
-        )
-    except (AssertionError, TypeError) as error:
-        raise ValueError(f"timm refuses optimizer {optimizer.name!r}: {error}; check its name and args") from error
-
-
-def rate_scale(config: TrainConfig, total_batch: int) -> float:
-    """Factor on every learning rate of the recipe."""
-    base = config.optimizer.lr_base_batch
-    return 1.0 if base is None else total_batch / base
-
-
-def build_lr_schedule(
-    config: TrainConfig, optimizer: Optimizer, steps_per_epoch: int, total_batch: int
-) -> tuple[Any, int]:
-    """timm's schedule, and the number of epochs with cool-down."""
-    schedule, scale = config.lr_schedule, rate_scale(config, total_batch)
-    if schedule.warmup_epochs >= config.epochs:
-        raise ValueError(
-            f"lr_schedule.warmup_epochs ({schedule.warmup_epochs:g}) must be below epochs ({config.epochs})"
-        )
-    return require("timm.scheduler", extra="vision").create_scheduler_v2(
-        optimizer,
-        sched=schedule.name,
-        num_epochs=config.epochs,
-        warmup_epochs=schedule.warmup_epochs,
-        warmup_lr=schedule.warmup_lr * scale,
-        min_lr=schedule.min_lr * scale,
-        cooldown_epochs=schedule.cooldown_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-
-
-def build_gamma_schedule(
-    config: TrainConfig, model: nn.Module, optimizer: Optimizer, total_steps: int
-) -> ProgressiveSchedule | None:
-    """The fading of the model's norms; None if it has no PRepBN, or all of them have faded before."""
-    norms = prepbn_modules(model).values()
-    if all(norm.phase == "done" for norm in norms):
-        return None
-    gamma = config.gamma
-    return ProgressiveSchedule(
-        model,
-        total_steps=total_steps,
-        warmup=gamma.warmup,
-        fade=gamma.fade,
-        shape=gamma.shape,
-        warm_statistics=gamma.warm_statistics,
-        optimizer=optimizer,
-    )

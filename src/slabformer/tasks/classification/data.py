@@ -22,8 +22,8 @@ from slabformer.tasks.classification.augment import (
     train_transform,
 )
 from slabformer.tasks.classification.images import UNREADABLE
-from slabformer.tasks.engine.order import BatchOrder, Stream
 from slabformer.tasks.classification.sources import DataConfig, Source, Split, open_source
+from slabformer.tasks.engine.order import BatchOrder, Stream
 
 __all__ = ["AugmentConfig", "DataConfig", "Loader", "check_num_classes", "create_loader"]
 logger = logging.getLogger(__name__)

@@ -11,18 +11,13 @@ from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer.nn.controls import repbn_modules
-from slabformer.tasks.classification.build import (
-    build_gamma_schedule,
-    build_lr_schedule,
-    build_model,
-    build_optimizer,
-    model_arguments,
-)
+from slabformer.tasks.classification.build import build_model, model_arguments
 from slabformer.tasks.classification.config import TrainConfig
 from slabformer.tasks.classification.data import Loader, create_loader
 from slabformer.tasks.classification.evaluate import evaluate
 from slabformer.tasks.classification.mixup import MixedStep
 from slabformer.tasks.classification.result import COLUMNS, TrainResult, finished_before, read_history
+from slabformer.tasks.engine.build import build_gamma_schedule, build_lr_schedule, build_optimizer, rate_scale
 from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.ema import ModelEma
@@ -114,9 +109,15 @@ class _Run:
         """The loop with everything that this recipe gives it."""
         config = self.config
         total_batch = config.batch_size * self.accelerator.num_processes * config.accumulate
-        optimizer = build_optimizer(config, self.model, total_batch)
+        optimizer = build_optimizer(config.optimizer, self.model, total_batch)
         steps_per_epoch = -(-len(self.train_loader) // config.accumulate)
-        lr_schedule, epochs = build_lr_schedule(config, optimizer, steps_per_epoch, total_batch)
+        lr_schedule, epochs = build_lr_schedule(
+            config.lr_schedule,
+            optimizer,
+            epochs=config.epochs,
+            steps_per_epoch=steps_per_epoch,
+            scale=rate_scale(config.optimizer, total_batch),
+        )
         return Trainer(
             accelerator=self.accelerator,
             model=self.model,
@@ -135,7 +136,7 @@ class _Run:
             ),
             store=CheckpointStore(self.folder.path, config.keep),
             lr_schedule=lr_schedule,
-            gamma_schedule=build_gamma_schedule(config, self.model, optimizer, epochs * steps_per_epoch),
+            gamma_schedule=build_gamma_schedule(config.gamma, self.model, optimizer, epochs * steps_per_epoch),
             ema=ModelEma(self.model, config.ema.decay, config.ema.warmup) if config.ema.decay > 0 else None,
             evaluate=self._evaluate,
             best_metric="top1",

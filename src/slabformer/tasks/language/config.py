@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from slabformer.tasks.engine.config import HARMLESS, FadeConfig, RecalibrateConfig, RunConfig
 from slabformer.tasks.language.corpus import DataConfig
 from slabformer.tasks.language.tokens import TokenizerConfig
-
-#: may differ when a run goes on: nothing that is trained depends on it
-HARMLESS = {"harmless": True}
 
 
 @dataclass(kw_only=True)
@@ -37,7 +35,7 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class OptimizerConfig:
+class AdamWConfig:
     """AdamW; norms and biases are not decayed."""
 
     lr: float = 3e-3
@@ -57,31 +55,7 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True)
-class GammaConfig:
-    """How RMSNorm fades; without effect on a model without PRepBN."""
-
-    warmup: float = 0.0
-    """Share of training before it starts to fade."""
-    fade: float = 0.8
-    """Share of training over which it fades."""
-    shape: Literal["linear", "cosine"] = "linear"
-    """Of gamma's way from 1 to 0; linear as published."""
-    warm_statistics: bool = True
-    """Let RepBN's statistics follow the data from the first step on; false is the published rule."""
-
-
-@dataclass(kw_only=True)
-class RecalibrateConfig:
-    """Population statistics over training blocks when training is done."""
-
-    enabled: bool = True
-    """Without effect on a model without RepBN."""
-    batches: int | None = None
-    """Batches of each process; null for all, which a stream does not allow."""
-
-
-@dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """Everything about a training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -90,9 +64,9 @@ class TrainConfig:
     """Which text."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """How it becomes tokens."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     """How weights move."""
-    gamma: GammaConfig = field(default_factory=GammaConfig)
+    gamma: FadeConfig = field(default_factory=FadeConfig)
     """How RMSNorm fades."""
     recalibrate: RecalibrateConfig = field(default_factory=RecalibrateConfig)
     """Statistics at the end."""
@@ -100,39 +74,25 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = 16
     """Blocks of one process in one batch."""
-    accumulate: int = 1
-    """Batches an optimizer step."""
-    seed: int = 0
-    """Of weights and order."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward; weights stay float32."""
-    device: Literal["auto", "cpu"] = "auto"
-    """`auto` takes the accelerator where there is one."""
-    compile: bool = False
-    """Train through `torch.compile`."""
     checkpoint_activations: bool = False
     """Compute activations again in backward instead of keeping them."""
     output: str = field(default="runs/lm", metadata=HARMLESS)
     """Folder of this run; given again, the run goes on where it stopped."""
-    resume: Literal["auto", "never"] = field(default="auto", metadata=HARMLESS)
-    """`auto` goes on with an unfinished run in `output`; `never` refuses to."""
-    overwrite: bool = field(default=False, metadata=HARMLESS)
-    """Delete the run that is in `output` and start again."""
     log_every: int = field(default=10, metadata=HARMLESS)
     """Steps between logged ones."""
     save_every: int = field(default=200, metadata=HARMLESS)
     """Steps between checkpoints."""
     eval_every: int = field(default=200, metadata=HARMLESS)
     """Steps between evaluations."""
-    keep: int = field(default=2, metadata=HARMLESS)
-    """Checkpoints that are kept."""
     tensorboard: bool = field(default=False, metadata=HARMLESS)
     """Write TensorBoard events."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
+        for name in ("steps", "save_every"):
+            self._refuse_below(name, 1)
         if self.model.context < 2:
             raise ValueError(f"model.context must be at least 2, got {self.model.context}")
         if self.optimizer.warmup_steps >= self.steps:
@@ -147,10 +107,6 @@ class TrainConfig:
         if self.data.stream and missing:
             raise ValueError(f"a stream has no end to wait for; set {missing[0]}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, as in a recipe."""
-        return asdict(self)
-
     def harmless(self) -> set[str]:
         """Dotted keys that may differ when a run goes on."""
-        return {"data.path", *(f.name for f in fields(self) if f.metadata.get("harmless"))}
+        return super().harmless() | {"data.path"}

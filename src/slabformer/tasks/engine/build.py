@@ -1,0 +1,71 @@
+"""From the recipes that tasks share to optimizer and schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from slabformer._extras import require
+from slabformer.nn.controls import prepbn_modules
+from slabformer.progressive import ProgressiveSchedule
+from slabformer.tasks.engine.config import FadeConfig, LrConfig, OptimizerConfig
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module, total_batch: int) -> Optimizer:
+    """timm's optimizer, its rate scaled to ``total_batch``."""
+    try:
+        return require("timm.optim", extra="vision").create_optimizer_v2(
+            model,
+            opt=config.name,
+            lr=config.lr * rate_scale(config, total_batch),
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            **config.args,
+        )
+    except (AssertionError, TypeError) as error:
+        raise ValueError(f"timm refuses optimizer {config.name!r}: {error}; check its name and args") from error
+
+
+def rate_scale(config: OptimizerConfig, total_batch: int) -> float:
+    """Factor on every learning rate of the recipe."""
+    base = config.lr_base_batch
+    return 1.0 if base is None else total_batch / base
+
+
+def build_lr_schedule(
+    config: LrConfig, optimizer: Optimizer, *, epochs: int, steps_per_epoch: int, scale: float
+) -> tuple[Any, int]:
+    """timm's schedule, its rates times ``scale``, and the number of epochs with cool-down."""
+    if config.warmup_epochs >= epochs:
+        raise ValueError(f"lr_schedule.warmup_epochs ({config.warmup_epochs:g}) must be below epochs ({epochs})")
+    return require("timm.scheduler", extra="vision").create_scheduler_v2(
+        optimizer,
+        sched=config.name,
+        num_epochs=epochs,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr * scale,
+        min_lr=config.min_lr * scale,
+        cooldown_epochs=config.cooldown_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+
+
+def build_gamma_schedule(
+    config: FadeConfig, model: nn.Module, optimizer: Optimizer, total_steps: int
+) -> ProgressiveSchedule | None:
+    """The fading of the model's norms; None if it has no PRepBN, or all of them have faded before."""
+    norms = prepbn_modules(model).values()
+    if all(norm.phase == "done" for norm in norms):
+        return None
+    return ProgressiveSchedule(
+        model,
+        total_steps=total_steps,
+        warmup=config.warmup,
+        fade=config.fade,
+        shape=config.shape,
+        warm_statistics=config.warm_statistics,
+        optimizer=optimizer,
+    )
