@@ -39,6 +39,7 @@ VERBS = {
 }
 #: verb that has verbs of its own -> (package that lists them, what they are about)
 GROUPS = {
+    "detect": ("slabformer.cli.detect", "detectors: check data, train, eval, predict, fuse, export, bench"),
     "lm": ("slabformer.cli.lm", "language models: train, eval, generate, import, fuse, bench, export"),
 }
 USAGE_ERRORS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, ImportError)

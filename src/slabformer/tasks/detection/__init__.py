@@ -1,0 +1,1 @@
+"""Mask R-CNN on COCO-like data: data, training, evaluation, prediction."""
