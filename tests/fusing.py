@@ -74,3 +74,18 @@ def fused(
         other = tuple(a + 0.5 * torch.sin(7 * a) if a.is_floating_point() else a for a in args)
         assert_same_outputs(model, result, other, kwargs)
     return result, report
+
+
+#: what small models are traced on unless a test gives its own
+X = tokens(2, 4, 6)
+
+
+def outcomes(model: nn.Module, example: Any = X, **options: Any) -> list[tuple[str, str, tuple[str, ...], str]]:
+    _, report = fused(model, example, **options)
+    return [(o.name, o.action, o.into, o.reason) for o in report]
+
+
+def reason(model: nn.Module, example: Any = X, name: str = "norm", **options: Any) -> str:
+    _, report = fused(model, example, **options)
+    assert report[name].action == "kept"
+    return report[name].reason

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -167,18 +167,23 @@ class _Decider:
         found: dict[str, _Found] = {}
         for trace in self.traces:
             for call in trace.calls.get(norm.index, []):
-                sites, pads = producers(trace, call, self.gone, self.fixed_size)
+                sites, pads, between = producers(trace, call, self.gone, self.fixed_size)
                 for node in pads:
-                    index = self.matching(norm, node, channel_labels(node, -1), trace, "a pad")
+                    index = self.matching(norm, node, channel_labels(node, -1), trace, "a pad", between)
                     self.add(found, self.at_pad(node, index, "map", "previous"), trace, node)
                 for site in sites:
                     labels, name = channel_labels(site.node, site.axis), self.name_of(site, trace)
-                    index = self.matching(norm, site.node, labels, trace, name)
+                    index = self.matching(norm, site.node, labels, trace, name, between)
                     self.add(found, self.at_site(site, index, trace, "map", "previous"), trace, site.node)
         return self.finish(found)
 
-    def matching(self, norm: Norm, node: Node, labels: Tensor, trace: Trace, name: str) -> Tensor:
-        """Channel of ``norm`` that each of ``labels``, the output channels of ``node``, becomes."""
+    def matching(
+        self, norm: Norm, node: Node, labels: Tensor, trace: Trace, name: str, between: Collection[Node]
+    ) -> Tensor:
+        """Channel of ``norm`` that each of ``labels``, the output channels of ``node``, becomes; -1 for none.
+
+        Labels must pass all operations ``between`` them and the norm: one that refuses them hides channels from it.
+        """
         sinks: list[tuple[Tensor, Tensor]] = []
         elsewhere: list[End] = []
         for end in downstream(trace, {node: labels}, self.gone, self.fixed_size):
@@ -190,6 +195,8 @@ class _Decider:
         if index is None:
             raise RefusalError(f"an output channel of {name} meets several of its channels")
         for end in elsewhere:
+            if end.node in between:
+                raise RefusalError(f"seen from {name}, {end.refusal}")
             others = end.labels[end.labels >= 0].unique().long()
             if bool((index[others] >= 0).any()):
                 raise RefusalError(f"the output of {name} also feeds {describe(end.node)}")

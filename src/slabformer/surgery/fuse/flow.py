@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.fx import Node
@@ -84,8 +84,22 @@ def _needs_fill(node: Node, fixed_size: bool) -> bool:
     return node.target is PAD and not (fixed_size and not any(node.args[1:3]))
 
 
-def producers(trace: Trace, call: Node, gone: Collection[int], fixed_size: bool) -> tuple[list[Site], list[Node]]:
-    """The Linears and Convs, and the pads, that the input of a norm's ``call`` is made of by operations with a rule.
+class Sources(NamedTuple):
+    """What the input of a norm's call is made of.
+
+    Attributes:
+        sites: Linears and Convs.
+        pads: Pads that need another fill once the norm is gone.
+        between: All operations from the sites to the norm, pads included.
+    """
+
+    sites: list[Site]
+    pads: list[Node]
+    between: set[Node]
+
+
+def producers(trace: Trace, call: Node, gone: Collection[int], fixed_size: bool) -> Sources:
+    """What the input of a norm's ``call`` is made of by operations with a rule.
 
     Raises:
         RefusalError: If something else has a part in it.
@@ -111,7 +125,8 @@ def producers(trace: Trace, call: Node, gone: Collection[int], fixed_size: bool)
         parts = list(first) if isinstance(first, (list, tuple)) else [first]
         pending += [part for part in parts if isinstance(part, Node) and part not in seen]
         seen.update(pending)
-    return [found[node] for node in sorted(found, key=trace.order.__getitem__)], pads
+    sites = [found[node] for node in sorted(found, key=trace.order.__getitem__)]
+    return Sources(sites, pads, seen - found.keys())
 
 
 def words(node: Node) -> str:
