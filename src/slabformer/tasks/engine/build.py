@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,8 +14,13 @@ from slabformer.progressive import ProgressiveSchedule
 from slabformer.tasks.engine.config import FadeConfig, LrConfig, OptimizerConfig
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module, total_batch: int) -> Optimizer:
-    """timm's optimizer, its rate scaled to ``total_batch``."""
+def build_optimizer(
+    config: OptimizerConfig,
+    model: nn.Module,
+    total_batch: int,
+    param_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
+) -> Optimizer:
+    """timm's optimizer, its rate scaled to ``total_batch``; ``param_groups`` says what decays in place of timm."""
     try:
         return require("timm.optim", extra="vision").create_optimizer_v2(
             model,
@@ -22,6 +28,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, total_batch: int)
             lr=config.lr * rate_scale(config, total_batch),
             weight_decay=config.weight_decay,
             layer_decay=config.layer_decay,
+            param_group_fn=param_groups,
             **config.args,
         )
     except (AssertionError, TypeError) as error:

@@ -36,13 +36,15 @@ def _culprit(trainer: Trainer, step: int, start: int) -> str:
     trainer.loader.set_epoch(trainer.position.epoch)
     trainer.loader.set_start(start)
     reseed(trainer.config.seed, step, trainer.accelerator.process_index)
-    for index, batch in enumerate(next(windows(trainer.loader, trainer.config.accumulate)), start):
+    window = next(windows(trainer.loader, trainer.config.accumulate))
+    for index, batch in enumerate(window, start):
         if not all(bool(t.isfinite().all()) for t in tensors_in(batch) if t.is_floating_point()):
             return f"the batch itself is not finite{_names(trainer, index)}"
         name = first_nonfinite_module(trainer.model, partial(_run, trainer, batch))
         if name is not None:
             return f"first in the output of {name}{_names(trainer, index)}"
-    return "every module's output is finite when run again, so it was the loss itself or the backward pass"
+    names = _names(trainer, *range(start, start + len(window)))
+    return f"every module's output is finite when run again, so it was the loss itself or the backward pass{names}"
 
 
 def _run(trainer: Trainer, batch: Any) -> None:
@@ -50,8 +52,8 @@ def _run(trainer: Trainer, batch: Any) -> None:
         trainer.step_fn(trainer.model, to_device(batch, trainer.accelerator.device))
 
 
-def _names(trainer: Trainer, batch_index: int) -> str:
-    names = trainer.batch_names(batch_index) if trainer.batch_names is not None else []
+def _names(trainer: Trainer, *batches: int) -> str:
+    names = [name for index in batches for name in trainer.batch_names(index)] if trainer.batch_names else []
     if not names:
         return ""
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""

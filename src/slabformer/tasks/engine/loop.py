@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,7 +25,7 @@ from slabformer.tasks.engine.observers import Observer, RunStart, StepReport
 from slabformer.tasks.engine.parts import Loader, LoopConfig, Position, StepFn, num_samples, windows
 from slabformer.tasks.engine.signals import StoppedError, StopSignals
 from slabformer.tasks.engine.state import capture, restore
-from slabformer.tasks.engine.update import Update
+from slabformer.tasks.engine.update import TOTAL, Update
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,7 +49,7 @@ class Trainer:
     loader: Loader
     """This rank's training batches."""
     step_fn: StepFn
-    """``step_fn(model, batch) -> loss``, the mean over the batch's samples."""
+    """``step_fn(model, batch) -> loss``, the mean over the batch's samples, or the losses that it is the sum of."""
     config: LoopConfig
     """Of the loop."""
     store: CheckpointStore | None = None
@@ -160,24 +161,24 @@ class Trainer:
         self.meter.restart_clock()
         for window in windows(self.loader, config.accumulate):
             gamma, lr = self.gamma, self.optimizer.param_groups[-1]["lr"]
-            loss = self._optimizer_step(window)
+            losses = self._optimizer_step(window)
             position.batch += len(window)
             position.step += 1
-            self._report(window, loss, gamma, lr)
+            self._report(window, losses, gamma, lr)
             self._stop_if_asked()
             if config.save_every and position.step % config.save_every == 0:
                 self.save()
 
-    def _optimizer_step(self, window: list[Any]) -> Tensor:
-        """One update from the batches of ``window``; returns the mean loss over their samples."""
+    def _optimizer_step(self, window: list[Any]) -> dict[str, Tensor]:
+        """One update from the batches of ``window``; returns the mean loss over their samples, and its parts."""
         step = self.position.step
-        loss, suspects = self._update.gradients(window, step)
+        losses, suspects = self._update.gradients(window, step)
         self._guard.observe(step, *suspects)
         if (step + 1) % self._check_every == 0:
             self._raise_if_nonfinite()
         self._update.apply()
         self._advance(step + 1)
-        return loss
+        return losses
 
     def _advance(self, steps_done: int) -> None:
         if self.lr_schedule is not None:
@@ -187,23 +188,29 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, steps_done)
 
-    def _report(self, window: list[Any], loss: Tensor, gamma: float, lr: float) -> None:
+    def _report(self, window: list[Any], losses: dict[str, Tensor], gamma: float, lr: float) -> None:
         samples = sum(num_samples(batch) for batch in window)
         samples_of_all = samples * self.accelerator.num_processes
-        self.meter.add(loss, samples, samples_of_all)
+        self.meter.add(losses[TOTAL], samples, samples_of_all)
         step = self.position.step
         logged = step % self.config.log_every == 0
-        mean = float(self.accelerator.reduce(loss, "mean")) if logged else None
+        means = self._read(losses) if logged else {}
         report = StepReport(
             epoch=self.position.epoch + 1,
             step=step,
             samples=samples_of_all,
-            loss=mean,
+            loss=means.pop(TOTAL, None),
+            parts=means,
             gamma=gamma,
             lr=lr,
             images_per_second=self.meter.samples_per_second(),
         )
         self._tell("on_step", report)
+
+    def _read(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """Means over ranks; waits for the device, once for all of them."""
+        means = self.accelerator.reduce(torch.stack([*losses.values()]), "mean").tolist()
+        return dict(zip(losses, means, strict=True))
 
     def _finish_epoch(self) -> None:
         epoch, step = self.position.epoch, self.position.step

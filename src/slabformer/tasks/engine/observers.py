@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slabformer._extras import require
 from slabformer.tasks.engine.files import write_text
+
+STEP_COLUMNS = ("epoch", "step", "loss", "gamma", "lr", "images_per_second")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class StepReport:
     """Learning rate the step ran with."""
     images_per_second: float
     """Speed since the last logged step."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """What ``loss`` is the sum of, if it has parts; empty between logged steps."""
 
 
 class Observer:
@@ -107,11 +111,17 @@ def _short(value: Any) -> Any:
 
 
 class CsvObserver(Observer):
-    """``metrics.csv``, a row an epoch, and ``steps.csv``, a row a logged step."""
+    """``metrics.csv``, a row an epoch, and ``steps.csv``, a row a logged step.
 
-    def __init__(self, folder: Path, columns: Sequence[str]) -> None:
+    Args:
+        folder: Of the run.
+        columns: Of ``metrics.csv``.
+        parts: Names of what the loss is the sum of.
+    """
+
+    def __init__(self, folder: Path, columns: Sequence[str], parts: Sequence[str] = ()) -> None:
         self.epochs = CsvFile(folder / "metrics.csv", columns)
-        self.steps = CsvFile(folder / "steps.csv", ["epoch", "step", "loss", "gamma", "lr", "images_per_second"])
+        self.steps = CsvFile(folder / "steps.csv", [*STEP_COLUMNS, *parts])
 
     def on_start(self, start: RunStart) -> None:
         """Drop the rows that will be written again."""
@@ -121,7 +131,7 @@ class CsvObserver(Observer):
     def on_step(self, report: StepReport) -> None:
         """A row if the step was logged."""
         if report.loss is not None:
-            self.steps.append(vars(report))
+            self.steps.append({**vars(report), **report.parts})
 
     def on_epoch(self, row: dict[str, float]) -> None:
         """A row."""
@@ -146,6 +156,8 @@ class TensorBoardObserver(Observer):
         if report.loss is not None:
             for name in ("loss", "gamma", "lr", "images_per_second"):
                 self._writer.add_scalar(f"train/{name}", getattr(report, name), report.step)
+            for name, part in report.parts.items():
+                self._writer.add_scalar(f"train/{name}", part, report.step)
 
     def on_epoch(self, row: dict[str, float]) -> None:
         """Everything in the history's row."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from slabformer.tasks.engine.nonfinite import tensors_in
 
-StepFn = Callable[[nn.Module, Any], Tensor]
+#: the loss of a batch, or its parts by name: their sum is the loss
+StepFn = Callable[[nn.Module, Any], Tensor | dict[str, Tensor]]
 Item = TypeVar("Item")
 
 
@@ -63,8 +64,8 @@ class Position:
 
 
 def num_samples(batch: Any) -> int:
-    """Length of the first tensor in ``batch``."""
-    return len(next(tensors_in(batch)))
+    """Length of the first tensor in a container of tensors; any other ``batch`` knows its own."""
+    return len(next(tensors_in(batch))) if isinstance(batch, (tuple, list, Mapping)) else len(batch)
 
 
 def windows(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -18,6 +18,9 @@ from slabformer.tasks.engine.seeds import reseed
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+#: name of the whole loss among its parts
+TOTAL = "loss"
+
 
 class TrainStep(nn.Module):
     """Model and loss as one module: DDP and autocast wrap this one and leave the model as it is."""
@@ -26,9 +29,12 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model, self.step_fn = model, step_fn
 
-    def forward(self, batch: Any) -> Tensor:
-        """The mean loss over ``batch``."""
-        return self.step_fn(self.model, batch)
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """The mean loss over ``batch`` as :data:`TOTAL`, and its parts if there are any."""
+        losses = self.step_fn(self.model, batch)
+        return (
+            {TOTAL: losses} if isinstance(losses, Tensor) else {TOTAL: torch.stack([*losses.values()]).sum(), **losses}
+        )
 
 
 class Update:
@@ -53,26 +59,28 @@ class Update:
             self.train_step.broadcast_buffers = False
         self._stepper = accelerator.prepare_optimizer(optimizer)
 
-    def gradients(self, window: list[Any], step: int) -> tuple[Tensor, list[Tensor]]:
+    def gradients(self, window: list[Any], step: int) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Gradients of the mean loss over all samples in ``window``, clipped.
 
         Returns:
-            The loss, and values of which none may be NaN or infinite; nothing is read back from the device.
+            The loss as :data:`TOTAL` with its parts, and values of which none may be NaN or infinite; nothing is read
+            back from the device.
         """
         reseed(self.config.seed, step, self.accelerator.process_index)
         sizes = [num_samples(batch) for batch in window]
-        losses = []
+        parts: list[dict[str, Tensor]] = []
         for index, batch in enumerate(window):
             batch = to_device(batch, self.accelerator.device)
             last = index == len(window) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.train_step):
-                loss = self.train_step(batch) * (sizes[index] / sum(sizes))
-                self.accelerator.backward(loss)
-            losses.append(loss.detach())
-        loss = torch.stack(losses).sum()
+                share = sizes[index] / sum(sizes)
+                losses = {name: loss * share for name, loss in self.train_step(batch).items()}
+                self.accelerator.backward(losses[TOTAL])
+            parts.append({name: loss.detach() for name, loss in losses.items()})
+        means = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
         norm = self._clip()
         # a loss scaler meets infinite gradients as a rule and skips the step
-        return loss, [loss, norm] if self.accelerator.scaler is None else [loss]
+        return means, [means[TOTAL], norm] if self.accelerator.scaler is None else [means[TOTAL]]
 
     def apply(self) -> None:
         """Move the weights."""

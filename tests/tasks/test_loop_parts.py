@@ -1,0 +1,110 @@
+"""A loss that is a sum: trained on as a whole, told by part; batches that are objects."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slabformer.tasks.engine.devices import create_accelerator
+from slabformer.tasks.engine.loop import Trainer
+from slabformer.tasks.engine.nonfinite import NonFiniteError, tensors_in
+from slabformer.tasks.engine.observers import CsvObserver, Observer, StepReport
+from slabformer.tasks.engine.parts import LoopConfig, num_samples
+
+
+@dataclass
+class Points:
+    """Points in lists, as images of different sizes come."""
+
+    rows: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Points:
+        return Points([row.to(device) for row in self.rows])
+
+
+class TwoBatches:
+    def __init__(self, bad: bool = False) -> None:
+        self.bad, self.start = bad, 0
+
+    def __len__(self) -> int:
+        return 2
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def set_start(self, batch_index: int) -> None:
+        self.start = batch_index
+
+    def __iter__(self) -> Iterator[Points]:
+        rows = torch.arange(12.0).reshape(4, 3)
+        batches = [Points([*rows[:3]]), Points([*rows[3:] * (float("nan") if self.bad else 1.0)])]
+        yield from batches[self.start :]
+
+
+def two_losses(model: nn.Module, batch: Points) -> dict[str, Tensor]:
+    out = model(torch.stack(batch.rows))
+    return {"square": out.square().mean(), "mean": out.mean()}
+
+
+def make_trainer(observers: list[Observer], *, accumulate: int = 1, bad: bool = False) -> Trainer:
+    model = nn.Linear(3, 1)
+    nn.init.constant_(model.weight, 0.5)
+    nn.init.zeros_(model.bias)
+    return Trainer(
+        accelerator=create_accelerator(device="cpu"),
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        loader=TwoBatches(bad),
+        step_fn=two_losses,
+        config=LoopConfig(epochs=1, log_every=1, accumulate=accumulate),
+        batch_names=lambda index: [f"file {index}"],
+        observers=observers,
+    )
+
+
+class Reports(Observer):
+    def __init__(self) -> None:
+        self.seen: list[StepReport] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.seen.append(report)
+
+
+def test_parts_are_weighed_by_samples_and_their_sum_is_trained(tmp_path: Path) -> None:
+    reports = Reports()
+    trainer = make_trainer([reports, CsvObserver(tmp_path, ["epoch"], ["square", "mean"])], accumulate=2)
+    trainer.fit()
+    sums = torch.arange(12.0).reshape(4, 3).sum(1) / 2  # what the first weights give
+    square, mean = float(sums.square().mean()), float(sums.mean())
+    (report,) = reports.seen
+    assert report.parts == pytest.approx({"square": square, "mean": mean})
+    assert report.loss == pytest.approx(square + mean)
+    weight = trainer.model.get_parameter("weight")
+    twin = torch.full((1, 3), 0.5, requires_grad=True)
+    out = torch.arange(12.0).reshape(4, 3) @ twin.T
+    (out.square().mean() + out.mean()).backward()
+    torch.testing.assert_close(weight, twin - 0.01 * twin.grad)
+    with (tmp_path / "steps.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["square"]) == pytest.approx(square)
+    assert float(row["loss"]) == pytest.approx(square + mean)
+
+
+def test_a_batch_that_is_an_object_knows_its_length_and_shows_its_tensors() -> None:
+    batch = next(iter(TwoBatches()))
+    assert num_samples(batch) == 3
+    assert [len(tensor) for tensor in tensors_in(batch)] == [3, 3, 3]
+    assert num_samples((torch.zeros(5, 2), torch.zeros(5))) == 5
+
+
+def test_a_bad_batch_that_is_an_object_is_named() -> None:
+    with pytest.raises(NonFiniteError, match="the batch itself is not finite, on file 1"):
+        make_trainer([], bad=True).fit()
