@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer.nn import PRepBN, RepBN
-from slabformer.tasks.saved_model import DIGEST, ModelInfo, _digest, create_model, load_model, save_model
+from slabformer.tasks.saved_file import DIGEST, digest_of
+from slabformer.tasks.saved_model import ModelInfo, create_model, load_model, save_model
 
 CLASSES = ["ant", "bee", "cow"]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -218,7 +219,7 @@ def test_a_description_of_tomorrow_is_refused(saved: Path) -> None:
         metadata = dict(file.metadata())
     tensors = {name: tensor.clone() for name, tensor in load_file(saved).items()}
     metadata["slabformer"] = json.dumps(json.loads(metadata["slabformer"]) | {"colour": "blue"})
-    save_file(tensors, saved, metadata=metadata | {DIGEST: _digest(metadata, tensors)})
+    save_file(tensors, saved, metadata=metadata | {DIGEST: digest_of(metadata, tensors)})
     with pytest.raises(ValueError, match="unknown field 'colour'; a newer slabformer"):
         load_model(saved)
 

@@ -1,0 +1,260 @@
+"""One safetensors file is one model: weights, and in the header all it takes to build the model.
+
+Which kind of model that is, a subclass of :class:`SavedInfo` says: a classifier's or a detector's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import slabformer as sf
+from slabformer._extras import require
+from slabformer.nn import PRepBN, RepBN
+from slabformer.nn.affine import Affine, Folded
+from slabformer.tasks.engine.files import replaced
+
+#: files that PyTorch pickles, as published weights are
+CHECKPOINTS = (".pth", ".pt", ".bin")
+#: keys of the file's metadata
+TIED, DIGEST = "slabformer.tied", "slabformer.sha256"
+#: key of what kind of model it is, and what to do with such a file
+KINDS = {"slabformer": "a classifier, for `slab`", "slabformer.detector": "a detector, for `slab detect`"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """Norms that :func:`slabformer.convert_norms_` replaced with the same settings."""
+
+    names: list[str]
+    """Of the modules."""
+    progressive: bool
+    """PRepBN, or RepBN from the start."""
+    eps: float
+    """RepBN's."""
+    momentum: float | None
+    """RepBN's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedInfo:
+    """What a saved model is; a kind of models adds what it takes to build one."""
+
+    KEY: ClassVar[str]
+    """One of :data:`KINDS`."""
+    converted: list[Conversion] = field(default_factory=list)
+    """Norms that are not as they are built; found by :func:`save_with_info`."""
+    fused: bool = False
+    """Norms are folded; found by :func:`save_with_info`."""
+
+    @property
+    def title(self) -> str:
+        """What errors call the model."""
+        raise NotImplementedError
+
+    def build(self) -> nn.Module:
+        """The model before conversion and fusing, with any weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def restore(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """``values`` as JSON gave them, as the fields want them."""
+        return values
+
+    def to_json(self) -> str:
+        """One line, for the file's header."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: If ``text`` is not JSON, or lacks or adds a field.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("not a mapping")
+        unknown = values.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown field {min(unknown)!r}; a newer slabformer may have written it")
+        try:
+            values["converted"] = [Conversion(**conversion) for conversion in values.get("converted", [])]
+            return cls(**cls.restore(values))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+
+Info = TypeVar("Info", bound=SavedInfo)
+
+
+def save_with_info(model: nn.Module, path: str | Path, info: Info) -> Info:
+    """Write ``model`` to ``path``, all of it or nothing; norms that were converted or folded are noted by themselves.
+
+    Args:
+        model: Built by ``info``, then converted and fused as you like; wrappers of DDP and compile are taken off.
+        path: A ``.safetensors`` file.
+        info: What the model is; ``converted`` and ``fused`` are filled in.
+
+    Returns:
+        ``info`` as it was written.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    model = _unwrap(model)
+    info = replace(info, fused=any(isinstance(module, (Affine, Folded)) for module in model.modules()))
+    if not info.fused:
+        info = replace(info, converted=_conversions(model, info))
+    with replaced(Path(path)) as temporary:
+        tensors, metadata = _fused_contents(model, temporary) if info.fused else _contents(model)
+        metadata |= {"format": "pt", info.KEY: info.to_json()}
+        metadata[DIGEST] = digest_of(metadata, tensors)
+        require("safetensors.torch", extra="vision").save_file(tensors, str(temporary), metadata=metadata)
+    return info
+
+
+def load_with_info(path: Path, kind: type[Info], device: torch.device | str = "cpu") -> tuple[nn.Module, Info]:
+    """The model that :func:`save_with_info` wrote to ``path``, in eval mode, and what it is.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated, altered, no model of this kind, or does not fit the model it names.
+    """
+    metadata, tensors = _read(path)
+    info = _info_of(path, metadata, tensors, kind)
+    model = _skeleton(info)
+    if info.fused:
+        dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+        model = sf.load_fused(model.to(dtypes.pop()) if len(dtypes) == 1 else model, path)
+    else:
+        for name, kept in json.loads(metadata.get(TIED, "{}")).items():
+            tensors[name] = tensors[kept]
+        _load_strictly(model, tensors, f"{path} does not fit {info.title}")
+    return model.to(device).eval(), info
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _conversions(model: nn.Module, info: SavedInfo) -> list[Conversion]:
+    """How ``model``'s norms differ from those that it is built with."""
+    built = dict(_build(info).named_modules(remove_duplicate=False))
+    groups: dict[tuple[bool, float, float | None], list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (PRepBN, RepBN)) and name in built and not isinstance(built[name], type(module)):
+            rep = module.rep if isinstance(module, PRepBN) else module
+            groups.setdefault((isinstance(module, PRepBN), rep.eps, rep.momentum), []).append(name)
+    return [Conversion(names=names, progressive=p, eps=eps, momentum=m) for (p, eps, m), names in groups.items()]
+
+
+def _contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to write, tied ones once, and under which names the others go."""
+    tensors: dict[str, Tensor] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in first:
+            tied[name] = first[place]
+            continue
+        first[place] = name
+        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensors, {TIED: json.dumps(tied)} if tied else {}
+
+
+def _fused_contents(model: nn.Module, temporary: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What :func:`slabformer.save_fused` writes, header included."""
+    sf.save_fused(model, temporary)
+    metadata, tensors = _read(temporary)
+    return {name: tensor.clone() for name, tensor in tensors.items()}, metadata
+
+
+def digest_of(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over header and tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for key in sorted(metadata.keys() - {DIGEST}):
+        digest.update(f"{key}={metadata[key]};".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no model at {str(path)!r}: no such file")
+    safetensors = require("safetensors", extra="vision")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        if path.suffix in CHECKPOINTS:
+            message = f"{path} does not say which model it holds; give the model's name, and the file as its checkpoint"
+            raise ValueError(message) from error
+        raise ValueError(f"{path} is truncated, or no safetensors file ({error})") from error
+
+
+def _info_of(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor], kind: type[Info]) -> Info:
+    other = next((what for key, what in KINDS.items() if key in metadata and key != kind.KEY), None)
+    if other is not None:
+        raise ValueError(f"{path} holds {other}")
+    if kind.KEY not in metadata:
+        raise ValueError(
+            f"{path} does not say which model it holds; slabformer did not save it with `save_model`. Load it into a "
+            "model of your own and save that"
+        )
+    if metadata.get(DIGEST) != digest_of(metadata, tensors):
+        raise ValueError(f"{path} was altered after it was saved (its checksum does not match); get it again")
+    try:
+        return kind.from_json(metadata[kind.KEY])
+    except ValueError as error:
+        raise ValueError(f"{path} describes its model in words that cannot be read: {error}") from error
+
+
+def _build(info: SavedInfo) -> nn.Module:
+    """The model as it is built; the random numbers that this draws are not missed elsewhere."""
+    with torch.random.fork_rng(devices=[]):
+        return info.build()
+
+
+def _skeleton(info: SavedInfo) -> nn.Module:
+    """The model before its weights, norms converted."""
+    model = _build(info)
+    for conversion in info.converted:
+        names = frozenset(conversion.names)
+        found = sf.convert_norms_(
+            model,
+            lambda _, name: name in names,  # noqa: B023 - called before the next round
+            progressive=conversion.progressive,
+            eps=conversion.eps,
+            momentum=conversion.momentum,
+        )
+        if names - set(found):
+            raise ValueError(
+                f"{info.title} has no norm {min(names - set(found))!r} to convert; is timm another version?"
+            )
+    return model
+
+
+def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], complaint: str) -> None:
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+    if missing or unexpected or shapes:
+        parts = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        told = [f"{len(names)} tensors {what} (first: {names[0]})" for what, names in parts.items() if names]
+        raise ValueError(f"{complaint}: {', '.join(told)}")
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named():
+            if name in tensors and tensor.dtype != tensors[name].dtype:
+                tensor.data = tensor.data.to(tensors[name].dtype)
+    model.load_state_dict(tensors)
