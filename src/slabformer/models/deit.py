@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from slabformer.models.norms import NormLayer, resolve_norm_layer
-from slabformer.models.official import PublishedLayout, load_published, read_published
+from slabformer.models.official import PublishedLayout, State, load_published, read_published
 from slabformer.models.pretrained import fit_head, fit_stem, fit_tables
 from slabformer.models.registry import cfg, create
 from slabformer.nn.attention import SimplifiedLinearAttention
@@ -37,8 +39,16 @@ class DeiT(VisionTransformer):
         state = read_published(checkpoint_path)
         fit_head(state, self.head)
         fit_stem(state, self.patch_embed.proj.in_channels)
-        fit_tables(state, (14, 14), self.patch_embed.grid_size, self.num_prefix_tokens)
+        self.fit_tables(state)
         load_published(self, state)
+
+    def fit_tables(self, state: State, names: Mapping[str, str] | None = None) -> None:
+        """Resample the position tables of a state dict, made for a square, to this model's size, in place.
+
+        Published names are ours, so that ``names`` as other families take them change nothing.
+        """
+        side = math.isqrt(state["pos_embed"].shape[1])
+        fit_tables(state, (side, side), self.patch_embed.grid_size, self.num_prefix_tokens)
 
 
 class SlabBlock(Block):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from timm.layers import to_2tuple
@@ -171,9 +171,14 @@ class PyramidTransformer(nn.Module):
         self.fit_tables(state)
         load_published(self, state)
 
-    def fit_tables(self, state: State) -> None:
-        """Resample the position tables of a published state dict, made for a square, to this model's size, in place."""
-        for name, ours in published_names(self, "repbn").items():
+    def fit_tables(self, state: State, names: Mapping[str, str | None] | None = None) -> None:
+        """Resample the position tables of a state dict, made for a square, to this model's size, in place.
+
+        Args:
+            state: Changed where tables differ.
+            names: Its names and ours; by default it is a published one.
+        """
+        for name, ours in (names or published_names(self, "repbn")).items():
             owner, _, leaf = str(ours).rpartition(".")
             if leaf in ("pos_embed", "positional_encoding") and name in state:
                 side = math.isqrt(state[name].shape[1])

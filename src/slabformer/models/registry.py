@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from typing import Any, TypeVar
 
@@ -70,3 +71,15 @@ def twin_of(model: str) -> str | None:
         return None
     family = sys.modules[timm.model_entrypoint(model).__module__]
     return getattr(family, "layernorm_twins", {}).get(model)
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that timm does not know.
+
+    Raises:
+        ValueError: With the nearest name that it does.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        suggestion = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown model {name!r}; {suggestion}`slab list` shows all")

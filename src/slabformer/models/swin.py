@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from timm.layers import to_2tuple
@@ -26,6 +26,7 @@ from slabformer.nn.windows import (
 BIAS_TABLE = "relative_position_bias_table"
 #: of the published models
 PUBLISHED_WINDOW = (7, 7)
+PUBLISHED_OFFSETS = (2 * PUBLISHED_WINDOW[0] - 1) * (2 * PUBLISHED_WINDOW[1] - 1)
 
 
 class PatchMerging(nn.Module):
@@ -172,11 +173,11 @@ class Swin(PyramidTransformer):
         """Relative position tables; tables of linear attention are decayed, as published."""
         return {name for name, _ in self.named_parameters() if name.endswith(BIAS_TABLE)}
 
-    def fit_tables(self, state: State) -> None:
-        """Resample the tables of a published state dict, made for 224 px and 7x7 windows, to this model's, in place."""
-        super().fit_tables(state)
+    def fit_tables(self, state: State, names: Mapping[str, str | None] | None = None) -> None:
+        """Resample tables made for a square and for 7x7 windows to this model's, in place."""
+        super().fit_tables(state, names)
         for name, table in state.items():
-            if name.endswith(BIAS_TABLE) and self.window_size != PUBLISHED_WINDOW:
+            if name.endswith(BIAS_TABLE) and len(table) == PUBLISHED_OFFSETS and self.window_size != PUBLISHED_WINDOW:
                 state[name] = resample_bias_table(table, PUBLISHED_WINDOW, self.window_size)
 
 
