@@ -1,0 +1,192 @@
+"""COCO annotation files: images, objects and classes, whatever ids they carry."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slabformer._extras import require
+
+#: what a COCO file holds, and the fields without which nothing can be done
+REQUIRED = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
+#: smaller images are not trained on
+SMALLEST_SIDE = 32
+#: why an object is not trained on, in the order of asking
+IGNORED, UNKNOWN, FLAT, OUTSIDE, CROWD = "marked `ignore`", "of unknown category", "without area", "outside", "crowds"
+FEWEST_CORNERS = 3
+
+
+@dataclass(frozen=True)
+class CocoImage:
+    """One image as its file is described."""
+
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+class CocoAnnotations:
+    """Images with their objects.
+
+    Args:
+        dataset: The file's contents; see :func:`read_coco`.
+        name: What to call it in a message.
+
+    Attributes:
+        images: In the file's order.
+        objects: For every image id its annotations, as they are in the file.
+        category_ids: The file's ids, sorted: label ``l`` of 1 to ``K`` means ``category_ids[l - 1]``.
+        class_names: Names in the same order.
+
+    Raises:
+        ValueError: If ids are not unique, or an object is of no image.
+    """
+
+    def __init__(self, dataset: dict[str, Any], name: str) -> None:
+        self.dataset, self.name = dataset, name
+        for part in REQUIRED:
+            _check_unique(dataset[part], part, name)
+        self.images = [CocoImage(**{key: row[key] for key in REQUIRED["images"]}) for row in dataset["images"]]
+        categories = sorted(dataset["categories"], key=lambda row: row["id"])
+        self.category_ids = [int(row["id"]) for row in categories]
+        self.class_names = [str(row["name"]) for row in categories]
+        self.objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        known = {image.id for image in self.images}
+        for row in dataset["annotations"]:
+            if row["image_id"] not in known:
+                raise ValueError(f"{name}: annotation {row['id']} is of image {row['image_id']}, which is not listed")
+            self.objects[row["image_id"]].append(row)
+        self._labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
+
+    def why_unusable(self, row: dict[str, Any], image: CocoImage) -> str | None:
+        """Why an object is not trained on, as published; None if it is."""
+        left, top, width, height = row["bbox"]
+        overlap_x = min(left + width, image.width) - max(left, 0)
+        overlap_y = min(top + height, image.height) - max(top, 0)
+        reasons = {
+            IGNORED: bool(row.get("ignore", False)),
+            UNKNOWN: row["category_id"] not in self._labels,
+            FLAT: not (area_of(row) > 0 and width >= 1 and height >= 1),  # so that NaN counts as flat
+            OUTSIDE: not (overlap_x > 0 and overlap_y > 0),
+            CROWD: bool(row.get("iscrowd", 0)),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def usable(self, image: CocoImage) -> list[dict[str, Any]]:
+        """The objects of ``image`` to train on."""
+        return [row for row in self.objects.get(image.id, []) if self.why_unusable(row, image) is None]
+
+    def unusable(self) -> Counter[str]:
+        """How many objects are not trained on, by reason."""
+        reasons = (self.why_unusable(row, image) for image in self.images for row in self.objects.get(image.id, []))
+        return Counter(reason for reason in reasons if reason is not None)
+
+    def without_mask(self) -> list[int]:
+        """Ids of the objects that have no mask, or one that encloses nothing."""
+        return [row["id"] for row in self.dataset["annotations"] if not has_mask(row)]
+
+    def boxes(self, rows: list[dict[str, Any]], image: CocoImage) -> Tensor:
+        """Left, top, right, bottom of objects inside of their image, float32 ``(n, 4)``."""
+        corners = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        limits = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)
+        return corners.clamp(min=0).minimum(limits)
+
+    def labels(self, rows: list[dict[str, Any]]) -> Tensor:
+        """Classes of objects of known category from 1 on, int64 ``(n,)``."""
+        return torch.tensor([self._labels[row["category_id"]] for row in rows], dtype=torch.int64)
+
+    def masks(self, rows: list[dict[str, Any]], image: CocoImage) -> Tensor:
+        """Masks of objects, uint8 ``(n, H, W)``."""
+        masks = [decode_mask(row["segmentation"], image.height, image.width) for row in rows]
+        return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, image.height, image.width).byte()
+
+
+def read_coco(path: Path) -> dict[str, Any]:
+    """The contents of a COCO annotation file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no annotations at {str(path)!r}; give the COCO JSON file")
+    try:
+        with path.open("rb") as file:
+            dataset = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); is it a COCO annotation file?") from error
+    for part, fields in REQUIRED.items():
+        rows = dataset.get(part) if isinstance(dataset, dict) else None
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} is no COCO annotation file: it has no list of {part}")
+        for index, row in enumerate(rows):
+            missing = next((field for field in fields if not isinstance(row, dict) or field not in row), None)
+            if missing is not None:
+                raise ValueError(f"{path} is no COCO annotation file: {part}[{index}] has no {missing}")
+            if part == "annotations" and not _is_box(row["bbox"]):
+                raise ValueError(f"{path}: bbox of annotation {row['id']} is not four numbers: {row['bbox']!r}")
+    return dataset
+
+
+def area_of(row: dict[str, Any]) -> float:
+    """Area of an object as the file says, its box's where it says nothing."""
+    return row["area"] if row.get("area") is not None else row["bbox"][2] * row["bbox"][3]
+
+
+def has_mask(row: dict[str, Any]) -> bool:
+    """Whether an object comes with a mask: an RLE, or a polygon of three corners at least."""
+    segmentation = row.get("segmentation")
+    return bool(segmentation) and (isinstance(segmentation, dict) or bool(_polygons(segmentation)))
+
+
+def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """A mask from polygons or RLE, compressed or not: uint8 ``(H, W)`` of 0 and 1.
+
+    Raises:
+        ValueError: If an RLE is of another size than the image.
+    """
+    coco = require("pycocotools.mask", extra="detection")
+    if isinstance(segmentation, list):
+        code = coco.merge(coco.frPyObjects(_polygons(segmentation), height, width))
+    elif list(segmentation["size"]) != [height, width]:
+        raise ValueError(f"a mask of {segmentation['size']} on an image of {[height, width]}")
+    elif isinstance(segmentation["counts"], list):
+        code = coco.frPyObjects(segmentation, height, width)
+    else:
+        code = segmentation
+    return coco.decode(code)
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """A mask ``(H, W)`` as compressed RLE whose counts are text, as JSON needs them."""
+    code = require("pycocotools.mask", extra="detection").encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+
+
+def _polygons(segmentation: list[Any]) -> list[list[float]]:
+    return [polygon for polygon in segmentation if len(polygon) >= 2 * FEWEST_CORNERS]
+
+
+def _is_box(bbox: Any) -> bool:
+    return isinstance(bbox, list) and len(bbox) == 4 and all(isinstance(value, (int, float)) for value in bbox)
+
+
+def _check_unique(rows: list[dict[str, Any]], part: str, name: str) -> None:
+    (first, count), *_ = Counter(row["id"] for row in rows).most_common(1) or [(None, 0)]
+    if count > 1:
+        raise ValueError(
+            f"{name}: id {first} occurs {count} times among the {part}; `slab detect check-data` lists all"
+        )

@@ -1,0 +1,190 @@
+"""Images with their objects by (epoch, index), from COCO files or the embedded digits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
+
+from slabformer.tasks.classification.augment import draws_from
+from slabformer.tasks.classification.images import UNREADABLE, read_image
+from slabformer.tasks.detection.annotations import SMALLEST_SIDE, CocoAnnotations, CocoImage, read_coco
+from slabformer.tasks.detection.digits import LAYOUT, Split, make_digits
+from slabformer.tasks.detection.transforms import Transform, as_example, drop_empty
+from slabformer.tasks.engine.order import Stream
+
+logger = logging.getLogger(__name__)
+MOST_REPLACEMENTS = 100
+CHECK = "`slab detect check-data` tells more"
+
+
+@dataclass(kw_only=True)
+class DetectionData:
+    """Which images and annotations."""
+
+    path: str = "digits"
+    """A folder with `train2017`, `val2017` and `annotations/instances_{train,val}2017.json`, or `digits`: 600 images
+    made of what scikit-learn brings."""
+    train_images: str | None = None
+    """Folder of the images to train on, if not the usual one."""
+    train_annotations: str | None = None
+    """COCO file of the images to train on, if not the usual one."""
+    val_images: str | None = None
+    """Folder of the images to evaluate on, if not the usual one."""
+    val_annotations: str | None = None
+    """COCO file of the images to evaluate on, if not the usual one."""
+    masks: bool = True
+    """Whether objects have masks; false for boxes alone."""
+    max_unreadable: float = 0.01
+    """Missing or unreadable images that are put up with: a share of all below 1, a count from 1 on, 0 for none."""
+
+    def limit(self, num_images: int) -> int:
+        """How many images may be unreadable."""
+        return int(self.max_unreadable * num_images if self.max_unreadable < 1 else self.max_unreadable)
+
+
+class Source(NamedTuple):
+    """Annotations, and how to get at an image: upright RGB."""
+
+    annotations: CocoAnnotations
+    read: Callable[[CocoImage], Image.Image]
+    images: list[CocoImage]
+
+
+def open_source(data: DetectionData, split: Split) -> Source:
+    """The images of ``split``: all of them for "validation", those fit to train on for "train".
+
+    Raises:
+        FileNotFoundError: If annotations, the folder, or more images than ``max_unreadable`` are missing.
+        ValueError: If the annotations are damaged, have no masks though asked for, or leave nothing to train on.
+    """
+    annotations, read = _open_digits(split) if data.path == "digits" else _open_files(data, split)
+    unmasked = annotations.without_mask() if data.masks else []
+    if unmasked:
+        total = len(annotations.dataset["annotations"])
+        raise ValueError(
+            f"{len(unmasked)} of {total} annotations in {annotations.name} have no mask (first: id {unmasked[0]}); "
+            "train on boxes alone with data.masks=false, or remove them"
+        )
+    return Source(annotations, read, _trainable(annotations) if split == "train" else annotations.images)
+
+
+def locate(data: DetectionData, split: Split) -> tuple[Path, Path]:
+    """Folder of images and annotation file of ``split``."""
+    images, annotations = (Path(data.path, usual) for usual in LAYOUT[split])
+    if split == "train":
+        return Path(data.train_images or images), Path(data.train_annotations or annotations)
+    return Path(data.val_images or images), Path(data.val_annotations or annotations)
+
+
+def _open_digits(split: Split) -> tuple[CocoAnnotations, Callable[[CocoImage], Image.Image]]:
+    # made anew in each process, in a second or two: a cache would want a place to write and could be stale
+    dataset, pictures = make_digits(split)
+    by_id = {row["id"]: picture for row, picture in zip(dataset["images"], pictures, strict=True)}
+    return CocoAnnotations(dataset, f"digits/{split}"), lambda image: Image.fromarray(by_id[image.id])
+
+
+def _open_files(data: DetectionData, split: Split) -> tuple[CocoAnnotations, Callable[[CocoImage], Image.Image]]:
+    folder, file = locate(data, split)
+    annotations = CocoAnnotations(read_coco(file), str(file))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r} with the images of {file}; name it as data.{split[:5]}")
+    missing = [image.file_name for image in annotations.images if not (folder / image.file_name).is_file()]
+    if len(missing) > data.limit(len(annotations.images)):
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(annotations.images)} images of {file} are not in {str(folder)!r} "
+            f"(first: {missing[0]}); data.max_unreadable allows {data.limit(len(annotations.images))}"
+        )
+    return annotations, lambda image: read_sized(folder / image.file_name, image)
+
+
+def read_sized(path: Path, image: CocoImage) -> Image.Image:
+    """The picture at ``path``, of the size that its annotations are for.
+
+    Raises:
+        OSError, SyntaxError, ValueError, ...: If it cannot be read, or is of another size.
+    """
+    picture = read_image(path)
+    if picture.size != (image.width, image.height):
+        width, height = picture.size
+        raise ValueError(f"it is {width}x{height} when upright, its annotations are for {image.width}x{image.height}")
+    return picture
+
+
+def _trainable(annotations: CocoAnnotations) -> list[CocoImage]:
+    """Images that are large enough and show an object; says what is left out."""
+    small = [image for image in annotations.images if min(image.height, image.width) < SMALLEST_SIDE]
+    large = [image for image in annotations.images if min(image.height, image.width) >= SMALLEST_SIDE]
+    kept = [image for image in large if annotations.usable(image)]
+    counts = {"images without a usable object": len(large) - len(kept), f"images below {SMALLEST_SIDE} px": len(small)}
+    counts |= {f"objects {reason}": count for reason, count in sorted(annotations.unusable().items())}
+    left_out = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
+    if not kept:
+        raise ValueError(f"no image of {annotations.name} can be trained on (left out: {left_out}); {CHECK}")
+    if left_out != "nothing":
+        logger.info("%s: left out of training: %s", annotations.name, left_out)
+    return kept
+
+
+class Sample(NamedTuple):
+    """One image on its way into a batch, and what could not be read on the way."""
+
+    image: Tensor | None
+    target: dict[str, Any]
+    failures: list[tuple[str, str]]
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Images and targets by ``(epoch, index)``, so that workers need no state.
+
+    Args:
+        source: What to read.
+        transform: Draws from the global generators.
+        seed: Of the augmentation.
+        masks: Whether targets have masks.
+        replace: Give another image, drawn from (seed, epoch, index), for one that cannot be read; else none.
+    """
+
+    def __init__(self, source: Source, transform: Transform, seed: int, *, masks: bool, replace: bool) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+        self.masks, self.replace = masks, replace
+
+    def __len__(self) -> int:
+        return len(self.source.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        failures: list[tuple[str, str]] = []
+        for candidate in self._candidates(epoch, index):
+            image = self.source.images[candidate]
+            try:
+                picture = self.source.read(image)
+            except UNREADABLE as error:
+                failures.append((image.file_name, f"{type(error).__name__}: {error}"))
+                continue
+            with draws_from(self.seed, epoch, index):
+                return self._transformed(picture, image, failures)
+        return Sample(None, {}, failures)
+
+    def _transformed(self, picture: Image.Image, image: CocoImage, failures: list[tuple[str, str]]) -> Sample:
+        annotations = self.source.annotations
+        rows = annotations.usable(image)
+        masks = annotations.masks(rows, image) if self.masks else None
+        example = as_example(F.pil_to_tensor(picture), annotations.boxes(rows, image), annotations.labels(rows), masks)
+        pixels, target = self.transform(*example)
+        about = {"image_id": image.id, "original_size": (image.height, image.width), "name": image.file_name}
+        return Sample(pixels.as_subclass(Tensor), {**drop_empty(target), **about}, failures)
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        yield index
+        if self.replace:
+            others = np.random.default_rng((Stream.REPLACE, self.seed, epoch, index))
+            yield from (int(others.integers(len(self))) for _ in range(MOST_REPLACEMENTS))
