@@ -1,0 +1,153 @@
+"""Linear attention on Triton: operators that autograd, ``torch.compile``, export and the FLOP counter see.
+
+Its slow, obvious twin is :mod:`slabformer.ops.reference`; :mod:`slabformer.ops.dispatch` says when it runs. The sums over
+keys are kept for the backward, the output is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+from torch.utils.flop_counter import register_flop_formula
+
+from slabformer.ops.kernels.launch import attend, key_gradients, query_gradients, sum_keys
+
+
+def fused_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    table: Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    grid_size: tuple[int, int] = (0, 0),
+    eps: float = 1e-6,
+) -> Tensor:
+    """:func:`slabformer.ops.linear_attention` with a depthwise convolution of the values added to its output.
+
+    Tensors of any strides are read as they stand, slices of a packed projection too, as long as channels lie side by
+    side.
+
+    Args:
+        q: Queries before the ReLU, ``(B, num_heads, N, D)``; float32, bfloat16 or float16, ``D`` 16 to 128.
+        k: Keys before the ReLU and without the table, ``(B, num_heads, M, D)``.
+        v: Values, ``(B, num_heads, M, E)``, ``E`` 16 to 128.
+        table: Added to the keys, ``(1, num_heads, M, D)``.
+        mask: Valid keys, boolean ``(B, M)``; the convolution takes the others' values as 0.
+        weight: Kernels ``(1 or num_heads, E, K, K)``, ``K`` odd; None for no convolution. Needs ``M == N``.
+        bias: ``(1 or num_heads, E)``.
+        grid_size: ``(H, W)`` that the values lie on, where there is a convolution.
+        eps: Added to the normaliser.
+
+    Returns:
+        ``(B, num_heads, N, E)`` in the dtype of ``q``; in memory tokens come before heads.
+    """
+    return linear_attention_op(q, k, v, table, mask, weight, bias, grid_size, eps)[0]
+
+
+@triton_op("slabformer::linear_attention", mutates_args=())
+def linear_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    grid_size: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Outputs as of :func:`fused_linear_attention`, and sums over keys, float32 ``(B, num_heads, E + 1, D)``."""
+    q, k, v, table, mask, weight, bias = _unit_strides(q, k, v, table, mask, weight, bias)
+    sums = sum_keys(k, v, table, mask)
+    return attend(q, v, mask, sums, weight, bias, (grid_size[0], grid_size[1]), eps), sums
+
+
+@triton_op("slabformer::linear_attention_backward", mutates_args=())
+def linear_attention_backward_op(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    sums: Tensor,
+    grid_size: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, and of taps and bias for each head, float32 ``(num_heads, K * K + 1, E)``."""
+    grad_out, q, k, v, table, mask, weight = _unit_strides(grad_out, q, k, v, table, mask, weight)
+    grad_q, grad_sums = query_gradients(q, v, grad_out, sums, eps)
+    grid = (grid_size[0], grid_size[1])
+    return grad_q, *key_gradients(k, v, table, mask, weight, grid, grad_out, grad_sums)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, table, mask, weight, bias, ctx.grid_size, ctx.eps = inputs
+    ctx.save_for_backward(q, k, v, table, mask, weight, bias, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
+    assert grad_sums is None, "the sums are kept for this function alone"
+    q, k, v, table, mask, weight, bias, sums = ctx.saved_tensors
+    grad_q, grad_k, grad_v, grad_window = linear_attention_backward_op(
+        grad_out, q, k, v, table, mask, weight, sums, ctx.grid_size, ctx.eps
+    )
+    grad_table = None if table is None else grad_k.sum(0, keepdim=True, dtype=torch.float32).to(table.dtype)
+    grad_weight, grad_bias = None, None
+    if weight is not None:
+        grad_window = grad_window.sum(0, keepdim=True) if weight.shape[0] == 1 else grad_window
+        grad_weight = grad_window[:, :-1].transpose(1, 2).reshape(weight.shape).to(weight.dtype)
+        grad_bias = None if bias is None else grad_window[:, -1].to(bias.dtype)
+    return grad_q, grad_k, grad_v, grad_table, None, grad_weight, grad_bias, None, None
+
+
+linear_attention_op.register_autograd(_backward, setup_context=_save)
+
+
+def _unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Tensors whose last axis lies side by side; weights lie so altogether, since they are small."""
+    return tuple(t if t is None or (t.stride(-1) == 1 and t.ndim > 3) else t.contiguous() for t in tensors)
+
+
+@register_flop_formula(torch.ops.slabformer.linear_attention)
+def _forward_flops(
+    q: Sequence[int],
+    k: Sequence[int],
+    v: Sequence[int],
+    table: object,
+    mask: object,
+    weight: Sequence[int] | None,
+    *_: object,
+    **__: object,
+) -> int:
+    """Two a multiply-add: the sums over keys, the queries' products with them, the convolution."""
+    (B, num_heads, N, D), (M, E) = q, v[2:]
+    window = N * E * weight[-1] ** 2 if weight else 0
+    return 2 * B * num_heads * ((N + M) * D * E + window)
+
+
+@register_flop_formula(torch.ops.slabformer.linear_attention_backward)
+def _backward_flops(
+    grad_out: Sequence[int],
+    q: Sequence[int],
+    k: Sequence[int],
+    v: Sequence[int],
+    table: object,
+    mask: object,
+    weight: Sequence[int] | None,
+    *_: object,
+    **__: object,
+) -> int:
+    """The queries' products are made again; each gradient of a product or convolution takes as much as it did."""
+    (B, num_heads, N, D), (M, E) = q, v[2:]
+    window = 2 * N * E * weight[-1] ** 2 if weight else 0
+    return 2 * B * num_heads * ((3 * N + 2 * M) * D * E + window)
