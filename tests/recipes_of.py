@@ -8,8 +8,9 @@ from slabformer.cli.train import parser, to_train_config
 from slabformer.tasks.classification.config import TrainConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-#: those that `slab lm train` reads are held in tests/tasks/test_lm_train.py
-NAMES = [path.stem for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.startswith("llama_")]
+#: what other verbs read: `slab lm train` (tests/tasks/test_lm_train.py), `slab detect train` (tests/tasks/detection)
+OTHERS = ("llama_", "detection_")
+NAMES = [path.stem for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.startswith(OTHERS)]
 
 
 def load(name: str) -> TrainConfig:

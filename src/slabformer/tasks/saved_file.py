@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -136,7 +137,7 @@ def load_with_info(path: Path, kind: type[Info], device: torch.device | str = "c
     else:
         for name, kept in json.loads(metadata.get(TIED, "{}")).items():
             tensors[name] = tensors[kept]
-        _load_strictly(model, tensors, f"{path} does not fit {info.title}")
+        load_strictly(model, tensors, f"{path} does not fit {info.title}")
     return model.to(device).eval(), info
 
 
@@ -245,7 +246,12 @@ def _skeleton(info: SavedInfo) -> nn.Module:
     return model
 
 
-def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], complaint: str) -> None:
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> None:
+    """Load ``tensors``, dtypes included, into ``model``: all of them, and nothing else.
+
+    Raises:
+        ValueError: ``complaint`` and what is missing, too many or of another shape; nothing is changed then.
+    """
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]

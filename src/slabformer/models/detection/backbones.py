@@ -62,10 +62,10 @@ class Backbone(nn.Module):
         return body.forward_intermediates(x, intermediates_only=True, output_fmt="NHWC")
 
     def train(self, mode: bool = True) -> Backbone:
-        """As ever, but for norms whose statistics stand still."""
+        """As ever, but for norms whose statistics stand still: the body's; the others are new in a detector."""
         super().train(mode)
         if self.frozen_statistics:
-            for module in self.modules():
+            for module in self.body.modules():
                 if isinstance(module, (RepBN, _BatchNorm)):
                     module.eval()
         return self
@@ -157,7 +157,7 @@ def create_backbone(
         return _from_zoo(name, output_norm, norm, published, args)
     if norm is not None or published:
         raise ValueError(f"norm and published are for models of this package; convert_norms_ converts {name}")
-    body = timm.create_model(name, features_only=True, **args)
+    body = _create(name, features_only=True, **args)
     if isinstance(body, FeatureGetterNet) and len(set(body.feature_info.reduction())) == 1:
         return _from_tokens(body.model, "layernorm", output_norm)
     return TimmBackbone(body, _output_norm(output_norm or "none"))
@@ -167,7 +167,8 @@ def freeze_norm_statistics_(model: nn.Module, frozen: bool = True) -> None:
     """Let running statistics stand still, or move again; gains, offsets and skips train either way.
 
     As published for fine-tuning on small batches, and it survives ``model.train()``. Norms then take their running
-    statistics in training too, so these must have been trained before.
+    statistics in training too, so these must have been trained before: output norms and a token pyramid's, which no
+    classifier brings, are left out.
 
     Args:
         model: A backbone, or a detector with one.
@@ -195,11 +196,18 @@ def _from_zoo(
         if family != swin.__name__:
             raise ValueError(f"published windows are Swin's alone; build {name} without published=True")
         args = {"fixed_windows": True} | args
-    body = timm.create_model(name, num_classes=0, **args)
+    body = _create(name, num_classes=0, **args)
     if not isinstance(body, PyramidTransformer):
         return _from_tokens(body, norm or _norm_of(body), output_norm)
     channels: list[int] = [info["num_chs"] for info in body.feature_info]
     return Backbone(body, channels, _output_norm(output_norm or ("none" if isinstance(body, PVT) else "layernorm")))
+
+
+def _create(name: str, **args: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **args)
+    except TypeError as error:
+        raise ValueError(f"{name} refuses its arguments ({error})") from error
 
 
 def _norm_of(model: nn.Module) -> str:

@@ -1,0 +1,146 @@
+"""The recipe of a detector's training as data. Defaults are the embedded run; recipes hold the published ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from slabformer.models.detection.config import DetectorConfig
+from slabformer.tasks.detection.dataset import DetectionData
+from slabformer.tasks.detection.rate import RateConfig
+from slabformer.tasks.detection.transforms import DetectionAugment
+from slabformer.tasks.engine.config import HARMLESS, FadeConfig, OptimizerConfig, RecalibrateConfig, RunConfig
+
+#: of the data set, which may have moved when a run goes on
+HARMLESS_DATA = tuple(
+    f"data.{name}"
+    for name in ("path", "train_images", "train_annotations", "val_images", "val_annotations", "max_unreadable")
+)
+#: a backbone of 1.4 M parameters, for images of 128 pixels
+SMALL_BACKBONE = {
+    "img_size": 128,
+    "embed_dim": 32,
+    "depths": [1, 1, 2, 1],
+    "num_heads": [2, 4, 8, 16],
+}
+#: heads of 1.3 M parameters, for objects of 24 to 56 pixels
+SMALL_DETECTOR: dict[str, Any] = {
+    "num_classes": 10,
+    "fpn_channels": 64,
+    "anchor_scale": 4.0,
+    "rpn_num_samples": 64,
+    "rpn_candidates_train": 400,
+    "rpn_candidates_test": 400,
+    "rpn_proposals_train": 200,
+    "rpn_proposals_test": 100,
+    "roi_num_samples": 64,
+    "roi_finest_scale": 28.0,
+    "roi_sampling_ratio": 2,
+    "box_fc_dim": 256,
+    "mask_num_convs": 2,
+    "mask_channels": 64,
+    "max_detections": 20,
+}
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which backbone the detector stands on, and from where it starts."""
+
+    backbone: str = "slab_swin_tiny"
+    """A model of the zoo, or any of timm's that takes `features_only`."""
+    args: dict[str, Any] = field(default_factory=lambda: dict(SMALL_BACKBONE))
+    """Further arguments of the backbone, e.g. `drop_path_rate`."""
+    norm: Literal["prepbn", "repbn", "layernorm"] | None = None
+    """Of a model of the zoo; its own by default, `layernorm` for its twin."""
+    output_norm: Literal["layernorm", "prepbn", "repbn", "none"] | None = None
+    """Of the maps that the pyramid takes: as published by default; with `prepbn` no LayerNorm is left at all."""
+    published: bool = False
+    """Swin's windows of linear attention as published: constants, padded and shifted, instead of the whole map."""
+    convert_norms: bool = False
+    """Turn every LayerNorm of a backbone of timm's into PRepBN before training."""
+    backbone_weights: str | None = None
+    """Start from a classifier: a published `.pth` or a `model.safetensors` that `slab train` wrote."""
+    weights: str | None = None
+    """Start from a whole detector that `slab detect train` wrote; it brings backbone and sizes with it."""
+    new_predictors: bool = False
+    """Drop the layers of `weights` that name classes, and start them anew: for data with other classes."""
+    freeze_norms: Literal["auto", "always", "never"] = "auto"
+    """Let running statistics of the backbone's norms stand still; `auto` does where weights brought them."""
+    freeze_backbone: bool = False
+    """Train the pyramid and the heads alone."""
+    checkpoint_activations: bool = False
+    """Compute the backbone's activations again in backward instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.backbone_weights is not None:
+            raise ValueError("model.weights bring a backbone's too; leave model.backbone_weights out")
+        if self.new_predictors and self.weights is None:
+            raise ValueError("model.new_predictors is for a detector to start from; give model.weights")
+        if self.freeze_backbone and self.weights is None and self.backbone_weights is None:
+            raise ValueError("model.freeze_backbone needs a trained one; give model.backbone_weights or model.weights")
+
+
+@dataclass(kw_only=True)
+class DecayConfig(OptimizerConfig):
+    """timm's optimizers by name, and what they decay."""
+
+    lr: float = 1e-3
+    """Learning rate for a batch of `lr_base_batch`."""
+    lr_base_batch: int | None = None
+    """Total batch for which the rate is given: it is scaled by total batch / this; null takes it as it is."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the gradient; null does not clip, as published."""
+    no_decay: list[str] = field(default_factory=lambda: ["norm", "relative_position_bias_table", "absolute_pos_embed"])
+    """Parameters with one of these in their names are not decayed."""
+    decay_vectors: bool = False
+    """Decay parameters of one dimension too, as published."""
+
+    def __post_init__(self) -> None:
+        if self.layer_decay is not None:
+            raise ValueError("optimizer.layer_decay is for classifiers; leave it out")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(RunConfig):
+    """Everything about a training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which backbone."""
+    detector: DetectorConfig = field(default_factory=lambda: DetectorConfig(**SMALL_DETECTOR))
+    """All of the detector but the backbone; the number of classes and whether there are masks follow the data."""
+    data: DetectionData = field(default_factory=DetectionData)
+    """Which images and annotations."""
+    augment: DetectionAugment = field(default_factory=lambda: DetectionAugment(policy="none", size=128, max_size=128))
+    """What they go through."""
+    optimizer: DecayConfig = field(default_factory=DecayConfig)
+    """How weights move."""
+    lr_schedule: RateConfig = field(default_factory=lambda: RateConfig(name="cosine", warmup_steps=50))
+    """How fast."""
+    gamma: FadeConfig = field(default_factory=lambda: FadeConfig(fade=0.5))
+    """How LayerNorm fades."""
+    recalibrate: RecalibrateConfig = field(default_factory=RecalibrateConfig)
+    """Statistics at the end, unless they stand still."""
+    epochs: int = 10
+    """Passes over the training data."""
+    batch_size: int = 8
+    """Images of one process in one batch."""
+    twin: bool = field(default=False, metadata=HARMLESS)
+    """Also train the LayerNorm twin, in `output`/twin."""
+    num_workers: int = field(default=0, metadata=HARMLESS)
+    """Processes that decode images; no effect on what is trained."""
+    output: str = field(default="runs/detection_digits", metadata=HARMLESS)
+    """Folder of this run; given again, the run goes on where it stopped."""
+    log_every: int = field(default=20, metadata=HARMLESS)
+    """Optimizer steps between logged ones."""
+    eval_every: int = field(default=5, metadata=HARMLESS)
+    """Epochs between evaluations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_below("epochs", 1)
+        self._refuse_below("num_workers", 0)
+
+    def harmless(self) -> set[str]:
+        """Dotted keys that may differ when a run goes on."""
+        return super().harmless() | set(HARMLESS_DATA)

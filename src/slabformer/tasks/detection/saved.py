@@ -1,0 +1,70 @@
+"""A detector as one safetensors file: weights, and in the header all it takes to build it and to name what it finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slabformer.models.detection.backbones import create_backbone
+from slabformer.models.detection.config import DetectorConfig
+from slabformer.models.detection.mask_rcnn import Detector, build_detector
+from slabformer.tasks.saved_file import SavedInfo, load_with_info, save_with_info
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorInfo(SavedInfo):
+    """What a saved detector is, what it expects and what its labels mean."""
+
+    KEY = "slabformer.detector"
+
+    backbone: str
+    """Name for :func:`slabformer.models.detection.backbones.create_backbone`."""
+    backbone_args: dict[str, Any] = field(default_factory=dict)
+    """Its further arguments, ``norm``, ``output_norm`` and ``published`` among them."""
+    detector: DetectorConfig
+    """All but the backbone."""
+    class_names: list[str]
+    """Of labels 1, 2, ..."""
+    category_ids: list[int]
+    """What annotations call them."""
+    size: int = 800
+    """Shorter side of images in evaluation, in pixels."""
+    max_size: int = 1333
+    """Longest side; it wins."""
+
+    @property
+    def title(self) -> str:
+        """What errors call the detector."""
+        return f"a detector on {self.backbone}"
+
+    def build(self) -> Detector:
+        """The detector with fresh weights."""
+        return build_detector(create_backbone(self.backbone, **self.backbone_args), self.detector)
+
+    @classmethod
+    def restore(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The detector's settings as such, JSON's lists in them as tuples."""
+        settings: dict[str, Any] = values["detector"]
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        return values | {"detector": DetectorConfig(**settings)}
+
+
+def save_detector(detector: nn.Module, path: str | Path, info: DetectorInfo) -> DetectorInfo:
+    """Write a detector, fused or not, to ``path``: see :func:`slabformer.tasks.saved_file.save_with_info`."""
+    return save_with_info(detector, path, info)
+
+
+def load_detector(path: str | Path, device: torch.device | str = "cpu") -> tuple[Detector, DetectorInfo]:
+    """The detector that :func:`save_detector` wrote to ``path``, in eval mode, and what it is.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated, altered, or no detector of ours.
+    """
+    detector, info = load_with_info(Path(path), DetectorInfo, device)
+    assert isinstance(detector, Detector)
+    return detector, info
