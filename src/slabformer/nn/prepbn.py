@@ -71,7 +71,7 @@ class PRepBN(nn.Module):
         if self.phase == "done":
             return keep_in_graph(self.rep(x), *self.norm.parameters())
         if self.phase == "warm":
-            if self.training and self.rep.warm_statistics:
+            if self.rep.training and self.rep.warm_statistics:  # in eval beside a norm that trains, it is frozen
                 self.rep.observe(x)
             return keep_in_graph(self.norm(x).to(x.dtype), *self.rep.parameters())
         gamma = self.gamma.to(x.dtype, copy=True)  # autograd keeps it, and the schedule or DDP may write in between

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slabformer.models.detection.backbones import CLASSIFIER_ONLY, Backbone
-from slabformer.models.official import State, load_published, published_names, read_published
+from torch import nn
 
-BODY = "body."
+from slabformer.models.detection.backbones import CLASSIFIER_ONLY, Backbone
+from slabformer.models.official import PublishedLayout, State, load_published, published_names, read_published
 
 
 class LoadReport(NamedTuple):
@@ -37,24 +37,26 @@ def load_backbone_weights(backbone: Backbone, source: str | Path | Mapping[str, 
         ValueError: If it cannot be read, or anything else than expected is missing or left over; nothing is changed
             then.
     """
-    state = read_published(source)
-    own = backbone.body.state_dict()
-    published = published_names(backbone, "repbn")
-    if sum(name in state for name in own) >= sum(name in state for name in published):
+    state, body = read_published(source), backbone.body
+    own = body.state_dict().keys()
+    published = published_names(body, "repbn").keys() | published_names(body, "prepbn").keys()
+    if len((own - published) & state.keys()) >= len((published - own) & state.keys()):
         return _load_own(backbone, state)
-    expected = {name: ours for name, ours in published.items() if ours is not None and not ours.startswith(BODY)}
-    missing = [ours for name, ours in expected.items() if name not in state]
-    dropped = [name for name in state if any(re.search(p, name) for p in backbone.published_layout.dropped)]
-    _fit_tables(backbone, state, {name: str(ours).removeprefix(BODY) for name, ours in published.items()})
-    whole = backbone.state_dict()
-    load_published(backbone, {name: whole[ours] for name, ours in expected.items()} | state)
-    return LoadReport(missing, dropped)
+    if {backbone.published_layout.name(name) for name in _beside_body(backbone)} & state.keys():  # a detector's
+        load_published(backbone, state)
+        return LoadReport([], _matching(state, backbone.published_layout.dropped))
+    dropped = _matching(state, CLASSIFIER_ONLY)
+    state = {name: value for name, value in state.items() if name not in dropped}
+    _fit_tables(body, state)
+    load_published(body, state)
+    layout: PublishedLayout = getattr(body, "published_layout", PublishedLayout())
+    return LoadReport(_beside_body(backbone), dropped + _matching(state, layout.dropped))
 
 
 def _load_own(backbone: Backbone, state: State) -> LoadReport:
     own = backbone.body.state_dict()
-    _fit_tables(backbone, state, {name: name for name in own})
-    dropped = [name for name in state if name not in own and any(re.search(p, name) for p in CLASSIFIER_ONLY)]
+    _fit_tables(backbone.body, state, {name: name for name in own})
+    dropped = [name for name in _matching(state, CLASSIFIER_ONLY) if name not in own]
     problems = {
         "missing": [name for name in own if name not in state],
         "left over": [name for name in state if name not in own and name not in dropped],
@@ -67,11 +69,19 @@ def _load_own(backbone: Backbone, state: State) -> LoadReport:
             "that they are from"
         )
     backbone.body.load_state_dict({name: state[name] for name in own})
-    return LoadReport([name for name in backbone.state_dict() if not name.startswith(BODY)], dropped)
+    return LoadReport(_beside_body(backbone), dropped)
 
 
-def _fit_tables(backbone: Backbone, state: State, names: Mapping[str, str]) -> None:
-    """Resample position tables of ``state``, whose ``names`` map to the body's, where the body has a method for it."""
-    fit = getattr(backbone.body, "fit_tables", None)
+def _fit_tables(body: nn.Module, state: State, names: Mapping[str, str] | None = None) -> None:
+    """Resample position tables of ``state``, whose ``names`` map to the body's, where it has a method for that."""
+    fit = getattr(body, "fit_tables", None)
     if fit is not None:
         fit(state, names)
+
+
+def _matching(state: State, patterns: tuple[str, ...]) -> list[str]:
+    return [name for name in state if any(re.search(pattern, name) for pattern in patterns)]
+
+
+def _beside_body(backbone: Backbone) -> list[str]:
+    return [name for name in backbone.state_dict() if not name.startswith("body.")]
