@@ -89,3 +89,26 @@ def test_mistakes_are_one_line(arguments: list[str], complaint: str, capsys: pyt
     printed = capsys.readouterr().err
     assert complaint in printed
     assert printed.count("\n") == 1
+
+
+def test_deploy_tells_what_each_step_gained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(saved(tmp_path / "model.safetensors"))
+    assert main(["bench", model, "--deploy", "--dtype", "bfloat16", *QUICK, "--output", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "deploy.json").read_text())
+    assert [step["name"] for step in report["steps"]] == ["as given", "fused", "bfloat16", "channels last"]
+    assert report["taken"] in [step["name"] for step in report["steps"]]
+    assert "taken: " in capsys.readouterr().out
+
+
+def test_deploy_is_for_one_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--models", "slab_*", "--deploy"]) == 2
+    assert "--deploy is for one model" in capsys.readouterr().err
+
+
+def test_the_roofline_stands_beside_the_speeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slabformer.deployment.roofline.LARGE", {"cpu": (256, 2**22)})
+    found = bench(tmp_path / "out", str(saved(tmp_path / "model.safetensors")), "--roofline")
+    assert all(row["of_floor"] > 0 for row in found["measurements"])
+    assert "a large matrix product reaches" in " ".join(capsys.readouterr().out.split())

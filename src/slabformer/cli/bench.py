@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from rich.console import Console, RenderableType
 from rich.markdown import Markdown
-from torch import nn
+from rich.text import Text
+from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer.cli.common import add_model_options, available_device, console, example_images, load, needs_weights
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.list import chosen
 from slabformer.deployment.bench import compare
+from slabformer.deployment.deploy import DeployReport
 from slabformer.deployment.measure import Machine, num_threads
 from slabformer.deployment.report import BenchReport
 from slabformer.deployment.zoo import ZooTable, to_markdown
@@ -31,6 +34,7 @@ OWN_ARGUMENTS = ("norm", "norm_layer", "norm_eps", "attention")
 EXAMPLES = """examples:
   slab bench slab_deit_tiny --threads 1 --batch-sizes 1 8 --output runs/bench
   slab bench vit_tiny_patch16_224 --convert --no-compile
+  slab bench slab_swin_tiny --deploy --dtype bfloat16 --batch-sizes 8
   slab bench --models 'slab_*' --against twin --threads 1 --batch-sizes 8
 """
 
@@ -54,6 +58,11 @@ def parser() -> ArgumentParser:
     made.add_argument(
         "--compile", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="also under torch.compile"
     )
+    made.add_argument(
+        "--roofline", action="store_true", help="also what the machine reaches at best, and each variant's share of it"
+    )
+    made.add_argument("--deploy", action="store_true", help="instead, each step on the way to the fastest form")
+    made.add_argument("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of --deploy")
     made.add_argument("--seconds", type=float, default=20.0, help="of measuring for each batch size")
     made.add_argument("--device", type=str, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
     made.add_argument(
@@ -70,11 +79,16 @@ def run(config: Namespace) -> None:
     """
     if (config.model is None) == (not config.models):
         raise ValueError("give one model, or several with --models 'slab_*'")
+    if config.deploy and config.models:
+        raise ValueError("--deploy is for one model; leave --models out")
     device = available_device(config.device)
     output = console()
     shown: RenderableType
     with Console(stderr=True).status("loading") as status:
-        if config.models:
+        if config.deploy:
+            steps = deployment(config, device)
+            shown, written = Text(steps.table()), [] if config.output is None else [steps.write(config.output)]
+        elif config.models:
             table = _zoo(config, device, status.update)
             shown, written = Markdown(to_markdown(table.rows)), [table.path, table.markdown]
         else:
@@ -91,23 +105,40 @@ def measure(config: Namespace, device: torch.device, progress: Callable[[str], N
     Raises:
         ValueError: If the model or what it is held against is unknown.
     """
-    model, info = load(config)
+    model, images, info = _subject(config, device)
     twin = _twin(config, info)
-    if config.convert:
-        sf.convert_norms_(model)
-    if needs_weights(config):
-        _as_if_trained(model)
     return compare(
-        model.to(device).eval(),
-        example_images(info, batch_size=min(8, max(config.batch_sizes))).to(device),
+        model,
+        images,
         twin=None if twin is None else twin.to(device).eval(),
         batch_sizes=config.batch_sizes,
         threads=config.threads,
         compiled=config.compile,
         seconds=config.seconds,
         name=info.model,
+        roofline=config.roofline,
         progress=progress,
     )
+
+
+def deployment(config: Namespace, device: torch.device) -> DeployReport:
+    """What each step of :func:`slabformer.deploy` makes of the model that the options describe."""
+    model, images, _ = _subject(config, device)
+    dtype = None if config.dtype == "float32" else getattr(torch, config.dtype)
+    with num_threads(config.threads):
+        return sf.deploy(model, images, dtype=dtype, compile=config.compile, seconds=config.seconds).report
+
+
+def _subject(config: Namespace, device: torch.device) -> tuple[nn.Module, Tensor, ModelInfo]:
+    """The model on ``device``, as if trained, with a batch for it, and what it is."""
+    model, info = load(config)
+    if config.convert:
+        sf.convert_norms_(model)
+    if needs_weights(config):
+        _as_if_trained(model)
+    largest = max(config.batch_sizes)
+    images = example_images(info, batch_size=largest if config.deploy else min(8, largest))
+    return model.to(device).eval(), images.to(device), info
 
 
 def _zoo(config: Namespace, device: torch.device, progress: Callable[[str], None]) -> ZooTable:

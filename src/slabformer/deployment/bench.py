@@ -23,7 +23,6 @@ from slabformer.deployment.equality import RUNTIME_RTOL, verify_fused
 from slabformer.deployment.measure import (
     MEBIBYTE,
     Machine,
-    count_macs,
     count_parameters,
     memory_of,
     num_threads,
@@ -32,6 +31,7 @@ from slabformer.deployment.measure import (
     time_interleaved,
 )
 from slabformer.deployment.report import BenchReport, Measurement, Mode, Variant
+from slabformer.deployment.roofline import Ceilings, measure_ceilings, work_of
 from slabformer.deployment.variants import Compiled, ceiling_of
 from slabformer.nn import PRepBN, RepBN
 from slabformer.surgery.fuse import fuse
@@ -54,6 +54,7 @@ def compare(
     compiled: bool | Collection[int] = True,
     seconds: float = 10.0,
     name: str = "model",
+    roofline: bool = False,
     progress: Callable[[str], None] = logger.debug,
 ) -> BenchReport:
     """Time ``model`` as given, fused, its LayerNorm twin and its ceiling, eager and compiled, at each batch size.
@@ -69,6 +70,7 @@ def compare(
             compile, the first more. Left out with a note where there is no compiler.
         seconds: Length of the measurement for each batch size, after compiling.
         name: Of the model, in the report.
+        roofline: Also measure what the machine reaches at best, and which share of that each variant does.
         progress: Told what is being done.
 
     Raises:
@@ -88,13 +90,16 @@ def compare(
         progress("fusing and verifying")
         variants, equality = _variants(model, inputs, fused, twin, notes)
         measurements: list[Measurement] = []
+        ceilings = measure_ceilings(device, _dtype_of(model)) if roofline else None
+        if ceilings is not None:
+            notes.append(str(ceilings))
         for batch_size in batch_sizes:
             batch = _cut(inputs, batch_size)
             candidates = _candidates(variants, batch, batch_size in to_compile, notes, progress)
             if batch_size in to_compile and all(mode == "eager" for _, mode in candidates):
                 to_compile.clear()
             progress(f"timing {len(candidates)} variants at batch {batch_size}")
-            measurements += _measure(candidates, variants, batch, seconds, device)
+            measurements += _measure(candidates, variants, batch, seconds, device, ceilings)
         return BenchReport(
             model=name,
             machine=machine,
@@ -160,11 +165,13 @@ def _measure(
     batch: Inputs,
     seconds: float,
     device: torch.device,
+    ceilings: Ceilings | None,
 ) -> list[Measurement]:
     calls = {key: partial(module, *batch) for key, module in candidates.items()}
     turns = time_interleaved(calls, seconds=seconds, device=device)
     images = len(batch[0])
     rows = []
+    work = {variant: work_of(model, *batch) for variant, model in variants.items()}
     for variant, mode in sorted(calls, key=lambda key: key[1] == "compiled"):
         p50 = quantile(turns[variant, mode], 0.5)
         rows.append(
@@ -177,13 +184,18 @@ def _measure(
                 images_per_second=images / p50,
                 memory_mib=_mebibytes(calls[variant, mode], device),
                 parameters=count_parameters(variants[variant]),
-                macs=count_macs(variants[variant], batch) // images,
+                macs=work[variant].flops // 2 // images,
                 over_twin=_over(turns, "LayerNorm twin", variant, mode),
                 over_given=ratio(turns["as given", mode], turns[variant, mode]),
                 of_ceiling=_over(turns, "ceiling", variant, mode),
+                of_floor=None if ceilings is None else work[variant].floor(ceilings) / p50,
             )
         )
     return rows
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _over(turns: Turns, other: Variant, variant: Variant, mode: Mode) -> float | None:

@@ -8,10 +8,12 @@ logits = deployed(images)
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +82,13 @@ class DeployReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+    def write(self, folder: Path) -> Path:
+        """Write ``deploy.json`` into ``folder``; returns its path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "deploy.json"
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        return path
 
 
 class Deployed(nn.Module):

@@ -33,6 +33,8 @@ class Measurement:
         over_twin: Speed over the LayerNorm twin's in the same mode: median over rounds of the two times' ratio.
         over_given: The same over the model as given.
         of_ceiling: The same over the ceiling: 1 is as fast as without norms and attention.
+        of_floor: Share of the machine's own ceilings that it reaches (:mod:`slabformer.deployment.roofline`); None
+            where they were not measured.
     """
 
     variant: Variant
@@ -47,12 +49,16 @@ class Measurement:
     over_twin: float | None
     over_given: float
     of_ceiling: float | None
+    of_floor: float | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the table's order."""
 
         def times(value: float | None) -> str:
             return "-" if value is None else f"{value:.2f}"
+
+        def share(value: float | None) -> str:
+            return "-" if value is None else f"{value:.0%}"
 
         return (
             str(self.batch_size),
@@ -63,7 +69,8 @@ class Measurement:
             f"{self.images_per_second:,.0f}",
             times(self.over_twin),
             times(self.over_given),
-            "-" if self.of_ceiling is None else f"{self.of_ceiling:.0%}",
+            share(self.of_ceiling),
+            share(self.of_floor),
             "-" if self.memory_mib is None else f"{self.memory_mib:.1f}",
             f"{self.parameters / 1e6:.2f} M",
             f"{self.macs / 1e9:.3f} G",
@@ -107,6 +114,7 @@ class BenchReport:
             "x twin",
             "x given",
             "of ceiling",
+            "of floor",
             "peak MiB",
             "params",
             "MACs",
