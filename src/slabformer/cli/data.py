@@ -20,6 +20,7 @@ from torch import nn
 from slabformer.cli.common import load, needs_weights
 from slabformer.tasks.classification.predict import data_config
 from slabformer.tasks.classification.sources import DataConfig, Split
+from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.saved_model import ModelInfo, check_model_name
 
@@ -89,10 +90,26 @@ def load_trained(config: Namespace) -> tuple[nn.Module, ModelInfo]:
             "--pretrained, or --checkpoint FILE.pth"
         )
     model, info = load(config)
-    return model.to(_device(config.device)), info
+    return model.to(device_called(config.device)), info
 
 
-def _device(name: str) -> torch.device:
+def launched_accelerator(config: Namespace) -> Any:
+    """accelerate's, where torchrun started several processes; they then run on its devices."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    if config.device not in ("auto", "cpu"):
+        raise ValueError(f"several processes take a device each; use --device auto or cpu, not {config.device!r}")
+    accelerator = create_accelerator(device=config.device)
+    config.device = str(accelerator.device)
+    return accelerator
+
+
+def device_called(name: str) -> torch.device:
+    """The device of that name; "auto" is the accelerator where there is one.
+
+    Raises:
+        ValueError: If there is none.
+    """
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -113,7 +130,7 @@ def write_json(path: Path | None, value: Any) -> None:
 
 
 @contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
+def progress_bar(title: str, total: int | None) -> Iterator[Callable[..., None]]:
     """A bar on standard error, where that is a terminal; call what it yields with the number done (1 by default)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from slabformer.cli.data import (
     add_data_options,
     add_device_option,
     data_of,
+    launched_accelerator,
     load_trained,
     progress_bar,
     write_json,
@@ -32,7 +32,6 @@ from slabformer.tasks.classification.data import Loader, create_loader
 from slabformer.tasks.classification.evaluate import ClassResult, EvalResult, evaluate
 from slabformer.tasks.classification.real_labels import NumberedSource, RealLabels
 from slabformer.tasks.classification.sources import open_source
-from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.files import replaced
 from slabformer.tasks.saved_model import ModelInfo
 
@@ -72,7 +71,7 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Evaluate and print a table; under torchrun every process takes its share, and the first one prints."""
-    accelerator = _accelerator(config)
+    accelerator = launched_accelerator(config)
     try:
         _run(config, accelerator)
     finally:
@@ -107,17 +106,6 @@ def _run(config: Namespace, accelerator: Any) -> None:
     results = dict(_evaluate(model, loader, form, options))
     if is_main:
         _tell(config, f"{info.model} on {config.data}", results)
-
-
-def _accelerator(config: Namespace) -> Any:
-    """accelerate's, where torchrun started several processes; they then run on its devices."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    if config.device not in ("auto", "cpu"):
-        raise ValueError(f"several processes take a device each; use --device auto or cpu, not {config.device!r}")
-    accelerator = create_accelerator(device=config.device)
-    config.device = str(accelerator.device)
-    return accelerator
 
 
 def _evaluate(model: nn.Module, loader: Loader, form: str, options: dict[str, Any]) -> Iterator[tuple[str, EvalResult]]:

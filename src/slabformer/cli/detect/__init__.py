@@ -3,4 +3,8 @@
 #: verb -> (module, what it does)
 VERBS = {
     "train": ("slabformer.cli.detect.train", "train Mask R-CNN on a backbone whose LayerNorm fades out or is gone"),
+    "eval": ("slabformer.cli.detect.eval", "box and mask AP of a detector on a data set"),
+    "check-data": ("slabformer.cli.detect.check_data", "what a data set holds, and what is wrong with it"),
+    "browse": ("slabformer.cli.detect.browse", "draw what training sees: augmented images with their objects"),
+    "digits": ("slabformer.cli.detect.digits", "write the embedded data set as COCO files"),
 }

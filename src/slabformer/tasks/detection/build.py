@@ -16,7 +16,7 @@ from slabformer.models.detection.weights import load_backbone_weights
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.progressive import ProgressiveSchedule
 from slabformer.tasks.detection.config import DecayConfig, ModelConfig
-from slabformer.tasks.detection.saved import load_detector
+from slabformer.tasks.detection.saved import compare_classes, load_detector
 from slabformer.tasks.engine.build import build_gamma_schedule
 from slabformer.tasks.engine.config import FadeConfig
 from slabformer.tasks.saved_file import load_strictly
@@ -86,13 +86,8 @@ def _load_detector(detector: Detector, path: str, class_names: list[str], new_pr
         fresh = [name for name in own if name.startswith(PREDICTORS)]
         state = {name: own[name] if name in fresh else value for name, value in state.items()}
         logger.info("%s: %d tensors dropped for new classes: %s", path, len(fresh), ", ".join(fresh))
-    elif len(info.class_names) != len(class_names):
-        raise ValueError(
-            f"{path} knows {len(info.class_names)} classes, the data {len(class_names)}; "
-            "--model.new_predictors true drops its layers that name classes and trains new ones"
-        )
-    elif info.class_names != class_names:
-        logger.warning("%s calls its classes otherwise than the data, first %r", path, info.class_names[0])
+    else:
+        compare_classes(info, class_names)
     load_strictly(detector, state, f"{path} does not fit; take the config.yaml that lies beside it")
 
 

@@ -25,7 +25,6 @@ SMALL_BACKBONE = {
 }
 #: heads of 1.3 M parameters, for objects of 24 to 56 pixels
 SMALL_DETECTOR: dict[str, Any] = {
-    "num_classes": 10,
     "fpn_channels": 64,
     "anchor_scale": 4.0,
     "rpn_num_samples": 64,

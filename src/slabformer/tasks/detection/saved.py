@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from slabformer.models.detection.backbones import create_backbone
 from slabformer.models.detection.config import DetectorConfig
 from slabformer.models.detection.mask_rcnn import Detector, build_detector
 from slabformer.tasks.saved_file import SavedInfo, load_with_info, save_with_info
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,25 @@ class DetectorInfo(SavedInfo):
         settings: dict[str, Any] = values["detector"]
         settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         return values | {"detector": DetectorConfig(**settings)}
+
+
+def compare_classes(info: DetectorInfo, class_names: list[str], what: str = "the data") -> None:
+    """Refuse data of another number of classes than the detector's; say so where they are called otherwise.
+
+    Raises:
+        ValueError: With both numbers.
+    """
+    if len(info.class_names) != len(class_names):
+        raise ValueError(
+            f"the detector knows {len(info.class_names)} classes, {what} {len(class_names)}; to train it on, "
+            "--model.new_predictors true drops its layers that name classes and starts them anew"
+        )
+    pairs = zip(info.class_names, class_names, strict=True)
+    different = [(label, *names) for label, names in enumerate(pairs, start=1) if names[0] != names[1]]
+    if different:
+        message = "%d classes are called otherwise than in the detector (first: label %d is %r here, %r there)"
+        label, own, given = different[0]
+        logger.warning(message, len(different), label, given, own)
 
 
 def save_detector(detector: nn.Module, path: str | Path, info: DetectorInfo) -> DetectorInfo:

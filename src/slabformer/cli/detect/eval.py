@@ -1,0 +1,177 @@
+"""`slab detect eval`: box and mask AP of a detector on a data set."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from jsonargparse import ArgumentParser, Namespace
+from rich.table import Table
+
+import slabformer as sf
+from slabformer.cli.common import console, writable
+from slabformer.cli.data import (
+    STDOUT,
+    ExamplesFormatter,
+    add_device_option,
+    device_called,
+    launched_accelerator,
+    progress_bar,
+    write_json,
+)
+from slabformer.models.detection.mask_rcnn import Detector
+from slabformer.nn.controls import prepbn_modules
+from slabformer.tasks.detection.dataset import DetectionData
+from slabformer.tasks.detection.evaluate import collect
+from slabformer.tasks.detection.loader import DetectionLoader, create_loader
+from slabformer.tasks.detection.metrics import NAMES, ClassResult, CocoMetrics, DetectionResult, shown
+from slabformer.tasks.detection.saved import DetectorInfo, compare_classes, load_detector
+from slabformer.tasks.detection.transforms import DetectionAugment
+from slabformer.tasks.engine.files import replaced, write_text
+
+EXAMPLES = """examples:
+  slab detect eval runs/detection_digits/model.safetensors --data digits
+  slab detect eval model.safetensors --data /data/coco --classes classes.csv --results results.json
+  slab detect eval model.safetensors --images photos --annotations photos.json --json -
+  torchrun --nproc-per-node 8 -m slabformer.cli.main detect eval model.safetensors --data /data/coco
+"""
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab detect eval`."""
+    made = ArgumentParser(
+        prog="slab detect eval",
+        description="COCO's twelve numbers for boxes and for masks, of the deployed form, and of the blend too while "
+        "gamma is above 0.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+    )
+    made.add_argument("model", type=Path, help="a .safetensors file that `slab detect train` or `fuse` wrote")
+    made.add_argument(
+        "--data", type=str | None, help="a folder with val2017 and annotations/instances_val2017.json, or digits"
+    )
+    made.add_argument("--images", type=str | None, help="folder of the images, if not DATA/val2017")
+    made.add_argument("--annotations", type=str | None, help="COCO file, if not the usual one below DATA")
+    made.add_argument("--batch-size", type=int, default=1, help="images that are read at once")
+    made.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
+    add_device_option(made)
+    made.add_argument("--backend", type=str, default="auto", help="auto, faster-coco-eval or pycocotools")
+    made.add_argument("--classes", type=Path | None, help="also show every class's AP, and write it to this CSV file")
+    made.add_argument("--results", type=Path | None, help="also write all detections as COCO's results.json")
+    made.add_argument("--json", type=Path | None, help="also write the figures as JSON; - for standard output alone")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Evaluate and print tables; under torchrun every process takes its share, and the first one prints."""
+    for path in (config.classes, config.results, config.json):
+        if path is not None and path != STDOUT:
+            writable(path)
+    accelerator = launched_accelerator(config)
+    try:
+        _run(config, accelerator)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _run(config: Namespace, accelerator: Any) -> None:
+    detector, info = load_detector(config.model, device_called(config.device))
+    loader = _loader(config, info, accelerator)
+    compare_classes(info, loader.class_names)
+    results: dict[str, DetectionResult] = {}
+    detections: list[dict[str, Any]] = []
+    for form, metrics in _forms(detector, info, loader, config.backend, accelerator):
+        if not results and config.results is not None:
+            detections = metrics.results()  # every rank must ask
+        results[form] = metrics.compute()
+    if accelerator is None or accelerator.is_main_process:
+        _tell(config, results)
+        if config.results is not None:
+            write_text(config.results, json.dumps(detections))
+
+
+def _loader(config: Namespace, info: DetectorInfo, accelerator: Any) -> DetectionLoader:
+    if config.data is None and (config.images is None or config.annotations is None):
+        raise ValueError("which images? give --data FOLDER, or both --images FOLDER and --annotations FILE")
+    data = DetectionData(
+        path=config.data or ".",
+        val_images=config.images,
+        val_annotations=config.annotations,
+        masks=info.detector.masks,
+    )
+    return create_loader(
+        data,
+        DetectionAugment(policy="none", size=info.size, max_size=info.max_size),
+        "validation",
+        batch_size=config.batch_size,
+        seed=0,
+        rank=0 if accelerator is None else accelerator.process_index,
+        world_size=1 if accelerator is None else accelerator.num_processes,
+        num_workers=config.num_workers,
+    )
+
+
+def _forms(
+    detector: Detector, info: DetectorInfo, loader: DetectionLoader, backend: Any, accelerator: Any
+) -> Iterator[tuple[str, CocoMetrics]]:
+    """What the deployed form found, and what the blend did where there is one."""
+    total = -(-loader.order.count // loader.order.world_size)
+    options = {"backend": backend, "accelerator": accelerator}
+    with progress_bar("evaluate", total) as advance:
+        yield "fused" if info.fused else "deployed", collect(detector, loader, progress=advance, **options)
+    norms = list(prepbn_modules(detector).values())
+    if any(norm.phase != "done" for norm in norms):
+        gamma = max(float(norm.gamma) for norm in norms)
+        with sf.blended(detector), progress_bar("blend", total) as advance:
+            yield f"blend, gamma {gamma:.2f}", collect(detector, loader, progress=advance, **options)
+
+
+def _tell(config: Namespace, results: dict[str, DetectionResult]) -> None:
+    """Print and write the figures."""
+    deployed = next(iter(results.values()))
+    if config.json != STDOUT:
+        console().print(_table(f"{config.model.name}, {deployed.num_images:,} images, %", results))
+        if config.classes is not None:
+            console().print(_class_table(deployed.per_class))
+    write_json(config.json, {form: result.to_dict() for form, result in results.items()})
+    if config.classes is not None:
+        write_classes(config.classes, deployed.per_class)
+
+
+def _table(title: str, results: dict[str, DetectionResult]) -> Table:
+    table = Table(title=title)
+    table.add_column("")
+    for name in NAMES:
+        table.add_column(name, justify="right")
+    for form, result in results.items():
+        for kind, figures in (("boxes", result.box), ("masks", result.mask)):
+            if figures is not None:
+                table.add_row(f"{form}, {kind}", *(shown(figures[name]) for name in NAMES))
+    return table
+
+
+def _class_table(rows: list[ClassResult]) -> Table:
+    table = Table(title="by class, %")
+    table.add_column("class")
+    for heading in ("objects", "box AP", "box AP50", "mask AP", "mask AP50"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        figures = (row.box_ap, row.box_ap50, row.mask_ap, row.mask_ap50)
+        table.add_row(row.name, f"{row.num_objects:,}", *map(shown, figures))
+    return table
+
+
+def write_classes(path: Path, rows: list[ClassResult]) -> None:
+    """One line a class: name, objects, AP and AP50 of boxes and of masks, empty where there is none."""
+    columns = ("name", "num_objects", "box_ap", "box_ap50", "mask_ap", "mask_ap50")
+    with replaced(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            values = [getattr(row, column) for column in columns]
+            writer.writerow([f"{value:.4f}" if isinstance(value, float) else value for value in values])
