@@ -93,9 +93,15 @@ class CocoAnnotations:
         reasons = (self.why_unusable(row, image) for image in self.images for row in self.objects.get(image.id, []))
         return Counter(reason for reason in reasons if reason is not None)
 
-    def without_mask(self) -> list[int]:
-        """Ids of the objects that have no mask, or one that encloses nothing."""
-        return [row["id"] for row in self.dataset["annotations"] if not has_mask(row)]
+    def truth(self) -> list[dict[str, Any]]:
+        """What there is to find in evaluation: all objects of known category, what may be left out filled in."""
+        filled = [
+            {**row, "area": area_of(row), "iscrowd": int(row.get("iscrowd", 0))}
+            for row in self.dataset["annotations"]
+            if row["category_id"] in self._labels
+        ]
+        # COCO's tools take a polygon of two corners for a box
+        return [{**row, "segmentation": polygons(row)} if not is_rle(row) else row for row in filled]
 
     def boxes(self, rows: list[dict[str, Any]], image: CocoImage) -> Tensor:
         """Left, top, right, bottom of objects inside of their image, float32 ``(n, 4)``."""
@@ -110,7 +116,7 @@ class CocoAnnotations:
 
     def masks(self, rows: list[dict[str, Any]], image: CocoImage) -> Tensor:
         """Masks of objects, uint8 ``(n, H, W)``."""
-        masks = [decode_mask(row["segmentation"], image.height, image.width) for row in rows]
+        masks = [decode_mask(row, image.height, image.width) for row in rows]
         return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, image.height, image.width).byte()
 
 
@@ -146,38 +152,40 @@ def area_of(row: dict[str, Any]) -> float:
     return row["area"] if row.get("area") is not None else row["bbox"][2] * row["bbox"][3]
 
 
+def is_rle(row: dict[str, Any]) -> bool:
+    """Whether an object's mask is run-length encoded."""
+    return isinstance(row.get("segmentation"), dict)
+
+
+def polygons(row: dict[str, Any]) -> list[list[float]]:
+    """Outlines of an object that enclose something: of three corners at least."""
+    return [outline for outline in row.get("segmentation") or [] if len(outline) >= 2 * FEWEST_CORNERS]
+
+
 def has_mask(row: dict[str, Any]) -> bool:
-    """Whether an object comes with a mask: an RLE, or a polygon of three corners at least."""
-    segmentation = row.get("segmentation")
-    return bool(segmentation) and (isinstance(segmentation, dict) or bool(_polygons(segmentation)))
+    """Whether an object comes with a mask, as RLE or polygons."""
+    return is_rle(row) or bool(polygons(row))
 
 
-def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A mask from polygons or RLE, compressed or not: uint8 ``(H, W)`` of 0 and 1.
+def decode_mask(row: dict[str, Any], height: int, width: int) -> np.ndarray:
+    """An object's mask from polygons or RLE, compressed or not: uint8 ``(H, W)`` of 0 and 1.
 
     Raises:
         ValueError: If an RLE is of another size than the image.
     """
     coco = require("pycocotools.mask", extra="detection")
-    if isinstance(segmentation, list):
-        code = coco.merge(coco.frPyObjects(_polygons(segmentation), height, width))
-    elif list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"a mask of {segmentation['size']} on an image of {[height, width]}")
-    elif isinstance(segmentation["counts"], list):
-        code = coco.frPyObjects(segmentation, height, width)
-    else:
-        code = segmentation
-    return coco.decode(code)
+    if not is_rle(row):
+        return coco.decode(coco.merge(coco.frPyObjects(polygons(row), height, width)))
+    code = row["segmentation"]
+    if list(code["size"]) != [height, width]:
+        raise ValueError(f"the mask of annotation {row['id']} is of {code['size']}, its image of {[height, width]}")
+    return coco.decode(coco.frPyObjects(code, height, width) if isinstance(code["counts"], list) else code)
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """A mask ``(H, W)`` as compressed RLE whose counts are text, as JSON needs them."""
     code = require("pycocotools.mask", extra="detection").encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
-
-
-def _polygons(segmentation: list[Any]) -> list[list[float]]:
-    return [polygon for polygon in segmentation if len(polygon) >= 2 * FEWEST_CORNERS]
 
 
 def _is_box(bbox: Any) -> bool:

@@ -16,9 +16,9 @@ from torchvision.transforms.v2 import functional as F
 
 from slabformer.tasks.classification.augment import draws_from
 from slabformer.tasks.classification.images import UNREADABLE, read_image
-from slabformer.tasks.detection.annotations import SMALLEST_SIDE, CocoAnnotations, CocoImage, read_coco
+from slabformer.tasks.detection.annotations import SMALLEST_SIDE, CocoAnnotations, CocoImage, has_mask, read_coco
 from slabformer.tasks.detection.digits import LAYOUT, Split, make_digits
-from slabformer.tasks.detection.transforms import Transform, as_example, drop_empty
+from slabformer.tasks.detection.transforms import Example, Transform, as_example, drop_empty
 from slabformer.tasks.engine.order import Stream
 
 logger = logging.getLogger(__name__)
@@ -67,14 +67,15 @@ def open_source(data: DetectionData, split: Split) -> Source:
         ValueError: If the annotations are damaged, have no masks though asked for, or leave nothing to train on.
     """
     annotations, read = _open_digits(split) if data.path == "digits" else _open_files(data, split)
-    unmasked = annotations.without_mask() if data.masks else []
+    images = _trainable(annotations) if split == "train" else annotations.images
+    rows = [row for image in images for row in annotations.usable(image)] if split == "train" else annotations.truth()
+    unmasked = [row["id"] for row in rows if not has_mask(row)] if data.masks else []
     if unmasked:
-        total = len(annotations.dataset["annotations"])
         raise ValueError(
-            f"{len(unmasked)} of {total} annotations in {annotations.name} have no mask (first: id {unmasked[0]}); "
-            "train on boxes alone with data.masks=false, or remove them"
+            f"{len(unmasked)} of {len(rows)} annotations in {annotations.name} have no mask (first: id {unmasked[0]}); "
+            "use boxes alone with data.masks=false, or remove them"
         )
-    return Source(annotations, read, _trainable(annotations) if split == "train" else annotations.images)
+    return Source(annotations, read, images)
 
 
 def locate(data: DetectionData, split: Split) -> tuple[Path, Path]:
@@ -166,22 +167,21 @@ class DetectionDataset(Dataset[Sample]):
         for candidate in self._candidates(epoch, index):
             image = self.source.images[candidate]
             try:
-                picture = self.source.read(image)
+                example = self._read(image)
             except UNREADABLE as error:
                 failures.append((image.file_name, f"{type(error).__name__}: {error}"))
                 continue
             with draws_from(self.seed, epoch, index):
-                return self._transformed(picture, image, failures)
+                pixels, target = self.transform(*example)
+            about = {"image_id": image.id, "original_size": (image.height, image.width), "name": image.file_name}
+            return Sample(pixels.as_subclass(Tensor), {**drop_empty(target), **about}, failures)
         return Sample(None, {}, failures)
 
-    def _transformed(self, picture: Image.Image, image: CocoImage, failures: list[tuple[str, str]]) -> Sample:
+    def _read(self, image: CocoImage) -> Example:
         annotations = self.source.annotations
-        rows = annotations.usable(image)
+        picture, rows = self.source.read(image), annotations.usable(image)
         masks = annotations.masks(rows, image) if self.masks else None
-        example = as_example(F.pil_to_tensor(picture), annotations.boxes(rows, image), annotations.labels(rows), masks)
-        pixels, target = self.transform(*example)
-        about = {"image_id": image.id, "original_size": (image.height, image.width), "name": image.file_name}
-        return Sample(pixels.as_subclass(Tensor), {**drop_empty(target), **about}, failures)
+        return as_example(F.pil_to_tensor(picture), annotations.boxes(rows, image), annotations.labels(rows), masks)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         yield index

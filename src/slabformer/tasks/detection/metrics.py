@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slabformer._extras import require
-from slabformer.tasks.detection.annotations import CocoAnnotations, area_of, encode_mask
+from slabformer.tasks.detection.annotations import CocoAnnotations, encode_mask
 from slabformer.tasks.engine.devices import gather
 
 Backend = Literal["auto", "faster-coco-eval", "pycocotools"]
@@ -140,18 +140,9 @@ class CocoMetrics:
 
     def _evaluate(self, gathered: dict[int, list[dict[str, Any]]], kind: str) -> Any:
         """An evaluator of either library, done."""
+        truth = {"info": {}, **self.annotations.dataset, "annotations": self.annotations.truth()}
         with contextlib.redirect_stdout(io.StringIO()):  # both tell of every step
-            return _run(self.backend, self._truth(), list(gathered), _detections(gathered, kind), kind)
-
-    def _truth(self) -> dict[str, Any]:
-        """The annotations with what may be left out of them filled in, without unknown categories."""
-        known = set(self.annotations.category_ids)
-        rows = [
-            {**row, "area": area_of(row), "iscrowd": int(row.get("iscrowd", 0))}
-            for row in self.annotations.dataset["annotations"]
-            if row["category_id"] in known
-        ]
-        return {"info": {}, **self.annotations.dataset, "annotations": rows}
+            return _run(self.backend, truth, list(gathered), _detections(gathered, kind), kind)
 
     def _per_class(self, box: Any, mask: Any, gathered: dict[int, list[dict[str, Any]]]) -> list[ClassResult]:
         counts = dict.fromkeys(self.annotations.category_ids, 0)

@@ -1,0 +1,40 @@
+"""`slab detect browse`: a picture of what training sees."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from slabformer.cli.common import writable
+from slabformer.cli.recipe import config_of, recipe_parser
+from slabformer.tasks.detection.config import TrainConfig
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab detect browse`: those of training, of which data and augmentation count."""
+    made = recipe_parser(
+        "slab detect browse",
+        "Draw the first images of an epoch as they are trained on, with boxes, masks and names.",
+        "recipes/detection_slab_swin_tiny_1x.yaml",
+        TrainConfig,
+    )
+    made.add_argument("--out", type=Path, default=Path("batches.png"), help="the picture")
+    made.add_argument("--num", type=int, default=16, help="images in it")
+    made.add_argument("--epoch", type=int, default=0, help="whose order and augmentation")
+    made.add_argument("--split", type=str, default="train", choices=["train", "validation"], help="which images")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Draw and say where."""
+    from slabformer.tasks.detection.browse import browse
+    from slabformer.tasks.detection.drawing import to_pil
+    from slabformer.tasks.detection.loader import create_loader
+
+    settings = config_of(parser(), config, dict)
+    out = writable(config.out)
+    loader = create_loader(settings["data"], settings["augment"], config.split, batch_size=4, seed=settings["seed"])
+    to_pil(browse(loader, config.num, epoch=config.epoch)).save(out)
+    sys.stdout.write(f"{out}\n")

@@ -1,0 +1,69 @@
+"""`slab detect check-data`: what a detection data set holds, and what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.table import Table
+
+from slabformer.cli.common import console
+from slabformer.cli.data import STDOUT, progress_bar, write_json
+from slabformer.cli.recipe import config_of, recipe_parser
+from slabformer.tasks.detection.check import SplitReport, check_data
+from slabformer.tasks.detection.config import TrainConfig
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab detect check-data`: those of training, of which the data counts."""
+    made = recipe_parser(
+        "slab detect check-data",
+        "Look at images and annotations as training would: counts per class, what would be left out, what is missing "
+        "or damaged. Exit code 2 if the data could not be trained on.",
+        "recipes/detection_slab_swin_tiny_1x.yaml",
+        TrainConfig,
+    )
+    made.add_argument("--decode", action="store_true", help="read every image to its end, to find truncated ones")
+    made.add_argument("--json", type=Path | None, help="also write the report as JSON; - for standard output alone")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Check and print.
+
+    Raises:
+        ValueError: If training would refuse the data, after all was told.
+    """
+    data = config_of(parser(), config, dict)["data"]
+    with progress_bar("check", None) as advance:
+        reports = check_data(data, decode=config.decode, progress=advance)
+    if config.json != STDOUT:
+        for report in reports:
+            _print(report)
+        console().print(_class_table(reports))
+    write_json(config.json, [report.to_dict() for report in reports])
+    reasons = [finding.what for report in reports for finding in report.findings if finding.stops]
+    if reasons:
+        raise ValueError(f"{data.path} cannot be used as it is: {'; '.join(dict.fromkeys(reasons))}")
+
+
+def _print(report: SplitReport) -> None:
+    console().print(f"{report.split}: {report.num_images} images, {report.num_objects} objects in {report.annotations}")
+    if not report.findings:
+        return
+    table = Table("found", "how often", "first", "", show_edge=False)
+    for finding in report.findings:
+        verdict = "[red]stops[/red]" if finding.stops else ""
+        table.add_row(finding.what, str(finding.count), ", ".join(finding.examples), verdict)
+    console().print(table)
+
+
+def _class_table(reports: list[SplitReport]) -> Table:
+    table = Table("class", title="objects to train on and to find")
+    for report in reports:
+        table.add_column(report.split, justify="right")
+    names = dict.fromkeys(count.name for report in reports for count in report.classes)
+    counts = [{count.name: count.num_objects for count in report.classes} for report in reports]
+    for name in names:
+        table.add_row(name, *(str(count.get(name, "-")) for count in counts))
+    return table

@@ -1,0 +1,211 @@
+"""What is wrong with a detection data set, before hours of training find out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from slabformer.tasks.classification.images import UNREADABLE, read_image
+from slabformer.tasks.detection.annotations import REQUIRED, SMALLEST_SIDE, CocoAnnotations, has_mask, is_rle, read_coco
+from slabformer.tasks.detection.dataset import DetectionData, locate
+from slabformer.tasks.detection.digits import Split, make_digits
+
+MOST_EXAMPLES = 3
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is odd, and whether training or evaluation would refuse it."""
+
+    what: str
+    count: int
+    examples: list[str]
+    stops: bool = False
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """How often a class occurs among the objects that count."""
+
+    name: str
+    num_objects: int
+    num_images: int
+
+
+@dataclass
+class SplitReport:
+    """What one split holds, and what is odd about it."""
+
+    split: Split
+    annotations: str
+    num_images: int = 0
+    num_objects: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    classes: list[ClassCount] = field(default_factory=list)
+    category_ids: list[int] = field(default_factory=list)
+
+    @property
+    def stops(self) -> bool:
+        """Whether training or evaluation would refuse the split."""
+        return any(finding.stops for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "stops": self.stops}
+
+
+def check_data(
+    data: DetectionData, *, decode: bool = False, progress: Callable[[], None] | None = None
+) -> list[SplitReport]:
+    """Look at both splits of ``data``.
+
+    Args:
+        data: Which images and annotations.
+        decode: Read every image to its end; else only its size, which does not show a truncated one.
+        progress: Called after every image.
+
+    Raises:
+        ValueError: If a file holds no COCO annotations.
+        FileNotFoundError: If it is not there.
+    """
+    reports = [_check_split(data, split, decode, progress) for split in SPLITS]
+    train, validation = reports
+    if not train.stops and not validation.stops:
+        validation.findings += _class_findings(train, validation)
+    return reports
+
+
+def _check_split(data: DetectionData, split: Split, decode: bool, progress: Callable[[], None] | None) -> SplitReport:
+    embedded = data.path == "digits"
+    folder, file = locate(data, split)
+    dataset = make_digits(split)[0] if embedded else read_coco(file)
+    report = SplitReport(split, f"digits/{split}" if embedded else str(file))
+    report.num_images, report.num_objects = len(dataset["images"]), len(dataset["annotations"])
+    report.findings += _id_findings(dataset)
+    if report.stops:  # which object is on which image is not known
+        return report
+    annotations = CocoAnnotations(dataset, report.annotations)
+    report.classes, report.category_ids = _count_classes(annotations), annotations.category_ids
+    report.findings += [*_object_findings(annotations, data, split), *_image_findings(annotations, split)]
+    if not embedded:
+        report.findings += _file_findings(annotations, data, folder, decode, progress)
+    return report
+
+
+def _finding(what: str, found: Iterable[Any], stops: bool = False) -> Iterator[Finding]:
+    """A finding if there is anything."""
+    examples = [str(item) for item in found]
+    if examples:
+        yield Finding(what, len(examples), examples[:MOST_EXAMPLES], stops)
+
+
+def _id_findings(dataset: dict[str, Any]) -> Iterator[Finding]:
+    for part in REQUIRED:
+        counts = Counter(row["id"] for row in dataset[part])
+        yield from _finding(f"ids used twice among the {part}", [i for i, n in counts.items() if n > 1], stops=True)
+    known = {row["id"] for row in dataset["images"]}
+    orphans = [row["id"] for row in dataset["annotations"] if row["image_id"] not in known]
+    yield from _finding("annotations of images that are not listed", orphans, stops=True)
+
+
+def _object_findings(annotations: CocoAnnotations, data: DetectionData, split: Split) -> Iterator[Finding]:
+    reasons: dict[str, list[int]] = {}
+    beyond, unmasked, misfits = [], [], []
+    counted = {row["id"] for row in annotations.truth()}
+    for image in annotations.images:
+        for row in annotations.objects.get(image.id, []):
+            reason = annotations.why_unusable(row, image)
+            if reason is not None:
+                reasons.setdefault(reason, []).append(row["id"])
+            elif _reaches_beyond(row["bbox"], image.width, image.height):
+                beyond.append(row["id"])
+            matters = reason is None if split == "train" else row["id"] in counted
+            if data.masks and matters and not has_mask(row):
+                unmasked.append(row["id"])
+            if data.masks and is_rle(row) and list(row["segmentation"]["size"]) != [image.height, image.width]:
+                misfits.append(row["id"])
+    for reason, ids in sorted(reasons.items()):
+        yield from _finding(f"annotations {reason}: not trained on", ids)
+    yield from _finding("boxes that reach beyond their image: cut", beyond)
+    yield from _finding("annotations without masks; data.masks=false trains on boxes alone", unmasked, stops=True)
+    yield from _finding("masks of another size than their image", misfits, stops=True)
+
+
+def _reaches_beyond(bbox: list[float], width: int, height: int) -> bool:
+    left, top, box_width, box_height = bbox
+    slack = 1  # annotation tools round
+    return min(left, top) < -slack or left + box_width > width + slack or top + box_height > height + slack
+
+
+def _image_findings(annotations: CocoAnnotations, split: Split) -> Iterator[Finding]:
+    names = Counter(image.file_name for image in annotations.images)
+    small = [image.file_name for image in annotations.images if min(image.height, image.width) < SMALLEST_SIDE]
+    bare = [image.file_name for image in annotations.images if not annotations.usable(image)]
+    yield from _finding("files listed twice", [name for name, count in names.items() if count > 1])
+    yield from _finding(f"images below {SMALLEST_SIDE} px: not trained on", small)
+    yield from _finding("images without a usable object: not trained on", bare)
+    if not annotations.images:
+        yield Finding("there are no images", 1, [annotations.name], stops=True)
+    elif split == "train" and len({*small, *bare}) == len(names):
+        yield Finding("no image is left to train on", 1, [annotations.name], stops=True)
+
+
+def _file_findings(
+    annotations: CocoAnnotations, data: DetectionData, folder: Path, decode: bool, progress: Callable[[], None] | None
+) -> Iterator[Finding]:
+    missing, damaged, other = [], [], []
+    for image in annotations.images:
+        path = folder / image.file_name
+        try:
+            size = read_image(path).size if decode else upright_size(path)
+            if size != (image.width, image.height):
+                other.append(f"{image.file_name} ({size[0]}x{size[1]}, listed as {image.width}x{image.height})")
+        except FileNotFoundError:
+            missing.append(image.file_name)
+        except UNREADABLE:
+            damaged.append(image.file_name)
+        if progress is not None:
+            progress()
+    stops = len(missing) + len(damaged) + len(other) > data.limit(len(annotations.images))
+    yield from _finding(f"images that are not in {folder}", missing, stops)
+    yield from _finding("images that cannot be read", damaged, stops)
+    yield from _finding("images of another size than listed", other, stops)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height of the image at ``path`` once turned as its EXIF data says, without decoding it.
+
+    Raises:
+        OSError, SyntaxError, ValueError, ...: If it is no image.
+    """
+    with Image.open(path) as image:
+        blank = Image.new("1", image.size)
+        blank.info["exif"] = image.info.get("exif", b"")
+        return ImageOps.exif_transpose(blank).size
+
+
+def _count_classes(annotations: CocoAnnotations) -> list[ClassCount]:
+    objects, images = Counter[int](), Counter[int]()
+    for image in annotations.images:
+        labels = annotations.labels(annotations.usable(image)).tolist()
+        objects.update(labels)
+        images.update(set(labels))
+    names = enumerate(annotations.class_names, start=1)
+    return [ClassCount(name, objects[label], images[label]) for label, name in names]
+
+
+def _class_findings(train: SplitReport, validation: SplitReport) -> Iterator[Finding]:
+    def classes(report: SplitReport) -> list[tuple[int, str]]:
+        return [(i, c.name) for i, c in zip(report.category_ids, report.classes, strict=True)]
+
+    differing = set(classes(train)) ^ set(classes(validation))
+    shown = (f"{i}: {name}" for i, name in sorted(differing))
+    yield from _finding("categories that are not those of the training annotations", shown, stops=True)
+    unseen = [c.name for c, other in zip(validation.classes, train.classes, strict=False) if not other.num_objects]
+    yield from _finding("classes without an object to train on", unseen)
