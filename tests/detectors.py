@@ -13,7 +13,14 @@ from slabformer.models.detection.config import DetectorConfig
 from slabformer.models.detection.mask_rcnn import Detector, build_detector
 from slabformer.nn.controls import prepbn_modules
 
-SMALL_SWIN: dict[str, Any] = {"embed_dim": 8, "num_heads": (1, 1, 2, 2), "depths": (1, 1, 2, 1), "img_size": 64}
+#: arguments of small models, by family
+SMALL: dict[str, dict[str, Any]] = {
+    "cswin": {"embed_dim": 8, "num_heads": (1, 2, 2, 2), "depths": (1, 1, 1, 1), "img_size": 64},
+    "swin": {"embed_dim": 8, "num_heads": (1, 1, 2, 2), "depths": (1, 1, 2, 1), "img_size": 64},
+    "pvt": {"embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1), "img_size": 64},
+    "deit": {"embed_dim": 32, "num_heads": 2, "depth": 3, "img_size": 64},
+}
+SMALL_SWIN = SMALL["swin"]
 #: some maps divide into windows of 7 tokens, some do not; and none is padded to a multiple of 32 already
 ODD_SIZES = ((97, 130), (64, 75), (151, 60))
 
@@ -40,8 +47,9 @@ def small_config(**settings: Any) -> DetectorConfig:
 
 
 def small_detector(name: str = "slab_swin_tiny", backbone: dict[str, Any] | None = None, **settings: Any) -> Detector:
-    """A fresh detector in train mode."""
-    return build_detector(create_backbone(name, **SMALL_SWIN | (backbone or {})), small_config(**settings))
+    """A fresh detector in train mode; ``backbone`` holds arguments beside those of a small model."""
+    arguments = next(small for family, small in SMALL.items() if family in name) | (backbone or {})
+    return build_detector(create_backbone(name, **arguments), small_config(**settings))
 
 
 def trained_looking(detector: Detector, seed: int = 0) -> Detector:

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from detectors import SMALL_SWIN, objects, pictures, small_detector
+from detectors import SMALL, SMALL_SWIN, objects, pictures, small_detector
 from slabformer.models.detection.backbones import Backbone, create_backbone, freeze_norm_statistics_
 from slabformer.models.detection.weights import load_backbone_weights
 from slabformer.models.official import to_published
@@ -15,16 +15,8 @@ from slabformer.testing import randomize_norms_
 from tolerances import EXACT, assert_close
 
 FAMILIES = {
-    "slab_swin_tiny": SMALL_SWIN,
-    "pvt_tiny_prepbn": {
-        "embed_dims": (8, 8, 16, 16),
-        "num_heads": (1, 1, 2, 2),
-        "depths": (1, 1, 1, 1),
-        "img_size": 64,
-    },
-    "slab_cswin_tiny": {"embed_dim": 8, "num_heads": (1, 2, 2, 2), "depths": (1, 1, 1, 1), "img_size": 64},
-    "slab_deit_tiny": {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 64},
-    "deit_tiny_prepbn": {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 64},
+    name: next(small for family, small in SMALL.items() if family in name)
+    for name in ("slab_swin_tiny", "pvt_tiny_prepbn", "slab_cswin_tiny", "slab_deit_tiny", "deit_tiny_prepbn")
 }
 
 
