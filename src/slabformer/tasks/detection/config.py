@@ -22,6 +22,7 @@ SMALL_BACKBONE = {
     "embed_dim": 32,
     "depths": [1, 1, 2, 1],
     "num_heads": [2, 4, 8, 16],
+    "window_size": 8,
 }
 #: heads of 1.3 M parameters, for objects of 24 to 56 pixels
 SMALL_DETECTOR: dict[str, Any] = {
