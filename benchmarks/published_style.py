@@ -1,0 +1,67 @@
+"""Our models computed the way SLAB was published, the slow twin of every speed: norms unfused and channels first, heads
+copied into the batch, attention and depthwise branch as a chain of einsums, transposes and copies in eager mode."""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slabformer.nn import PRepBN, RepBN
+from slabformer.nn.attention import LinearAttentionCore
+from slabformer.nn.resample import Grid, resize_tokens
+
+EPS = 1e-6
+
+
+def published_style(model: nn.Module) -> nn.Module:
+    """A copy of ``model``, in eval mode with gamma 0, that computes the same as published.
+
+    CSWin's two convolutions of the values stay one, as in our model.
+    """
+    slow = copy.deepcopy(model).eval()
+    for module in list(slow.modules()):
+        if isinstance(module, LinearAttentionCore):
+            module.attend = MethodType(_attend, module)
+            module.local = MethodType(_local, module)
+        for name, child in module.named_children():
+            rep = child.rep if isinstance(child, PRepBN) else child
+            if isinstance(rep, RepBN):
+                setattr(module, name, ChannelsFirstRepBN(rep))
+    return slow
+
+
+class ChannelsFirstRepBN(nn.Module):
+    """RepBN through ``F.batch_norm`` on transposed tokens, plus the skip."""
+
+    def __init__(self, rep: RepBN) -> None:
+        super().__init__()
+        self.rep = rep
+
+    def forward(self, x: Tensor) -> Tensor:
+        rep, tokens = self.rep, x.flatten(1, -2).transpose(1, 2)
+        y = F.batch_norm(tokens, rep.running_mean, rep.running_var, rep.weight, rep.bias, eps=rep.eps)
+        return (y + rep.eta * tokens).transpose(1, 2).reshape(x.shape)
+
+
+def _attend(self: LinearAttentionCore, q: Tensor, k: Tensor, v: Tensor, key_grid: Grid, mask: None = None) -> Tensor:
+    assert mask is None, "published SLAB knows no masks"
+    shape = q.shape
+    q, k, v = (t.contiguous().flatten(0, 1).float() for t in (q, self.placed(k, key_grid), v))
+    q, k = q.relu(), k.relu()
+    z = 1 / (torch.einsum("bic,bc->bi", q, k.sum(1)) + EPS)
+    (i, c), (j, d) = q.shape[1:], v.shape[1:]
+    if i * j * (c + d) > c * d * (i + j):
+        x = torch.einsum("bic,bcd,bi->bid", q, torch.einsum("bjc,bjd->bcd", k, v), z)
+    else:
+        x = torch.einsum("bij,bjd,bi->bid", torch.einsum("bic,bjc->bij", q, k), v, z)
+    return x.view(*shape[:3], d)
+
+
+def _local(self: LinearAttentionCore, v: Tensor, old: Grid, new: Grid) -> Tensor:
+    tokens = resize_tokens(v.flatten(0, 1), old, new)
+    maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *new).contiguous()
+    return self.dwc(maps).flatten(2).transpose(1, 2).contiguous().unflatten(0, v.shape[:2])
