@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from slabformer.models.detection.backbones import create_backbone
 from slabformer.models.detection.config import DetectorConfig
 from slabformer.models.detection.mask_rcnn import Detector, build_detector
 from slabformer.nn.controls import prepbn_modules
+from slabformer.tasks.detection.saved import DetectorInfo, save_detector
 
 #: arguments of small models, by family
 SMALL: dict[str, dict[str, Any]] = {
@@ -63,6 +65,22 @@ def trained_looking(detector: Detector, seed: int = 0) -> Detector:
         for layer in (detector.roi_heads.box_predictor.cls_score, detector.roi_heads.box_predictor.bbox_pred):
             layer.weight.mul_(50)
     return detector.eval()
+
+
+def saved(path: Path, detector: Detector | None = None, **backbone: Any) -> Path:
+    """A detector on a small SLAB-Swin with ``backbone`` arguments in a file at ``path``; a trained-looking one."""
+    detector = detector or trained_looking(small_detector(backbone=backbone))
+    info = DetectorInfo(
+        backbone="slab_swin_tiny",
+        backbone_args=SMALL_SWIN | backbone,
+        detector=detector.config,
+        class_names=["cat", "dog", "emu"],
+        category_ids=[3, 5, 8],
+        size=64,
+        max_size=96,
+    )
+    save_detector(detector, path, info)
+    return path
 
 
 def pictures(*sizes: tuple[int, int], seed: int = 0) -> list[Tensor]:

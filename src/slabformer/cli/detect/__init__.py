@@ -4,6 +4,7 @@
 VERBS = {
     "train": ("slabformer.cli.detect.train", "train Mask R-CNN on a backbone whose LayerNorm fades out or is gone"),
     "eval": ("slabformer.cli.detect.eval", "box and mask AP of a detector on a data set"),
+    "fuse": ("slabformer.cli.detect.fuse", "fold the norms of a detector's backbone, compare detections, save"),
     "check-data": ("slabformer.cli.detect.check_data", "what a data set holds, and what is wrong with it"),
     "browse": ("slabformer.cli.detect.browse", "draw what training sees: augmented images with their objects"),
     "digits": ("slabformer.cli.detect.digits", "write the embedded data set as COCO files"),
