@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,12 +175,17 @@ def decode_mask(row: dict[str, Any], height: int, width: int) -> np.ndarray:
         ValueError: If an RLE is of another size than the image.
     """
     coco = require("pycocotools.mask", extra="detection")
-    if not is_rle(row):
-        return coco.decode(coco.merge(coco.frPyObjects(polygons(row), height, width)))
     code = row["segmentation"]
-    if list(code["size"]) != [height, width]:
+    if not is_rle(row):
+        code = coco.merge(coco.frPyObjects(polygons(row), height, width))
+    elif list(code["size"]) != [height, width]:
         raise ValueError(f"the mask of annotation {row['id']} is of {code['size']}, its image of {[height, width]}")
-    return coco.decode(coco.frPyObjects(code, height, width) if isinstance(code["counts"], list) else code)
+    elif isinstance(code["counts"], list):
+        code = coco.frPyObjects(code, height, width)
+    with warnings.catch_warnings():
+        # pycocotools 2.0.11 hands its memory over in the way of NumPy 1
+        warnings.filterwarnings("ignore", message="__array__ implementation", category=DeprecationWarning)
+        return coco.decode(code)
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:

@@ -145,14 +145,14 @@ def _reaches_beyond(bbox: list[float], width: int, height: int) -> bool:
 
 def _image_findings(annotations: CocoAnnotations, split: Split) -> Iterator[Finding]:
     names = Counter(image.file_name for image in annotations.images)
-    small = [image.file_name for image in annotations.images if min(image.height, image.width) < SMALLEST_SIDE]
-    bare = [image.file_name for image in annotations.images if not annotations.usable(image)]
+    small = [image for image in annotations.images if min(image.height, image.width) < SMALLEST_SIDE]
+    bare = [image for image in annotations.images if not annotations.usable(image)]
     yield from _finding("files listed twice", [name for name, count in names.items() if count > 1])
-    yield from _finding(f"images below {SMALLEST_SIDE} px: not trained on", small)
-    yield from _finding("images without a usable object: not trained on", bare)
+    yield from _finding(f"images below {SMALLEST_SIDE} px: not trained on", [image.file_name for image in small])
+    yield from _finding("images without a usable object: not trained on", [image.file_name for image in bare])
     if not annotations.images:
         yield Finding("there are no images", 1, [annotations.name], stops=True)
-    elif split == "train" and len({*small, *bare}) == len(names):
+    elif split == "train" and len({*small, *bare}) == len(annotations.images):
         yield Finding("no image is left to train on", 1, [annotations.name], stops=True)
 
 

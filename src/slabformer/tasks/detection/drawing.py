@@ -17,6 +17,8 @@ GOLDEN_RATIO = 0.618034
 #: heights of labels and widths of lines, as shares of the picture's longer side
 TEXT_SHARE, LINE_SHARE = 1 / 50, 1 / 400
 SMALLEST_TEXT = 10
+#: from this luminance on a colour is written on in black, below in white
+BRIGHT = 128
 
 
 def draw_objects(
@@ -69,7 +71,7 @@ def to_pil(picture: Tensor) -> Image.Image:
 def _write(
     picture: Tensor, boxes: Tensor, captions: Sequence[str], colours: Sequence[tuple[int, int, int]], size: int
 ) -> Tensor:
-    """Captions in black on their class's colour, above the box or inside where there is no room above."""
+    """Captions on their class's colour, above the box or inside where there is no room above."""
     canvas = to_pil(picture)
     drawing, font = ImageDraw.Draw(canvas), ImageFont.load_default(size)
     for (left, top, *_), caption, colour in zip(boxes.tolist(), captions, colours, strict=True):
@@ -77,5 +79,10 @@ def _write(
         x = max(0, min(left, canvas.width - width))
         y = top - height if top >= height else top
         drawing.rectangle((x, y, x + width, y + height), fill=colour)
-        drawing.text((x + 2, y), caption, fill="black", font=font)
+        drawing.text((x + 2, y), caption, fill=_readable_on(colour), font=font)
     return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
+
+
+def _readable_on(colour: tuple[int, int, int]) -> str:
+    red, green, blue = colour
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue >= BRIGHT else "white"
