@@ -80,5 +80,5 @@ def test_other_labels_are_refused(detector):
 
 
 def test_no_image_shows_nothing(detector):
-    with pytest.raises(ValueError, match="at least one image"):
+    with pytest.raises(ValueError, match="one image at least"):
         verify_detections(detector, detector, [])
