@@ -34,6 +34,9 @@ ARROWS = {
     "__init__": ON_CORE | {"deployment"},
 }
 
+#: GPU kernels, which nothing imports before it runs on a GPU
+KERNELS = SOURCE / "ops" / "kernels"
+
 FILES = sorted(SOURCE.rglob("*.py"))
 FILE_IDS = [str(path.relative_to(SOURCE)) for path in FILES]
 each_file = pytest.mark.parametrize("path", FILES, ids=FILE_IDS)
@@ -96,7 +99,13 @@ def test_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in CORE], ids=lambda p: str(p.relative_to(SOURCE)))
 def test_core_rooms_import_torch_and_the_standard_library_only(path: Path) -> None:
-    assert foreign_libraries(path.read_text()) == set()
+    assert foreign_libraries(path.read_text()) <= ({"triton"} if KERNELS in path.parents else set())
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if KERNELS not in p.parents], ids=lambda p: p.stem)
+def test_kernels_are_imported_inside_functions_alone(path: Path) -> None:
+    at_once = imported_modules(module_level(ast.parse(path.read_text())))
+    assert not [name for name in at_once if name.startswith("slabformer.ops.kernels")]
 
 
 @each_file

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from slabformer.nn.resample import Grid, resample_table, resize_tokens, resolve_grid
 from slabformer.ops.depthwise import depthwise_tokens
+from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.linear_attention import linear_attention, mask_tokens
 
 
@@ -49,17 +50,43 @@ class LinearAttentionCore(nn.Module):
         """Tokens ``(B, N, C)`` as ``(B, num_heads, N, D)``, without a copy."""
         return tuple(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in tokens)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_grid: Grid, mask: Tensor | None = None) -> Tensor:
-        """Linear attention of heads over keys on ``key_grid``, with the table added to them."""
-        return linear_attention(q, self.placed(k, key_grid), v, mask=mask)
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_grid: Grid,
+        mask: Tensor | None = None,
+        kernels: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """Linear attention of heads over keys on ``key_grid``, with the table added to them.
+
+        Where ``has_kernel`` says so, ``kernels`` of a depthwise convolution, weight ``(1 or num_heads, D, K, K)`` and
+        bias, join it in one pass: the convolution of the values on the same grid is added.
+        """
+        table = self.table(key_grid)
+        if kernels is None:
+            return linear_attention(q, k, v, table=table, mask=mask)
+        from slabformer.ops.kernels.linear_attention import fused_linear_attention
+
+        weight, bias = kernels
+        return fused_linear_attention(q, k, v, table=table, mask=mask, weight=weight, bias=bias, grid_size=key_grid)
 
     def placed(self, k: Tensor, key_grid: Grid) -> Tensor:
-        """Keys with the position table added, resampled where their grid is not the table's."""
+        """Keys with the position table added."""
+        return k + self.table(key_grid).to(k.dtype)
+
+    def table(self, key_grid: Grid) -> Tensor:
+        """Position table ``(1, num_heads, M, D)``, resampled where the keys' grid is not its own."""
         table: Tensor = self.positional_encoding
         if key_grid != self.grid_size:
             table = resample_table(table, self.grid_size, key_grid)
-        (table,) = self.heads(table.to(k.dtype))
-        return k + table
+        return self.heads(table)[0]
+
+    def shared_kernels(self) -> tuple[Tensor, Tensor | None]:
+        """The depthwise branch's kernels as :meth:`attend` takes them, one set for all heads."""
+        bias = self.dwc.bias
+        return self.dwc.weight.transpose(0, 1), None if bias is None else bias[None]
 
     def local(self, v: Tensor, old: Grid, new: Grid) -> Tensor:
         """The depthwise branch: heads of values on the grid ``old``, through the kernels they share, on ``new``."""
@@ -148,11 +175,16 @@ class SimplifiedLinearAttention(LinearAttentionCore):
             raise ValueError("SimplifiedLinearAttention is not causal; mask keys with a boolean (B, N) attn_mask")
         q, k, v = self.heads(*self._project(x, context))
         key_grid = resolve_grid(k.shape[2], grid_size if context is None else context_grid_size, self.grid_size)
-        mask = key_mask(attn_mask)
-        v = mask_tokens(v, mask).contiguous()  # once for both branches
-        out = self.attend(q, k, v, key_grid, mask)
+        grid = None
         if grid_size is not None or k.shape[2] == q.shape[2]:
-            out = out + self.local(v, key_grid, resolve_grid(q.shape[2], grid_size, key_grid))
+            grid = resolve_grid(q.shape[2], grid_size, key_grid)
+        mask = key_mask(attn_mask)
+        if grid == key_grid and has_kernel(q, k, v):
+            out = self.attend(q, k, v, key_grid, mask, self.shared_kernels())
+        else:
+            v = mask_tokens(v, mask).contiguous()  # once for both branches
+            out = self.attend(q, k, v, key_grid, mask)
+            out = out if grid is None else out + self.local(v, key_grid, grid)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from slabformer.nn.attention import LinearAttentionCore, refuse_attn_drop, shared_depthwise
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.resample import Grid, resize_tokens_1d, resolve_grid
+from slabformer.ops.dispatch import has_kernel
 
 Resize = Literal["2d", "1d"]
 
@@ -143,12 +144,15 @@ class PyramidLinearAttention(LinearAttentionCore):
         grid = resolve_grid(x.shape[1], grid_size, (self.grid_size[0] * r, self.grid_size[1] * r))
         reduced = reduce_tokens(x, grid, self.sr, self.norm) if r > 1 else x
         q, k, v = self.heads(self.q(x), *self.kv(reduced).chunk(2, dim=-1))
-        v = v.contiguous()  # once for both branches
         key_grid = _reduced(grid, r)
-        out = self.attend(q, k, v, key_grid)
-        if self.resize == "1d":
-            v, key_grid = resize_tokens_1d(v.flatten(0, 1), x.shape[1]).unflatten(0, v.shape[:2]), grid
-        out = out + self.local(v, key_grid, grid)
+        if grid == key_grid and has_kernel(q, k, v):
+            out = self.attend(q, k, v, key_grid, None, self.shared_kernels())
+        else:
+            v = v.contiguous()  # once for both branches
+            out = self.attend(q, k, v, key_grid)
+            if self.resize == "1d":
+                v, key_grid = resize_tokens_1d(v.flatten(0, 1), x.shape[1]).unflatten(0, v.shape[:2]), grid
+            out = out + self.local(v, key_grid, grid)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def set_grid_size(self, grid_size: Grid) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from slabformer.nn.attention import LinearAttentionCore, shared_depthwise
 from slabformer.nn.resample import Grid, window_merge, window_partition
 from slabformer.ops.depthwise import depthwise_tokens
+from slabformer.ops.dispatch import has_kernel
 
 Direction = Literal["vertical", "horizontal"]
 
@@ -52,12 +53,17 @@ class WindowLinearAttention(LinearAttentionCore):
         window = window_size or self.grid_size
         q, k, v = (window_partition(t, grid_size, window) for t in (q, k, v))
         v = v.contiguous()  # once for both branches
-        local = depthwise_tokens(v, window, *self.kernels())
-        q, k, v = self.heads(q, k, v)
-        out = self.attend(q, k, v, window).transpose(1, 2).flatten(2)
-        return window_merge(out + local, grid_size, window)
+        weight, bias = self.kernels()
+        heads = self.heads(q, k, v)
+        if has_kernel(*heads):
+            shape = (self.num_heads, -1)
+            kernels = weight.squeeze(1).unflatten(0, shape), bias.unflatten(0, shape)
+            out = self.attend(*heads, window, None, kernels).transpose(1, 2).flatten(2)
+        else:
+            out = self.attend(*heads, window).transpose(1, 2).flatten(2) + depthwise_tokens(v, window, weight, bias)
+        return window_merge(out, grid_size, window)
 
-    def kernels(self) -> tuple[Tensor, Tensor | None]:
+    def kernels(self) -> tuple[Tensor, Tensor]:
         """Weight ``(C, 1, K, K)`` and bias of both convolutions in one."""
         border = (self.dwc.kernel_size[0] - self.get_v.kernel_size[0]) // 2
         weight = self.dwc.weight.repeat(self.num_heads, 1, 1, 1) + F.pad(self.get_v.weight, (border,) * 4)

@@ -1,4 +1,7 @@
-"""Simplified linear attention: ReLU instead of softmax, the product in the cheaper order."""
+"""Simplified linear attention: ReLU instead of softmax, the product in the cheaper order; on GPUs, Triton kernels.
+
+What stands here is composed of torch's operators, so that compilers for CPUs see through it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.moments import accumulation_dtype
 
 Order = Literal["linear", "quadratic"]
@@ -17,6 +21,7 @@ def linear_attention(
     k: Tensor,
     v: Tensor,
     *,
+    table: Tensor | None = None,
     mask: Tensor | None = None,
     order: Order | None = None,
     eps: float = 1e-6,
@@ -32,8 +37,10 @@ def linear_attention(
         q: Queries before the ReLU, ``(B, num_heads, N, D)``.
         k: Keys before the ReLU, ``(B, num_heads, M, D)``.
         v: Values, ``(B, num_heads, M, E)``.
+        table: Position table, added to the keys before their ReLU, ``(1, num_heads, M, D)`` in any dtype.
         mask: Valid keys, boolean ``(B, M)``; the others count as absent whatever they hold.
-        order: "linear" for ``q (k^T v)``, "quadratic" for ``(q k^T) v``; by default the one with fewer products.
+        order: "linear" for ``q (k^T v)``, "quadratic" for ``(q k^T) v``; by default the one with fewer products, on
+            kernels of our own where :func:`slabformer.ops.dispatch.has_kernel` says so.
         eps: Added to the normaliser.
 
     Returns:
@@ -42,7 +49,12 @@ def linear_attention(
     Raises:
         ValueError: If the shapes do not fit one another, or ``order`` is unknown.
     """
-    _check(q, k, v, mask, order)
+    _check(q, k, v, table, mask, order)
+    if order is None and cheaper_order(q, v) == "linear" and has_kernel(q, k, v):
+        from slabformer.ops.kernels.linear_attention import fused_linear_attention
+
+        return fused_linear_attention(q, k, v, table=table, mask=mask, eps=eps)
+    k = k if table is None else k + table.to(k.dtype)
     q, k = q.relu(), k.relu()
     k, v = mask_tokens(k, mask), mask_tokens(v, mask)
     if (order or cheaper_order(q, v)) == "linear":
@@ -82,12 +94,14 @@ def _quadratic(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     return ((weights / normaliser).to(v.dtype) @ v).to(q.dtype)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, order: str | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, mask: Tensor | None, order: str | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"linear_attention needs (B, num_heads, N, D) tensors, got {shapes}")
     if k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"linear_attention needs q and k of one width, k and v of one length, got {shapes}")
+    if table is not None and table.shape != (1, *k.shape[1:]):
+        raise ValueError(f"linear_attention needs a table of shape {(1, *k.shape[1:])}, got {tuple(table.shape)}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (k.shape[0], k.shape[2])):
         raise ValueError(
             f"linear_attention needs a boolean mask of shape {(k.shape[0], k.shape[2])}, true for valid keys, "

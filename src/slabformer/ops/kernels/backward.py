@@ -8,6 +8,7 @@ import triton.language as tl
 from slabformer.ops.kernels.tiles import (
     CONFIGS,
     WIDTHS,
+    factor,
     head_of,
     load_keys,
     load_sums,
@@ -54,6 +55,7 @@ def query_gradients_kernel(
     grad_q = head_of(grad_q, num_tokens * num_heads * D, D, num_heads)
     sums = head_of(sums, num_heads * (E + 1) * D, (E + 1) * D, num_heads)
     products, totals = load_sums(sums, D, E, BLOCK_D, BLOCK_E)
+    products = factor(products, q)
     grad_products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     grad_totals = tl.zeros((BLOCK_D,), tl.float32)
     first = tl.program_id(1) * chunk
@@ -64,13 +66,13 @@ def query_gradients_kernel(
         queries = relu(raw)
         grad = load_tokens(grad_out, rows, rows < last, stride_on, E, BLOCK_E).to(tl.float32)
         inverse = 1 / (tl.sum(queries * totals[None, :], 1) + eps)
-        numerator = tl.dot(queries, products, input_precision=PRECISION)
-        grad *= inverse[:, None]
-        grad_normaliser = -tl.sum(grad * numerator, 1) * inverse
-        through = tl.dot(grad, tl.trans(products), input_precision=PRECISION)
+        numerator = tl.dot(factor(queries, q), products, input_precision=PRECISION)
+        grad_normaliser = -tl.sum(grad * numerator, 1) * inverse * inverse
+        through = tl.dot(factor(grad, q), tl.trans(products), input_precision=PRECISION) * inverse[:, None]
         through += grad_normaliser[:, None] * totals[None, :]
         store_tokens(grad_q, tl.where(raw > 0, through, 0.0), rows, last, num_heads * D, D, BLOCK_D)
-        grad_products = tl.dot(tl.trans(grad), queries, grad_products, input_precision=PRECISION)
+        shares = tl.trans(factor(grad * inverse[:, None], q))
+        grad_products = tl.dot(shares, factor(queries, q), grad_products, input_precision=PRECISION)
         grad_totals += tl.sum(queries * grad_normaliser[:, None], 0)
     store_sums(grad_sums, grad_products, grad_totals, D, E, BLOCK_D, BLOCK_E)
 
@@ -131,7 +133,7 @@ def key_gradients_kernel(
     grad_out, weight = head_of(grad_out, stride_ob, stride_oh, num_heads), head_of(weight, 0, stride_wh, num_heads)
     grad_sums = head_of(grad_sums, num_heads * (E + 1) * D, (E + 1) * D, num_heads)
     grad_products, grad_totals = load_sums(grad_sums, D, E, BLOCK_D, BLOCK_E)
-    grad_products *= scale
+    grad_products = factor(grad_products * scale, k)
     grad_totals *= scale
     grad_taps = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     first = tl.program_id(1) * chunk
@@ -141,9 +143,9 @@ def key_gradients_kernel(
         valid = valid_keys(mask, rows, rows < last, HAS_MASK)
         raw = load_keys(k, table, rows, valid, stride_kn, stride_tn, D, BLOCK_D, HAS_TABLE)
         values = load_tokens(v, rows, valid, stride_vn, E, BLOCK_E).to(tl.float32)
-        through = tl.dot(values, tl.trans(grad_products), input_precision=PRECISION) + grad_totals[None, :]
+        through = tl.dot(factor(values, k), tl.trans(grad_products), input_precision=PRECISION) + grad_totals[None, :]
         store_tokens(grad_k, tl.where(raw > 0, through, 0.0), rows, last, num_heads * D, D, BLOCK_D)
-        grad_values = tl.dot(relu(raw), grad_products, input_precision=PRECISION)
+        grad_values = tl.dot(factor(relu(raw), k), grad_products, input_precision=PRECISION)
         if K > 0:
             for tap in range(K * K):
                 # the output that this tap took the value to lies on its other side
@@ -181,7 +183,7 @@ def _store_window(
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ) -> None:
-    """Write this program's part of the gradients of ``K * K`` taps and, behind them, of the bias, ``(K * K + 1, E)``."""
+    """Write this program's part of the gradients of all taps and, behind them, of the bias, ``(K * K + 1, E)``."""
     part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     taps, e = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     places = grad_window + part * (K * K + 1) * E + taps[:, None] * E + e[None, :]

@@ -8,6 +8,7 @@ import triton.language as tl
 from slabformer.ops.kernels.tiles import (
     CONFIGS,
     WIDTHS,
+    factor,
     head_of,
     load_keys,
     load_sums,
@@ -113,13 +114,14 @@ def attend_kernel(
     weight, bias = head_of(weight, 0, stride_wh, num_heads), head_of(bias, 0, stride_bh, num_heads)
     sums = head_of(sums, num_heads * (E + 1) * D, (E + 1) * D, num_heads)
     products, totals = load_sums(sums, D, E, BLOCK_D, BLOCK_E)
+    products = factor(products, q)
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, num_tokens)
     for start in range(first, last, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
         queries = relu(load_tokens(q, rows, rows < last, stride_qn, D, BLOCK_D).to(tl.float32))
         normaliser = tl.sum(queries * totals[None, :], 1) + eps
-        tile = tl.dot(queries, products, input_precision=PRECISION) / normaliser[:, None]
+        tile = tl.dot(factor(queries, q), products, input_precision=PRECISION) / normaliser[:, None]
         if K > 0:
             tile += _window(
                 v, mask, weight, bias, rows, rows < last, stride_vn, height, width, E, K, HAS_MASK, HAS_BIAS, BLOCK_E

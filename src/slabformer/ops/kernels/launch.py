@@ -1,4 +1,4 @@
-"""The kernels as functions on tensors: who allocates, how many programs share a head, which constants they are built for.
+"""The kernels as functions on tensors: what they write to, how many programs share a head, their constants.
 
 All take tensors whose channels lie side by side; :mod:`slabformer.ops.kernels.linear_attention` sees to that.
 """
@@ -53,7 +53,7 @@ def attend(
     grid_size: tuple[int, int],
     eps: float,
 ) -> Tensor:
-    """``relu(q) S / (relu(q) . z + eps / sqrt(M))`` plus the depthwise convolution of ``v``, ``(B, num_heads, N, E)``."""
+    """``relu(q) S / (relu(q) . z + eps / sqrt(M))`` plus the convolution of ``v``, ``(B, num_heads, N, E)``."""
     (B, num_heads, N, _), E = q.shape, v.shape[3]
     parts, chunk = _chunks(N, B * num_heads, q.device)
     out = q.new_empty((B, N, num_heads, E))
@@ -134,7 +134,7 @@ def key_gradients(
         K=K,
         HAS_TABLE=table is not None,
         HAS_MASK=mask is not None,
-        BLOCK_T=_power_of_2(K * K + 1),
+        BLOCK_T=tile_width(K * K + 1),
         **_constants(k, v, chunk),
     )
     return grad_k.transpose(1, 2), grad_v.transpose(1, 2), grad_window.sum((0, 2))
@@ -164,14 +164,14 @@ def _constants(x: Tensor, v: Tensor, chunk: int) -> dict[str, Any]:
     return {
         "D": D,
         "E": E,
-        "BLOCK_D": _power_of_2(D),
-        "BLOCK_E": _power_of_2(E),
+        "BLOCK_D": tile_width(D),
+        "BLOCK_E": tile_width(E),
         "LENGTH": (chunk > 256) + (chunk > 4096),
         # float32 sums meet half-precision tokens in tensor cores whose inputs have a mantissa as long as float16's
         "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
     }
 
 
-def _power_of_2(number: int) -> int:
-    """The least one that is not smaller."""
-    return 1 << (number - 1).bit_length()
+def tile_width(width: int) -> int:
+    """The least power of 2 that holds ``width`` and that matrix products take."""
+    return max(16, 1 << (width - 1).bit_length())

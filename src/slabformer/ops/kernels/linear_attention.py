@@ -1,7 +1,7 @@
 """Linear attention on Triton: operators that autograd, ``torch.compile``, export and the FLOP counter see.
 
-Its slow, obvious twin is :mod:`slabformer.ops.reference`; :mod:`slabformer.ops.dispatch` says when it runs. The sums over
-keys are kept for the backward, the output is not.
+Its slow, obvious twin is in :mod:`slabformer.ops.reference`; :mod:`slabformer.ops.dispatch` says when it runs. The sums
+over keys are kept for the backward, the output is not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.library import triton_op
 from torch.utils.flop_counter import register_flop_formula
 
-from slabformer.ops.kernels.launch import attend, key_gradients, query_gradients, sum_keys
+from slabformer.ops.kernels.launch import attend, key_gradients, query_gradients, sum_keys, tile_width
+
+#: ``D * E`` of the tiles that sums in float32 are held in
+LARGEST_STATE = 64 * 64
 
 
 def fused_linear_attention(
@@ -48,7 +51,21 @@ def fused_linear_attention(
     Returns:
         ``(B, num_heads, N, E)`` in the dtype of ``q``; in memory tokens come before heads.
     """
-    return linear_attention_op(q, k, v, table, mask, weight, bias, grid_size, eps)[0]
+    columns = _columns_at_once(q, v)
+    outputs = [
+        linear_attention_op(q, k, v[..., i], table, mask, _rows(weight, i), _rows(bias, i), grid_size, eps)[0]
+        for i in (slice(start, start + columns) for start in range(0, v.shape[3], columns))
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def _columns_at_once(q: Tensor, v: Tensor) -> int:
+    """Columns of the values that one call takes: factors of four bytes must fit the shared memory of small GPUs too."""
+    return v.shape[3] if q.dtype == torch.bfloat16 else min(v.shape[3], LARGEST_STATE // tile_width(q.shape[3]))
+
+
+def _rows(of_channels: Tensor | None, rows: slice) -> Tensor | None:
+    return None if of_channels is None else of_channels[:, rows]
 
 
 @triton_op("slabformer::linear_attention", mutates_args=())
@@ -64,7 +81,7 @@ def linear_attention_op(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Outputs as of :func:`fused_linear_attention`, and sums over keys, float32 ``(B, num_heads, E + 1, D)``."""
-    q, k, v, table, mask, weight, bias = _unit_strides(q, k, v, table, mask, weight, bias)
+    (q, k, v, table), (mask, weight, bias) = _unit_stride(q, k, v, table), _contiguous(mask, weight, bias)
     sums = sum_keys(k, v, table, mask)
     return attend(q, v, mask, sums, weight, bias, (grid_size[0], grid_size[1]), eps), sums
 
@@ -83,7 +100,7 @@ def linear_attention_backward_op(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, and of taps and bias for each head, float32 ``(num_heads, K * K + 1, E)``."""
-    grad_out, q, k, v, table, mask, weight = _unit_strides(grad_out, q, k, v, table, mask, weight)
+    (grad_out, q, k, v, table), (mask, weight) = _unit_stride(grad_out, q, k, v, table), _contiguous(mask, weight)
     grad_q, grad_sums = query_gradients(q, v, grad_out, sums, eps)
     grid = (grid_size[0], grid_size[1])
     return grad_q, *key_gradients(k, v, table, mask, weight, grid, grad_out, grad_sums)
@@ -113,9 +130,13 @@ def _backward(ctx: Any, grad_out: Tensor, grad_sums: Tensor | None) -> tuple[Ten
 linear_attention_op.register_autograd(_backward, setup_context=_save)
 
 
-def _unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Tensors whose last axis lies side by side; weights lie so altogether, since they are small."""
-    return tuple(t if t is None or (t.stride(-1) == 1 and t.ndim > 3) else t.contiguous() for t in tensors)
+def _unit_stride(*tokens: Tensor | None) -> tuple[Any, ...]:
+    """Tokens in any order, whose channels lie side by side."""
+    return tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tokens)
+
+
+def _contiguous(*small: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if t is None else t.contiguous() for t in small)
 
 
 @register_flop_formula(torch.ops.slabformer.linear_attention)

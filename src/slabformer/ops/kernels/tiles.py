@@ -8,7 +8,7 @@ import triton.language as tl
 #: six at most are tried for every key of :data:`TUNING_KEY`; the interpreter runs the first
 CONFIGS = [
     triton.Config({"BLOCK_N": block}, num_warps=warps, num_stages=stages)
-    for block, warps, stages in [(32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2), (64, 8, 2), (128, 8, 2)]
+    for block, warps, stages in [(16, 4, 2), (32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2)]
 ][: 1 if triton.knobs.runtime.interpret else None]
 #: a configuration is chosen anew for every combination of these arguments and the dtypes
 WIDTHS = ["D", "E", "LENGTH"]
@@ -48,6 +48,12 @@ def store_tokens(
 
 
 @triton.jit
+def factor(tile: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+    """A factor of a matrix product: bfloat16 where the tokens are, since it spans what float32 does, else float32."""
+    return tile.to(tl.bfloat16 if tokens.dtype.element_ty == tl.bfloat16 else tl.float32)
+
+
+@triton.jit
 def relu(x: tl.tensor) -> tl.tensor:
     """``max(x, 0)``, NaN included, so that a model that has come apart does not look sound."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -57,7 +63,7 @@ def relu(x: tl.tensor) -> tl.tensor:
 def valid_keys(mask: tl.tensor, rows: tl.tensor, inside: tl.tensor, HAS_MASK: tl.constexpr) -> tl.tensor:
     """Which of the rows that lie ``inside`` are keys."""
     if HAS_MASK:
-        return tl.load(mask + rows, mask=inside, other=0).to(tl.int1)
+        inside = tl.load(mask + rows, mask=inside, other=0).to(tl.int1)
     return inside
 
 

@@ -1,0 +1,71 @@
+"""When linear attention runs on its Triton kernels: the one place that decides."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+#: head widths that the kernels are built for
+NARROWEST, WIDEST = 16, 128
+#: compute capability of the first GPUs with tensor cores for bfloat16 and TF32
+OLDEST_GPU = (8, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """From where on the kernels are worth it.
+
+    Attributes:
+        min_tokens: Keys and queries together.
+        measurement: File below ``benchmarks/results/`` that says so.
+    """
+
+    min_tokens: int
+    measurement: str
+
+
+#: dtypes that the kernels take
+THRESHOLDS = {
+    torch.bfloat16: Threshold(min_tokens=128, measurement="unmeasured"),
+    torch.float16: Threshold(min_tokens=128, measurement="unmeasured"),
+    torch.float32: Threshold(min_tokens=128, measurement="unmeasured"),
+}
+
+
+def has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels take ``q`` ``(B, num_heads, N, D)``, ``k`` ``(B, num_heads, M, D)`` and ``v`` of this kind.
+
+    They have a gradient, but neither a second one nor forward-mode derivatives: under :mod:`torch.func` and forward
+    mode the answer is no. For a gradient of the gradient, ask :func:`slabformer.ops.linear_attention` for an order.
+    """
+    if q.device.type != "cuda" or not q.dtype == k.dtype == v.dtype or q.dtype not in THRESHOLDS:
+        return False
+    narrow, wide = sorted((q.shape[3], v.shape[3]))
+    if narrow < NARROWEST or wide > WIDEST or q.shape[2] + k.shape[2] < THRESHOLDS[q.dtype].min_tokens:
+        return False
+    return not _is_transformed() and runs_kernels(q.device)
+
+
+def _is_transformed() -> bool:
+    """Whether :mod:`torch.func` or forward-mode differentiation runs; neither is compiled into what calls this."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result
+def runs_kernels(device: torch.device) -> bool:
+    """Whether ``device`` is an NVIDIA GPU with the tensor cores that the kernels use, and Triton is installed."""
+    if device.type != "cuda" or torch.version.hip is not None or not _has_triton():
+        return False
+    return torch.cuda.get_device_capability(device) >= OLDEST_GPU
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
