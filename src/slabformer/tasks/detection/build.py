@@ -88,7 +88,7 @@ def _load_detector(detector: Detector, path: str, class_names: list[str], new_pr
         logger.info("%s: %d tensors dropped for new classes: %s", path, len(fresh), ", ".join(fresh))
     else:
         compare_classes(info, class_names)
-    load_strictly(detector, state, f"{path} does not fit; take the config.yaml that lies beside it")
+    load_strictly(detector, state, f"{path} does not fit the recipe (the config.yaml beside the file does)")
 
 
 def _freeze(backbone: Backbone, config: ModelConfig) -> None:
