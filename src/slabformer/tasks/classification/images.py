@@ -26,6 +26,12 @@ def read_image(file: str | Path | IO[bytes]) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
+def reason_of(error: Exception) -> str:
+    """One of :data:`UNREADABLE` in one line."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(reason.split()) or type(error).__name__
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """``image`` as RGB."""
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to white

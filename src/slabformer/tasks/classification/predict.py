@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slabformer._extras import require
 from slabformer.surgery.batches import eval_mode
 from slabformer.tasks.classification.augment import Transform, eval_transform
-from slabformer.tasks.classification.images import UNREADABLE, image_files, read_image
+from slabformer.tasks.classification.images import UNREADABLE, image_files, read_image, reason_of
 from slabformer.tasks.classification.sources import DataConfig
 from slabformer.tasks.saved_model import ModelInfo
 
@@ -129,8 +129,7 @@ def _read(paths: Sequence[str | Path], transform: Transform) -> tuple[list[Tenso
             images.append(transform(read_image(path)))
             errors.append(None)
         except UNREADABLE as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            errors.append(" ".join(reason.split()) or type(error).__name__)
+            errors.append(reason_of(error))
     return images, errors
 
 

@@ -174,14 +174,20 @@ def decode_mask(row: dict[str, Any], height: int, width: int) -> np.ndarray:
     Raises:
         ValueError: If an RLE is of another size than the image.
     """
+    if is_rle(row):
+        if list(row["segmentation"]["size"]) != [height, width]:
+            sizes = f"{row['segmentation']['size']}, its image of {[height, width]}"
+            raise ValueError(f"the mask of annotation {row['id']} is of {sizes}")
+        return decode_runs(row["segmentation"])
     coco = require("pycocotools.mask", extra="detection")
-    code = row["segmentation"]
-    if not is_rle(row):
-        code = coco.merge(coco.frPyObjects(polygons(row), height, width))
-    elif list(code["size"]) != [height, width]:
-        raise ValueError(f"the mask of annotation {row['id']} is of {code['size']}, its image of {[height, width]}")
-    elif isinstance(code["counts"], list):
-        code = coco.frPyObjects(code, height, width)
+    return decode_runs(coco.merge(coco.frPyObjects(polygons(row), height, width)))
+
+
+def decode_runs(code: dict[str, Any]) -> np.ndarray:
+    """A mask from RLE, compressed or not: uint8 ``(H, W)`` of 0 and 1."""
+    coco = require("pycocotools.mask", extra="detection")
+    if isinstance(code["counts"], list):
+        code = coco.frPyObjects(code, *code["size"])
     with warnings.catch_warnings():
         # pycocotools 2.0.11 hands its memory over in the way of NumPy 1
         warnings.filterwarnings("ignore", message="__array__ implementation", category=DeprecationWarning)

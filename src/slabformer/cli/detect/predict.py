@@ -1,0 +1,118 @@
+"""`slab detect predict`: what is where on pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.table import Table
+
+from slabformer.cli.common import console
+from slabformer.cli.data import (
+    STDOUT,
+    ExamplesFormatter,
+    add_device_option,
+    device_called,
+    progress_bar,
+    write_json,
+)
+from slabformer.deployment.export_detector import OnnxDetector
+from slabformer.tasks.detection.drawing import to_pil
+from slabformer.tasks.detection.predict import Detect, PicturePrediction, draw, on_device, picture_paths, predict
+from slabformer.tasks.detection.saved import DetectorInfo, load_detector
+
+logger = logging.getLogger(__name__)
+EXAMPLES = """examples:
+  slab detect predict runs/detection_digits/model.safetensors photo.jpg --out found
+  slab detect predict detector.onnx photos/ 'more/*.png' --score 0.5 --json -
+"""
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab detect predict`."""
+    made = ArgumentParser(
+        prog="slab detect predict",
+        description="Boxes, masks, names and scores of what is on pictures: photographs turned upright, transparency "
+        "laid on white.\nA picture that cannot be read costs one line and, when the others are done, exit code 1.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+    )
+    made.add_argument("model", type=Path, help="a .safetensors file of `slab detect train` or `fuse`, or an .onnx file")
+    made.add_argument("images", type=str, nargs="+", help="image files, folders of them, and patterns like 'a/*.jpg'")
+    made.add_argument("--score", type=float, default=0.3, help="least score of an object")
+    made.add_argument("--out", type=Path | None, help="folder for the pictures with what was found, as PNG")
+    made.add_argument("--json", type=Path | None, help="also write what was found, masks as COCO's RLE; - for stdout")
+    add_device_option(made)
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Predict, draw, print a table.
+
+    Raises:
+        RuntimeError: If a picture could not be read, after all others are done.
+    """
+    paths = picture_paths(config.images)
+    detect, info = _load(config)
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+    predictions: list[PicturePrediction] = []
+    with progress_bar("predict", len(paths)) as advance:
+        for name, prediction in zip(
+            picture_names(paths), predict(detect, info, paths, score=config.score), strict=True
+        ):
+            advance()
+            if prediction.error is not None:
+                logger.warning("cannot read %s: %s", prediction.path, prediction.error)
+            elif config.out is not None:
+                to_pil(draw(prediction)).save(config.out / name)
+            predictions.append(prediction)
+    if config.json != STDOUT:
+        console().print(_table(predictions))
+    write_json(config.json, [prediction.to_dict() for prediction in predictions])
+    failed = sum(prediction.error is not None for prediction in predictions)
+    if failed:
+        raise RuntimeError(f"{failed} of {len(predictions)} pictures could not be read")
+
+
+def picture_names(paths: Sequence[Path]) -> list[str]:
+    """A file name for each of ``paths``, no two alike: ``photo.png``, ``photo-2.png`` ..."""
+    names: list[str] = []
+    counts = Counter[str]()
+    for path in paths:
+        counts[path.stem] += 1
+        number = counts[path.stem]
+        names.append(f"{path.stem}.png" if number == 1 else f"{path.stem}-{number}.png")
+    return names
+
+
+def _load(config: Namespace) -> tuple[Detect, DetectorInfo]:
+    if config.model.suffix == ".onnx":
+        exported = OnnxDetector(config.model)
+        if DetectorInfo.KEY not in exported.metadata:
+            raise ValueError(f"{config.model} does not name its classes; write it with `slab detect export`")
+        return exported, DetectorInfo.from_json(exported.metadata[DetectorInfo.KEY])
+    device = device_called(config.device)
+    detector, info = load_detector(config.model, device)
+    # the detector stops at its own threshold: asking for less must not be in vain
+    detector.roi_heads.score_thresh = min(detector.roi_heads.score_thresh, config.score)
+    return on_device(detector, device), info
+
+
+def _table(predictions: Sequence[PicturePrediction]) -> Table:
+    table = Table()
+    table.add_column("picture", overflow="fold")
+    for heading in ("object", "score", "left", "top", "right", "bottom"):
+        table.add_column(heading, justify="left" if heading == "object" else "right")
+    for prediction in predictions:
+        if not prediction.objects and prediction.error is None:
+            table.add_row(prediction.path, "nothing", end_section=True)
+        for rank, found in enumerate(prediction.objects):
+            corners = (f"{value:.1f}" for value in found.box)
+            last = rank == len(prediction.objects) - 1
+            where = "" if rank else prediction.path
+            table.add_row(where, found.name, f"{found.score:.2f}", *corners, end_section=last)
+    return table
