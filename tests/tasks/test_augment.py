@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from image_folders import picture
 from slabformer.tasks.classification.augment import (
     AugmentConfig,
-    draws_from,
     eval_transform,
     light_augment,
     light_draws,
     train_transform,
 )
 from slabformer.tasks.classification.sources import DataConfig
+from slabformer.tasks.engine.seeds import draws_from
 
 DATA = DataConfig(image_size=32)
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from image_folders import picture
 from saved_digits import INFO, digits_model
 from slabformer.tasks.classification.augment import eval_transform
-from slabformer.tasks.classification.predict import class_names, data_config, expand_paths, predict
+from slabformer.tasks.classification.predict import class_names, data_config, predict
+from slabformer.tasks.images import expand_paths
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from slabformer.cli.data import (
     progress_bar,
     write_json,
 )
-from slabformer.tasks.classification.predict import Prediction, expand_paths, predict
+from slabformer.tasks.classification.predict import Prediction, predict
+from slabformer.tasks.images import expand_paths
 
 logger = logging.getLogger(__name__)
 EXAMPLES = """examples:

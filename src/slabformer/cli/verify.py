@@ -12,8 +12,8 @@ from torch import Tensor
 from slabformer.cli.common import example_images
 from slabformer.deployment.equality import FUSED_RTOL, verify_fused
 from slabformer.tasks.classification.augment import eval_transform
-from slabformer.tasks.classification.images import read_image
-from slabformer.tasks.classification.predict import data_config, expand_paths
+from slabformer.tasks.classification.predict import data_config
+from slabformer.tasks.images import expand_paths, read_image
 from slabformer.tasks.saved_model import ModelInfo, load_model
 
 

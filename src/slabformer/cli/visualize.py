@@ -17,8 +17,8 @@ from slabformer.deployment.attention_maps import padded_size, pick, record
 from slabformer.deployment.attention_picture import Panel, attention_figure
 from slabformer.deployment.plots import save
 from slabformer.tasks.classification.augment import eval_transform
-from slabformer.tasks.classification.images import UNREADABLE, read_image
 from slabformer.tasks.classification.predict import data_config
+from slabformer.tasks.images import UNREADABLE, read_image
 
 logger = logging.getLogger(__name__)
 EXAMPLES = """examples:

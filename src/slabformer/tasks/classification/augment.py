@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,22 +108,6 @@ def _create_transform(data: DataConfig, **options: Any) -> Transform:
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     """Keep at least one bit: the strongest draws ask for none, which was all black and which Pillow 13 refuses."""
     return ImageOps.posterize(image, min(max(bits, 1), 8))
-
-
-@contextmanager
-def draws_from(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Seed Python, numpy and torch (CPU) from ``(seed, epoch, index)`` for a block, then put them back."""
-    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    words = np.random.SeedSequence((Stream.AUGMENT, seed, epoch, index)).generate_state(3).tolist()
-    random.seed(words[0])
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(words[2])
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.default_generator.set_state(before[2])
 
 
 def light_draws(seed: int, epoch: int, count: int) -> Tensor:

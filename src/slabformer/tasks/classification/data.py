@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -15,19 +13,17 @@ from torch.utils.data import DataLoader, Dataset
 from slabformer.tasks.classification.augment import (
     AugmentConfig,
     Transform,
-    draws_from,
     eval_transform,
     light_augment,
     light_draws,
     train_transform,
 )
-from slabformer.tasks.classification.images import UNREADABLE
 from slabformer.tasks.classification.sources import DataConfig, Source, Split, open_source
-from slabformer.tasks.engine.order import BatchOrder, Stream
+from slabformer.tasks.engine.order import BatchOrder, OrderedLoader
+from slabformer.tasks.engine.seeds import draws_from
+from slabformer.tasks.images import Failure, Unreadable, candidates, first_readable, most_unreadable
 
 __all__ = ["AugmentConfig", "DataConfig", "Loader", "check_num_classes", "create_loader"]
-logger = logging.getLogger(__name__)
-MOST_REPLACEMENTS = 100
 Batch = tuple[Tensor, Tensor]
 
 
@@ -101,30 +97,13 @@ def check_num_classes(class_names: list[str], num_classes: int) -> None:
         )
 
 
-class Loader(ABC):
+class Loader(OrderedLoader):
     """Batches of ``(images, labels)``: normalised float32 ``(B, 3, H, W)`` and int64 ``(B,)``.
 
     Attributes:
         class_names: Name of every class, by label.
         order: Which images make which batch.
     """
-
-    def __init__(self, order: BatchOrder, class_names: list[str]) -> None:
-        self.order, self.class_names = order, class_names
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch on this rank, wherever the next iteration starts."""
-        return len(self.order)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Order and augmentation of iterations to come."""
-        self.order.epoch = epoch
-
-    def set_start(self, batch_index: int) -> None:
-        """Let the next iteration, and only that one, begin at ``batch_index`` without reading what came before."""
-        if not 0 <= batch_index <= len(self):
-            raise ValueError(f"cannot start at batch {batch_index} of an epoch of {len(self)}; did the data change?")
-        self.order.start = batch_index
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]: ...
@@ -166,7 +145,7 @@ class Sample(NamedTuple):
 
     image: Tensor | None
     label: int
-    failures: list[tuple[str, str]]
+    failures: list[Failure]
 
 
 class Samples(Dataset[Sample]):
@@ -187,22 +166,13 @@ class Samples(Dataset[Sample]):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        failures: list[tuple[str, str]] = []
-        for candidate in self._candidates(epoch, index):
-            try:
-                image, label = self.source.read(candidate)
-            except UNREADABLE as error:
-                failures.append((self.source.name(candidate), f"{type(error).__name__}: {error}"))
-                continue
-            with draws_from(self.seed, epoch, index):
-                return Sample(self.transform(image), label, failures)
-        return Sample(None, -1, failures)
-
-    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        yield index
-        if self.replace:
-            others = np.random.default_rng((Stream.REPLACE, self.seed, epoch, index))
-            yield from (int(others.integers(len(self.source))) for _ in range(MOST_REPLACEMENTS))
+        tried = candidates(self.seed, epoch, index, len(self.source), replace=self.replace)
+        read, failures = first_readable(tried, self.source.read, self.source.name)
+        if read is None:
+            return Sample(None, -1, failures)
+        image, label = read
+        with draws_from(self.seed, epoch, index):
+            return Sample(self.transform(image), label, failures)
 
 
 class Loaded(NamedTuple):
@@ -210,7 +180,7 @@ class Loaded(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    failures: list[tuple[str, str]]
+    failures: list[Failure]
 
 
 def _collate(samples: list[Sample]) -> Loaded:
@@ -241,23 +211,10 @@ class ImageLoader(Loader):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own, so that the global one does not move
         )
-        self.limit = max_unreadable * len(samples) if max_unreadable < 1 else max_unreadable
-        self.unreadable: dict[str, str] = {}
+        self.unreadable = Unreadable(most_unreadable(max_unreadable, len(samples)))
 
     def __iter__(self) -> Iterator[Batch]:
         for loaded in self.loader:
-            self._count(loaded.failures)
+            self.unreadable.count(loaded.failures)
             if len(loaded.labels):
                 yield loaded.images, loaded.labels
-
-    def _count(self, failures: list[tuple[str, str]]) -> None:
-        for name, reason in failures:
-            if name not in self.unreadable:
-                self.unreadable[name] = reason
-                logger.warning("unreadable image %s (%s); %d so far", name, reason, len(self.unreadable))
-        if len(self.unreadable) > self.limit:
-            first = ", ".join(list(self.unreadable)[:3])
-            raise RuntimeError(
-                f"{len(self.unreadable)} images cannot be read (first: {first}), data.max_unreadable allows "
-                f"{int(self.limit)}; repair or remove them, or raise the limit"
-            )

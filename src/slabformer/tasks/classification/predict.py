@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from slabformer._extras import require
 from slabformer.surgery.batches import eval_mode
 from slabformer.tasks.classification.augment import Transform, eval_transform
-from slabformer.tasks.classification.images import UNREADABLE, image_files, read_image, reason_of
 from slabformer.tasks.classification.sources import DataConfig
+from slabformer.tasks.images import UNREADABLE, read_image, reason_of
 from slabformer.tasks.saved_model import ModelInfo
 
 IMAGENET_CLASSES = 1000
@@ -49,7 +49,7 @@ def predict(
     Args:
         model: The classifier that ``info`` describes; it is run in eval mode, where it is.
         info: How to prepare images, and the names of its classes.
-        paths: Image files; see :func:`expand_paths` for folders.
+        paths: Image files; see :func:`slabformer.tasks.images.expand_paths` for folders.
         top: How many classes.
         batch_size: Images at once.
 
@@ -69,21 +69,6 @@ def predict(
         guesses = iter(_guess(model, torch.stack(images).to(device), info, top) if images else [])
         for path, error in zip(chunk, errors, strict=True):
             yield Prediction(str(path), [] if error else next(guesses), error)
-
-
-def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
-    """``paths`` with folders replaced by the images below them.
-
-    Raises:
-        ValueError: If a folder holds no image.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        files = image_files(path) if path.is_dir() else [path]
-        if not files:
-            raise ValueError(f"no images in {path}; give image files, or a folder that holds some")
-        found += files
-    return found
 
 
 def data_config(info: ModelInfo, **options: Any) -> DataConfig:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from slabformer.tasks.classification.images import IMAGE_SUFFIXES, read_image
+from slabformer.tasks.images import IMAGE_SUFFIXES, read_image
 
 #: words in a shard's name that tell its split
 SPLIT_WORDS = {"train": ("train",), "validation": ("val", "test")}

@@ -14,9 +14,9 @@ from PIL import Image
 
 from slabformer._extras import require
 from slabformer.tasks.classification.digits import DigitsSource
-from slabformer.tasks.classification.images import IMAGE_SUFFIXES, read_image, to_rgb
 from slabformer.tasks.classification.shards import ShardSource
 from slabformer.tasks.classification.split import held_out
+from slabformer.tasks.images import IMAGE_SUFFIXES, read_image, to_rgb
 
 logger = logging.getLogger(__name__)
 Split = Literal["train", "validation"]

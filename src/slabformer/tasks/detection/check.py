@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from slabformer.tasks.classification.images import UNREADABLE, read_image
 from slabformer.tasks.detection.annotations import REQUIRED, SMALLEST_SIDE, CocoAnnotations, has_mask, is_rle, read_coco
 from slabformer.tasks.detection.dataset import DetectionData, locate
 from slabformer.tasks.detection.digits import Split, make_digits
+from slabformer.tasks.images import UNREADABLE, read_image
 
 MOST_EXAMPLES = 3
 SPLITS: tuple[Split, ...] = ("train", "validation")

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from slabformer.tasks.classification.augment import draws_from
-from slabformer.tasks.classification.images import UNREADABLE, read_image
 from slabformer.tasks.detection.annotations import SMALLEST_SIDE, CocoAnnotations, CocoImage, has_mask, read_coco
 from slabformer.tasks.detection.digits import LAYOUT, Split, make_digits
 from slabformer.tasks.detection.transforms import Example, Transform, as_example, drop_empty
-from slabformer.tasks.engine.order import Stream
+from slabformer.tasks.engine.seeds import draws_from
+from slabformer.tasks.images import Failure, candidates, first_readable, most_unreadable, read_image
 
 logger = logging.getLogger(__name__)
-MOST_REPLACEMENTS = 100
 CHECK = "`slab detect check-data` tells more"
 
 
@@ -48,7 +45,7 @@ class DetectionData:
 
     def limit(self, num_images: int) -> int:
         """How many images may be unreadable."""
-        return int(self.max_unreadable * num_images if self.max_unreadable < 1 else self.max_unreadable)
+        return most_unreadable(self.max_unreadable, num_images)
 
 
 class Source(NamedTuple):
@@ -140,7 +137,7 @@ class Sample(NamedTuple):
 
     image: Tensor | None
     target: dict[str, Any]
-    failures: list[tuple[str, str]]
+    failures: list[Failure]
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -163,28 +160,20 @@ class DetectionDataset(Dataset[Sample]):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        failures: list[tuple[str, str]] = []
-        for candidate in self._candidates(epoch, index):
-            image = self.source.images[candidate]
-            try:
-                example = self._read(image)
-            except UNREADABLE as error:
-                failures.append((image.file_name, f"{type(error).__name__}: {error}"))
-                continue
-            with draws_from(self.seed, epoch, index):
-                pixels, target = self.transform(*example)
-            about = {"image_id": image.id, "original_size": (image.height, image.width), "name": image.file_name}
-            return Sample(pixels.as_subclass(Tensor), {**drop_empty(target), **about}, failures)
-        return Sample(None, {}, failures)
+        images = self.source.images
+        tried = candidates(self.seed, epoch, index, len(self), replace=self.replace)
+        read, failures = first_readable(tried, lambda i: self._read(images[i]), lambda i: images[i].file_name)
+        if read is None:
+            return Sample(None, {}, failures)
+        example, about = read
+        with draws_from(self.seed, epoch, index):
+            pixels, target = self.transform(*example)
+        return Sample(pixels.as_subclass(Tensor), {**drop_empty(target), **about}, failures)
 
-    def _read(self, image: CocoImage) -> Example:
+    def _read(self, image: CocoImage) -> tuple[Example, dict[str, Any]]:
         annotations = self.source.annotations
         picture, rows = self.source.read(image), annotations.usable(image)
         masks = annotations.masks(rows, image) if self.masks else None
-        return as_example(F.pil_to_tensor(picture), annotations.boxes(rows, image), annotations.labels(rows), masks)
-
-    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        yield index
-        if self.replace:
-            others = np.random.default_rng((Stream.REPLACE, self.seed, epoch, index))
-            yield from (int(others.integers(len(self))) for _ in range(MOST_REPLACEMENTS))
+        about = {"image_id": image.id, "original_size": (image.height, image.width), "name": image.file_name}
+        pixels, boxes, labels = F.pil_to_tensor(picture), annotations.boxes(rows, image), annotations.labels(rows)
+        return as_example(pixels, boxes, labels, masks), about

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,8 @@ from slabformer.tasks.detection.dataset import DetectionData, DetectionDataset, 
 from slabformer.tasks.detection.digits import Split
 from slabformer.tasks.detection.grouping import AspectOrder
 from slabformer.tasks.detection.transforms import DetectionAugment, eval_transform, train_transform
-from slabformer.tasks.engine.order import BatchOrder
-
-logger = logging.getLogger(__name__)
+from slabformer.tasks.engine.order import BatchOrder, OrderedLoader
+from slabformer.tasks.images import Failure, Unreadable
 
 
 @dataclass
@@ -97,7 +95,7 @@ def create_loader(
     return DetectionLoader(dataset, order, num_workers, data.limit(len(dataset)))
 
 
-class DetectionLoader:
+class DetectionLoader(OrderedLoader):
     """Batches of an epoch, resumable in its middle.
 
     Args:
@@ -114,11 +112,11 @@ class DetectionLoader:
     """
 
     def __init__(self, dataset: DetectionDataset, order: BatchOrder, num_workers: int, limit: int) -> None:
-        self.dataset, self.order, self.limit = dataset, order, limit
         self.annotations = dataset.source.annotations
-        self.class_names, self.category_ids = self.annotations.class_names, self.annotations.category_ids
-        self.has_masks = dataset.masks
-        self.unreadable: dict[str, str] = {}
+        super().__init__(order, self.annotations.class_names)
+        self.category_ids = self.annotations.category_ids
+        self.dataset, self.has_masks = dataset, dataset.masks
+        self.unreadable = Unreadable(limit)
         self.loader = DataLoader(
             dataset,
             batch_sampler=order,
@@ -129,23 +127,9 @@ class DetectionLoader:
             generator=torch.Generator(),  # its own, so that the global one does not move
         )
 
-    def __len__(self) -> int:
-        """Batches of a whole epoch on this rank, wherever the next iteration starts."""
-        return len(self.order)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Order and augmentation of iterations to come."""
-        self.order.epoch = epoch
-
-    def set_start(self, batch_index: int) -> None:
-        """Let the next iteration, and only that one, begin at ``batch_index`` without reading what came before."""
-        if not 0 <= batch_index <= len(self):
-            raise ValueError(f"cannot start at batch {batch_index} of an epoch of {len(self)}; did the data change?")
-        self.order.start = batch_index
-
     def __iter__(self) -> Iterator[DetectionBatch]:
         for batch, failures in self.loader:
-            self._count(failures)
+            self.unreadable.count(failures)
             if len(batch):
                 yield batch
 
@@ -156,20 +140,8 @@ class DetectionLoader:
         self.order.start = before
         return [self.dataset.source.images[index].file_name for index in indices]
 
-    def _count(self, failures: list[tuple[str, str]]) -> None:
-        for name, reason in failures:
-            if name not in self.unreadable:
-                self.unreadable[name] = reason
-                logger.warning("unreadable image %s (%s); %d so far", name, reason, len(self.unreadable))
-        if len(self.unreadable) > self.limit:
-            first = ", ".join(list(self.unreadable)[:3])
-            raise RuntimeError(
-                f"{len(self.unreadable)} images cannot be read (first: {first}), data.max_unreadable allows "
-                f"{self.limit}; repair or remove them, or raise the limit"
-            )
 
-
-def _collate(samples: list[Sample]) -> tuple[DetectionBatch, list[tuple[str, str]]]:
+def _collate(samples: list[Sample]) -> tuple[DetectionBatch, list[Failure]]:
     read = [(sample.image, sample.target) for sample in samples if sample.image is not None]
     batch = DetectionBatch([image for image, _ in read], [target for _, target in read])
     return batch, [failure for sample in samples for failure in sample.failures]

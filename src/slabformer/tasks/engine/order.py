@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,3 +71,32 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, batches = self.epoch, self.take()
         return ([(epoch, int(index)) for index in batch] for batch in batches)
+
+
+class OrderedLoader(ABC):
+    """Batches as a :class:`BatchOrder` has them; an epoch goes on in its middle without reading what came before.
+
+    Args:
+        order: Which images make which batch.
+        class_names: Name of every class, by label.
+    """
+
+    def __init__(self, order: BatchOrder, class_names: list[str]) -> None:
+        self.order, self.class_names = order, class_names
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank, wherever the next iteration starts."""
+        return len(self.order)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Order and augmentation of iterations to come."""
+        self.order.epoch = epoch
+
+    def set_start(self, batch_index: int) -> None:
+        """Let the next iteration, and only that one, begin at ``batch_index`` without reading what came before."""
+        if not 0 <= batch_index <= len(self):
+            raise ValueError(f"cannot start at batch {batch_index} of an epoch of {len(self)}; did the data change?")
+        self.order.start = batch_index
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Any]: ...

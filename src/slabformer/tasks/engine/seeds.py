@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
+from slabformer.tasks.engine.order import Stream
 
 
 def reseed(*keys: int) -> None:
@@ -42,3 +46,19 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, key.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, words, gauss_next = state["python"]
     random.setstate((version, tuple(words), gauss_next))
+
+
+@contextmanager
+def draws_from(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seed Python, numpy and torch (CPU) from ``(seed, epoch, index)`` for a block, then put them back."""
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    words = np.random.SeedSequence((Stream.AUGMENT, seed, epoch, index)).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(words[2])
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.default_generator.set_state(before[2])
