@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,14 @@ def test_the_global_generator_stands_still(root: Path) -> None:
 @pytest.mark.slow
 def test_workers_change_nothing(root: Path) -> None:
     assert_same(tensors_of(loader_of(root)), tensors_of(loader_of(root, num_workers=2)))
+
+
+@pytest.mark.parametrize("path", ["digits", "files"])
+def test_workers_can_be_started_afresh(path: str, root: Path) -> None:
+    """Where processes are not forked, the data set is pickled."""
+    dataset = loader_of(path if path == "digits" else root, "validation").dataset
+    twin = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(dataset[0, 1].image, twin[0, 1].image)
 
 
 def test_ranks_share_the_batches_of_one(root: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -87,7 +89,7 @@ def _open_digits(split: Split) -> tuple[CocoAnnotations, Callable[[CocoImage], I
     # made anew in each process, in a second or two: a cache would want a place to write and could be stale
     dataset, pictures = make_digits(split)
     by_id = {row["id"]: picture for row, picture in zip(dataset["images"], pictures, strict=True)}
-    return CocoAnnotations(dataset, f"digits/{split}"), lambda image: Image.fromarray(by_id[image.id])
+    return CocoAnnotations(dataset, f"digits/{split}"), partial(_embedded, by_id)
 
 
 def _open_files(data: DetectionData, split: Split) -> tuple[CocoAnnotations, Callable[[CocoImage], Image.Image]]:
@@ -101,16 +103,15 @@ def _open_files(data: DetectionData, split: Split) -> tuple[CocoAnnotations, Cal
             f"{len(missing)} of {len(annotations.images)} images of {file} are not in {str(folder)!r} "
             f"(first: {missing[0]}); data.max_unreadable allows {data.limit(len(annotations.images))}"
         )
-    return annotations, lambda image: read_sized(folder / image.file_name, image)
+    return annotations, partial(_read_sized, folder)
 
 
-def read_sized(path: Path, image: CocoImage) -> Image.Image:
-    """The picture at ``path``, of the size that its annotations are for.
+def _embedded(pictures: dict[int, np.ndarray], image: CocoImage) -> Image.Image:
+    return Image.fromarray(pictures[image.id])
 
-    Raises:
-        OSError, SyntaxError, ValueError, ...: If it cannot be read, or is of another size.
-    """
-    picture = read_image(path)
+
+def _read_sized(folder: Path, image: CocoImage) -> Image.Image:
+    picture = read_image(folder / image.file_name)
     if picture.size != (image.width, image.height):
         width, height = picture.size
         raise ValueError(f"it is {width}x{height} when upright, its annotations are for {image.width}x{image.height}")
