@@ -7,6 +7,7 @@ OnnxDetector("detector.onnx")(image)["boxes"]                                  #
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -113,7 +114,8 @@ def export_detector(
     canvas = {"size": static.size, "mean": detector.config.image_mean}
     names = OUTPUTS if detector.roi_heads.has_mask() else OUTPUTS[:3]
     # attention as plain products: the exporter cannot follow the memory layout of fused kernels
-    with quiet_exporter(), sdpa_kernel(SDPBackend.MATH):
+    with quiet_exporter(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.simplefilter("ignore")  # torch's and torchvision's, about their own internals
         program = torch.onnx.export(
             static,
             (static.mean.expand(3, *static.size).contiguous(), torch.tensor(static.size)),

@@ -1,0 +1,103 @@
+"""`slab detect bench`: time a detector against its LayerNorm twin, fused and not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from rich.console import Console
+from torch import Tensor
+
+from slabformer.cli.common import available_device, console, is_file
+from slabformer.cli.data import ExamplesFormatter
+from slabformer.deployment.detector_latency import as_if_trained_, measure_latency
+from slabformer.models.detection.backbones import create_backbone
+from slabformer.models.detection.config import DetectorConfig
+from slabformer.models.detection.mask_rcnn import Detector
+from slabformer.tasks.detection.saved import DetectorInfo, load_detector
+
+EXAMPLES = """examples:
+  slab detect bench swin_tiny_prepbn --threads 1 --output benchmarks/results/detection/swin_tiny_prepbn
+  slab detect bench slab_swin_tiny --size 800 1333 --no-compile
+  slab detect bench runs/detection_digits/model.safetensors --size 128 128
+"""
+LAYERNORM, SOFTMAX, GIVEN = "LayerNorm", "LayerNorm, softmax", "PRepBN"
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab detect bench`."""
+    made = ArgumentParser(
+        prog="slab detect bench",
+        description="Time backbone and whole detector on one image: with LayerNorm, with PRepBN, and fused, in turns "
+        "in one process. All have the same random weights, as far as they have the same layers, and random norms; "
+        "scores are spread so that there are detections to make masks of.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+    )
+    made.add_argument("model", type=str, help="name of a backbone, or a .safetensors detector: its sizes are taken")
+    made.add_argument("--size", type=int, nargs=2, default=[800, 1333], help="height and width of the image")
+    made.add_argument("--output-norm", type=str | None, help="of the backbone's maps: prepbn folds as well")
+    made.add_argument("--sampling-ratio", type=int | None, help="of box features: 0 as published, 2 is faster")
+    made.add_argument("--device", type=str, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
+    made.add_argument("--threads", type=int | None, help="torch's threads on a CPU; all cores by default")
+    made.add_argument(
+        "--compile", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="also compiled backbones"
+    )
+    made.add_argument("--seconds", type=float, default=60.0, help="of measuring")
+    made.add_argument("--output", type=Path | None, help="folder for latency.csv, latency.md and latency.json")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Measure, print, write."""
+    device = available_device(config.device)
+    image = torch.rand(3, *config.size, generator=torch.Generator().manual_seed(0)).to(device)
+    with Console(stderr=True).status("building") as status:
+        info = _info(config)
+        report = measure_latency(
+            {name: _build(one, image) for name, one in _variants(info).items()},
+            image,
+            fuse=GIVEN,
+            threads=config.threads,
+            compiled=config.compile,
+            seconds=config.seconds,
+            name=info.backbone,
+            progress=status.update,
+        )
+    output = console()
+    output.print(report.table())
+    if config.output is not None:
+        output.print("wrote", *map(str, report.write(config.output)), soft_wrap=True)
+
+
+def _info(config: Namespace) -> DetectorInfo:
+    """What to build, with the options' switches."""
+    if is_file(config.model):
+        _, info = load_detector(config.model)
+    else:
+        info = DetectorInfo(backbone=config.model, detector=DetectorConfig(), class_names=[], category_ids=[])
+    detector = info.detector
+    if config.sampling_ratio is not None:
+        detector = replace(detector, roi_sampling_ratio=config.sampling_ratio)
+    switches = {} if config.output_norm is None else {"output_norm": config.output_norm}
+    return replace(info, detector=detector, backbone_args=info.backbone_args | switches)
+
+
+def _variants(info: DetectorInfo) -> dict[str, DetectorInfo]:
+    """What to time, the twin that speed-ups are over first."""
+
+    def twin(**arguments: str) -> DetectorInfo:
+        return replace(info, backbone_args=info.backbone_args | {"norm": "layernorm"} | arguments)
+
+    named = {} if info.backbone_args.get("output_norm") in (None, "none") else {"output_norm": "layernorm"}
+    with torch.device("meta"):
+        attention = getattr(create_backbone(info.backbone, **info.backbone_args).body, "attention", "")
+    softmax = {SOFTMAX: twin(attention="S" * len(attention), **named)} if "L" in attention else {}
+    return softmax | {LAYERNORM: twin(**named), GIVEN: info}
+
+
+def _build(info: DetectorInfo, image: Tensor) -> Detector:
+    torch.manual_seed(0)
+    return as_if_trained_(info.build().to(image.device), image)
