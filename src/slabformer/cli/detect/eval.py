@@ -23,6 +23,7 @@ from slabformer.cli.data import (
     progress_bar,
     write_json,
 )
+from slabformer.deployment.fuse_detector import fuse_detector
 from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.nn.controls import prepbn_modules
 from slabformer.tasks.detection.dataset import DetectionData
@@ -35,6 +36,7 @@ from slabformer.tasks.engine.files import replaced, write_text
 
 EXAMPLES = """examples:
   slab detect eval runs/detection_digits/model.safetensors --data digits
+  slab detect eval runs/detection_digits/model.safetensors --data digits --fused
   slab detect eval model.safetensors --data /data/coco --classes classes.csv --results results.json
   slab detect eval model.safetensors --images photos --annotations photos.json --json -
   torchrun --nproc-per-node 8 -m slabformer.cli.main detect eval model.safetensors --data /data/coco
@@ -59,6 +61,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--batch-size", type=int, default=1, help="images that are read at once")
     made.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
     add_device_option(made)
+    made.add_argument("--fused", action="store_true", help="fold the norms of the backbone before evaluating")
     made.add_argument("--backend", type=str, default="auto", help="auto, faster-coco-eval or pycocotools")
     made.add_argument("--classes", type=Path | None, help="also show every class's AP, and write it to this CSV file")
     made.add_argument("--results", type=Path | None, help="also write all detections as COCO's results.json")
@@ -83,12 +86,15 @@ def _run(config: Namespace, accelerator: Any) -> None:
     detector, info = load_detector(config.model, device_called(config.device))
     loader = _loader(config, info, accelerator)
     compare_classes(info, loader.class_names)
+    if config.fused and not info.fused:
+        detector, _ = fuse_detector(detector)
+    form = "fused" if config.fused or info.fused else "deployed"
     results: dict[str, DetectionResult] = {}
     detections: list[dict[str, Any]] = []
-    for form, metrics in _forms(detector, info, loader, config.backend, accelerator):
+    for name, metrics in _forms(detector, form, loader, config.backend, accelerator):
         if not results and config.results is not None:
             detections = metrics.results()  # every rank must ask
-        results[form] = metrics.compute()
+        results[name] = metrics.compute()
     if accelerator is None or accelerator.is_main_process:
         _tell(config, results)
         if config.results is not None:
@@ -117,13 +123,13 @@ def _loader(config: Namespace, info: DetectorInfo, accelerator: Any) -> Detectio
 
 
 def _forms(
-    detector: Detector, info: DetectorInfo, loader: DetectionLoader, backend: Any, accelerator: Any
+    detector: Detector, form: str, loader: DetectionLoader, backend: Any, accelerator: Any
 ) -> Iterator[tuple[str, CocoMetrics]]:
     """What the deployed form found, and what the blend did where there is one."""
     total = -(-loader.order.count // loader.order.world_size)
     options = {"backend": backend, "accelerator": accelerator}
     with progress_bar("evaluate", total) as advance:
-        yield "fused" if info.fused else "deployed", collect(detector, loader, progress=advance, **options)
+        yield form, collect(detector, loader, progress=advance, **options)
     norms = list(prepbn_modules(detector).values())
     if any(norm.phase != "done" for norm in norms):
         gamma = max(float(norm.gamma) for norm in norms)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slabformer.models.detection.mask_rcnn import Detector
+from slabformer.tasks.detection.loader import DetectionLoader
 from slabformer.tasks.engine.seeds import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 FREE_HOURS = 2.0
 
 
-def refuse_slow_cpu(detector: Detector, loader: Any, num_batches: int, accelerator: Accelerator) -> None:
+def refuse_slow_cpu(detector: Detector, loader: DetectionLoader, num_batches: int, accelerator: Accelerator) -> None:
     """Time one batch, forward and backward, on a copy, and refuse a training of many hours.
 
     Args:
@@ -36,7 +37,7 @@ def refuse_slow_cpu(detector: Detector, loader: Any, num_batches: int, accelerat
         )
 
 
-def _seconds(detector: Detector, loader: Any, accelerator: Accelerator) -> float:
+def _seconds(detector: Detector, loader: DetectionLoader, accelerator: Accelerator) -> float:
     """Of a batch, reading included; random numbers are as they were before."""
     state = random_state()
     loader.set_epoch(0)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,8 +14,9 @@ import slabformer as sf
 from slabformer.tasks.detection.build import backbone_args, build_fading, build_model, decay_groups, live_norms
 from slabformer.tasks.detection.config import TrainConfig
 from slabformer.tasks.detection.cost import refuse_slow_cpu
+from slabformer.tasks.detection.digits import Split
 from slabformer.tasks.detection.evaluate import evaluate, flat
-from slabformer.tasks.detection.loader import DetectionBatch, create_loader
+from slabformer.tasks.detection.loader import DetectionBatch, DetectionLoader, create_loader
 from slabformer.tasks.detection.rate import RateSchedule
 from slabformer.tasks.detection.result import (
     BOX_LOSSES,
@@ -92,6 +92,21 @@ def detection_losses(detector: nn.Module, batch: DetectionBatch) -> dict[str, Te
     return detector(batch.images, batch.targets)
 
 
+def _refuse_other_classes(train: DetectionLoader, validation: DetectionLoader) -> None:
+    """Labels mean the same in both files only if the same categories are listed.
+
+    Raises:
+        ValueError: If they are not; names the first that only one lists.
+    """
+    listed = [set(zip(loader.category_ids, loader.class_names, strict=True)) for loader in (train, validation)]
+    if listed[0] != listed[1]:
+        category, name = min(listed[0] ^ listed[1])
+        raise ValueError(
+            f"training and validation annotations list different categories (first: {category}, {name!r}); "
+            "give both files the same list, used or not"
+        )
+
+
 class _Run:
     """One run's parts."""
 
@@ -99,6 +114,7 @@ class _Run:
         self.config, self.folder = config, folder
         self.accelerator = create_accelerator(config.precision, config.device)
         self.train_loader, self.val_loader = self._loader("train"), self._loader("validation")
+        _refuse_other_classes(self.train_loader, self.val_loader)
         self.info = DetectorInfo(
             backbone=config.model.backbone,
             backbone_args=backbone_args(config.model),
@@ -120,12 +136,12 @@ class _Run:
         if self.accelerator.num_processes > 1:
             sf.sync_norms_(self.detector)
 
-    def _loader(self, split: str) -> Any:
+    def _loader(self, split: Split) -> DetectionLoader:
         config = self.config
         return create_loader(
             config.data,
             config.augment,
-            split,  # type: ignore[arg-type]
+            split,
             batch_size=config.batch_size,
             seed=config.seed,
             rank=self.accelerator.process_index,
