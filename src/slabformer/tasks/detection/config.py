@@ -121,7 +121,7 @@ class TrainConfig(RunConfig):
     """How LayerNorm fades."""
     recalibrate: RecalibrateConfig = field(default_factory=RecalibrateConfig)
     """Statistics at the end, unless they stand still."""
-    epochs: int = 10
+    epochs: int = 8
     """Passes over the training data."""
     batch_size: int = 8
     """Images of one process in one batch."""
@@ -133,7 +133,7 @@ class TrainConfig(RunConfig):
     """Folder of this run; given again, the run goes on where it stopped."""
     log_every: int = field(default=20, metadata=HARMLESS)
     """Optimizer steps between logged ones."""
-    eval_every: int = field(default=5, metadata=HARMLESS)
+    eval_every: int = field(default=4, metadata=HARMLESS)
     """Epochs between evaluations."""
 
     def __post_init__(self) -> None:
