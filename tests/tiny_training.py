@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -18,8 +19,7 @@ from image_folders import fill_splits
 from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.config import EmaConfig, GammaConfig, ModelConfig, TrainConfig
 from slabformer.tasks.classification.sources import DataConfig
-from slabformer.tasks.classification.train import train
-from slabformer.tasks.engine.config import LrConfig, OptimizerConfig
+from slabformer.tasks.engine.config import LrConfig, OptimizerConfig, RunConfig
 from slabformer.tasks.engine.observers import Observer, StepReport
 from slabformer.tasks.engine.signals import StoppedError
 
@@ -73,14 +73,14 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def start(config: TrainConfig, setup: Callable[[], list[Observer]] | None = None, **environment: str) -> BaseProcess:
+def start(config: RunConfig, setup: Callable[[], list[Observer]] | None = None, **environment: str) -> BaseProcess:
     """Train in a process of its own; ``setup`` runs there first and gives observers."""
     process = CONTEXT.Process(target=_child, args=(config, setup, environment), daemon=True)
     process.start()
     return process
 
 
-def start_ranks(config: TrainConfig, setup: Callable[[], list[Observer]] | None = None) -> list[BaseProcess]:
+def start_ranks(config: RunConfig, setup: Callable[[], list[Observer]] | None = None) -> list[BaseProcess]:
     """Train in two processes that share gradients through gloo, as torchrun would start them."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -99,9 +99,10 @@ def finish(*processes: BaseProcess, seconds: float = 120) -> list[int | None]:
     return codes
 
 
-def _child(config: TrainConfig, setup: Callable[[], list[Observer]] | None, environment: dict[str, str]) -> None:
+def _child(config: RunConfig, setup: Callable[[], list[Observer]] | None, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
     os.environ.update({"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment})
+    train = importlib.import_module(type(config).__module__.replace(".config", ".train")).train  # of its task
     try:
         train(config, observers=setup() if setup is not None else [])
     except StoppedError as stopped:
