@@ -1,0 +1,131 @@
+"""`slab quantize`: a fused model in 8-bit integers, for CPUs, held against itself in floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from rich.table import Table
+from torch import Tensor, nn
+
+import slabformer as sf
+from slabformer.cli.common import add_model_options, console, example_images, writable
+from slabformer.cli.data import ExamplesFormatter, add_data_options, data_of, load_trained, progress_bar
+from slabformer.deployment.measure import Machine, num_threads, quantile, ratio, time_interleaved
+from slabformer.deployment.quantize import quantize, to_openvino
+from slabformer.nn.controls import repbn_modules
+from slabformer.tasks.classification.augment import AugmentConfig
+from slabformer.tasks.classification.data import Loader, create_loader
+from slabformer.tasks.classification.evaluate import EvalResult, evaluate
+from slabformer.tasks.classification.sources import Split
+from slabformer.tasks.saved_model import ModelInfo
+
+EXAMPLES = """examples:
+  slab quantize runs/digits/model.safetensors --data digits --output digits-int8.xml
+  slab quantize runs/imagenet/model.safetensors --data /data/imagenet --calibrate 512 --output model-int8.xml
+"""
+
+
+def parser() -> ArgumentParser:
+    """Options of `slab quantize`."""
+    made = ArgumentParser(
+        prog="slab quantize",
+        description="Write a model in 8-bit integers for CPUs (OpenVINO): folded first, ranges from training images,\n"
+        "accuracy and speed held against the same model in float32.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+    )
+    add_model_options(made)
+    add_data_options(made)
+    made.add_argument("--output", type=Path, required=True, help="the graph, an .xml file; weights go beside it (.bin)")
+    made.add_argument("--calibrate", type=int, default=300, help="training images that show the ranges of activations")
+    made.add_argument("--threads", type=int | None, help="to measure speed with; all cores by default")
+    made.add_argument("--seconds", type=float, default=5.0, help="of measuring speed")
+    return made
+
+
+def run(config: Namespace) -> None:
+    """Fold, quantise, compare, write."""
+    if config.output.suffix != ".xml":
+        raise ValueError(f"OpenVINO's graphs are .xml files, got {config.output.name}; name it model.xml")
+    if config.calibrate < 1:
+        raise ValueError(f"--calibrate must be at least 1, got {config.calibrate}")
+    output = writable(config.output)
+    config.device = "cpu"
+    model, info = load_trained(config)
+    if repbn_modules(model):
+        model, _ = sf.fuse(model, example_images(info, batch_size=2))
+    config.batch_size = min(config.batch_size, config.calibrate)
+    batches = [
+        images for images, _ in islice(_loader(config, info, "train"), -(-config.calibrate // config.batch_size))
+    ]
+    with torch.no_grad():
+        integers, floats = quantize(model, batches, config.threads), to_openvino(model, batches[0], config.threads)
+        forms: dict[str, nn.Module] = {"float32": floats, "int8": integers}
+        results = dict(_evaluated(config, info, forms))
+        agreement = _agreement(config, info, forms)
+        table = _table(info.model, results, *_speeds(forms, batches[0], config), agreement)
+    files = integers.save(output)
+    console().print(table)
+    console().print("wrote", *map(str, files), soft_wrap=True)
+
+
+def _loader(config: Namespace, info: ModelInfo, split: Split) -> Loader:
+    return create_loader(
+        data_of(config, info, split),
+        AugmentConfig(policy="none"),
+        split,
+        batch_size=config.batch_size,
+        seed=0,
+        num_workers=config.num_workers,
+        drop_last=False,
+    )
+
+
+def _evaluated(config: Namespace, info: ModelInfo, forms: dict[str, nn.Module]) -> Iterator[tuple[str, EvalResult]]:
+    for name, form in forms.items():
+        loader = _loader(config, info, "validation")
+        with progress_bar(f"evaluate {name}", len(loader)) as advance:
+            yield name, evaluate(form, loader, progress=advance)
+
+
+def _agreement(config: Namespace, info: ModelInfo, forms: dict[str, nn.Module]) -> float:
+    """Share of validation images that both forms call the same."""
+    same: list[Tensor] = []
+    for images, _ in _loader(config, info, "validation"):
+        one, other = (form(images).argmax(1) for form in forms.values())
+        same.append(one == other)
+    return float(torch.cat(same).float().mean())
+
+
+def _speeds(forms: dict[str, nn.Module], images: Tensor, config: Namespace) -> tuple[dict[str, float], float, Machine]:
+    """Median milliseconds of a batch of up to 8, how much faster integers are, and where."""
+    batch = images[:8]
+    with num_threads(config.threads):
+        calls = {name: (lambda form=form: form(batch)) for name, form in forms.items()}
+        turns = time_interleaved(calls, seconds=config.seconds, device=batch.device)
+        machine = Machine.here(batch.device)
+    return {name: 1e3 * quantile(turns[name], 0.5) for name in forms}, ratio(turns["float32"], turns["int8"]), machine
+
+
+def _table(
+    model: str,
+    results: dict[str, EvalResult],
+    milliseconds: dict[str, float],
+    gain: float,
+    machine: Machine,
+    agreement: float,
+) -> Table:
+    caption = (
+        f"top-1 class alike on {agreement:.2%} of the images; int8 {gain:.2f} x as fast; batch of up to 8\n{machine}"
+    )
+    table = Table(title=f"{model} in integers", caption=caption)
+    table.add_column("form")
+    for heading in ("top-1 %", "loss", "ms a batch"):
+        table.add_column(heading, justify="right")
+    for name, result in results.items():
+        table.add_row(name, f"{100 * result.top1:.2f}", f"{result.loss:.4f}", f"{milliseconds[name]:.2f}")
+    return table

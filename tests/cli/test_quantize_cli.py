@@ -1,0 +1,35 @@
+"""`slab quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from saved_digits import save_digits_model
+from slabformer.cli.main import main
+
+
+@pytest.mark.slow
+def test_a_model_is_folded_quantised_compared_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, output = save_digits_model(tmp_path / "model.safetensors"), tmp_path / "int8.xml"
+    command = ["quantize", str(model), "--data", "digits", "--output", str(output), "--seconds", "0.1"]
+    assert main([*command, "--calibrate", "100", "--threads", "1"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in ("in integers", "float32", "int8", "top-1 class alike on", "x as fast"):
+        assert text in printed
+    assert output.is_file()
+    assert output.with_suffix(".bin").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--output", "model.onnx"], "name it model.xml"), (["--output", "m.xml", "--calibrate", "0"], "at least 1")],
+    ids=["suffix", "calibrate"],
+)
+def test_mistakes_are_told_before_the_work(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_digits_model(tmp_path / "model.safetensors")
+    assert main(["quantize", str(model), "--data", "digits", *options]) == 2
+    assert message in capsys.readouterr().err
