@@ -22,9 +22,9 @@ from slabformer.deployment.deploy import DeployReport
 from slabformer.deployment.measure import Machine, num_threads
 from slabformer.deployment.report import BenchReport
 from slabformer.deployment.zoo import ZooTable, to_markdown
-from slabformer.models.registry import twin_of
+from slabformer.models.registry import check_model_name, twin_of
 from slabformer.nn.controls import prepbn_modules
-from slabformer.tasks.saved_model import ModelInfo, check_model_name, create_model
+from slabformer.tasks.saved_model import ModelInfo, create_model
 
 ZOO_FOLDER = Path("benchmarks/results/zoo")
 #: what decides how a model is measured; a table's rows stand for runs with the same

@@ -18,11 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from slabformer.cli.common import load, needs_weights
+from slabformer.models.registry import check_model_name
 from slabformer.tasks.classification.predict import data_config
 from slabformer.tasks.classification.sources import DataConfig, Split
 from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.files import write_text
-from slabformer.tasks.saved_model import ModelInfo, check_model_name
+from slabformer.tasks.saved_model import ModelInfo
 
 MOST_WORKERS = 4
 STDOUT = Path("-")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,21 +79,11 @@ def create_model(name: str, *, pretrained: bool = False, **model_args: Any) -> n
     Raises:
         ValueError: If timm does not know ``name``, or the model refuses an argument.
     """
+    timm = require("timm", extra="vision")
+    from slabformer.models.registry import check_model_name
+
     check_model_name(name)
     try:
-        return require("timm", extra="vision").create_model(name, pretrained=pretrained, **model_args)
+        return timm.create_model(name, pretrained=pretrained, **model_args)
     except TypeError as error:
         raise ValueError(f"{name} refuses its arguments ({error})") from error
-
-
-def check_model_name(name: str) -> None:
-    """Refuse a name that timm does not know.
-
-    Raises:
-        ValueError: With the nearest name that it does.
-    """
-    timm = require("timm", extra="vision")
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        suggestion = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown model {name!r}; {suggestion}`slab list` shows all")
