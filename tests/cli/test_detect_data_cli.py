@@ -28,7 +28,7 @@ def test_bad_data_is_told_whole_and_fails(tmp_path: Path, capsys: pytest.Capture
     assert train["stops"]
     assert not validation["stops"]
     assert train["findings"][0]["examples"] == ["2.png"]
-    assert "cannot be used as it is: images that are not in" in captured.err
+    assert "the data cannot be used as it is: images that are not in" in captured.err
 
 
 def test_missing_annotations_cost_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,9 +141,10 @@ def test_the_names_of_a_batch_are_told_without_reading_it(root: Path) -> None:
     assert [loader.batch_names(index) for index in range(len(loader))] == names
 
 
-def test_explicit_paths_override_the_layout(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["nowhere", "digits"])
+def test_explicit_paths_override_the_layout_and_the_digits(path: str, root: Path) -> None:
     loader = loader_of(
-        tmp_path / "none",
+        path,
         train_images=str(root / "val2017"),
         train_annotations=str(root / "annotations" / "instances_val2017.json"),
     )
@@ -245,6 +246,12 @@ def test_photographs_are_upright_rgb(tmp_path: Path) -> None:
     picture(3, (64, 48)).convert("L").save(tmp_path / "train2017" / "1.png", exif=exif)
     (batch,) = loader_of(tmp_path, augment=PLAIN, batch_size=1)
     assert batch.images[0].shape == (3, 64, 48)
+
+
+@pytest.mark.gpu
+def test_batches_are_pinned_for_a_gpu(root: Path) -> None:
+    batch = next(iter(loader_of(root)))
+    assert all(tensor.is_pinned() for tensor in tensors_in(batch))
 
 
 def test_unknown_splits_are_refused(root: Path) -> None:

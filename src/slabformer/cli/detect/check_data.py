@@ -44,7 +44,7 @@ def run(config: Namespace) -> None:
     write_json(config.json, [report.to_dict() for report in reports])
     reasons = [finding.what for report in reports for finding in report.findings if finding.stops]
     if reasons:
-        raise ValueError(f"{data.path} cannot be used as it is: {'; '.join(dict.fromkeys(reasons))}")
+        raise ValueError(f"the data cannot be used as it is: {'; '.join(dict.fromkeys(reasons))}")
 
 
 def _print(report: SplitReport) -> None:

@@ -82,10 +82,9 @@ def check_data(
 
 
 def _check_split(data: DetectionData, split: Split, decode: bool, progress: Callable[[], None] | None) -> SplitReport:
-    embedded = data.path == "digits"
     folder, file = locate(data, split)
-    dataset = make_digits(split)[0] if embedded else read_coco(file)
-    report = SplitReport(split, f"digits/{split}" if embedded else str(file))
+    dataset = make_digits(split)[0] if data.embedded else read_coco(file)
+    report = SplitReport(split, f"digits/{split}" if data.embedded else str(file))
     report.num_images, report.num_objects = len(dataset["images"]), len(dataset["annotations"])
     report.findings += _id_findings(dataset)
     if report.stops:  # which object is on which image is not known
@@ -93,7 +92,7 @@ def _check_split(data: DetectionData, split: Split, decode: bool, progress: Call
     annotations = CocoAnnotations(dataset, report.annotations)
     report.classes, report.category_ids = _count_classes(annotations), annotations.category_ids
     report.findings += [*_object_findings(annotations, data, split), *_image_findings(annotations, split)]
-    if not embedded:
+    if not data.embedded:
         report.findings += _file_findings(annotations, data, folder, decode, progress)
     return report
 

@@ -45,6 +45,12 @@ class DetectionData:
     max_unreadable: float = 0.01
     """Missing or unreadable images that are put up with: a share of all below 1, a count from 1 on, 0 for none."""
 
+    @property
+    def embedded(self) -> bool:
+        """Whether the images are the digits; paths given by name are files in any case."""
+        given = (self.train_images, self.train_annotations, self.val_images, self.val_annotations)
+        return self.path == "digits" and not any(given)
+
     def limit(self, num_images: int) -> int:
         """How many images may be unreadable."""
         return most_unreadable(self.max_unreadable, num_images)
@@ -65,7 +71,7 @@ def open_source(data: DetectionData, split: Split) -> Source:
         FileNotFoundError: If annotations, the folder, or more images than ``max_unreadable`` are missing.
         ValueError: If the annotations are damaged, have no masks though asked for, or leave nothing to train on.
     """
-    annotations, read = _open_digits(split) if data.path == "digits" else _open_files(data, split)
+    annotations, read = _open_digits(split) if data.embedded else _open_files(data, split)
     images = _trainable(annotations) if split == "train" else annotations.images
     rows = [row for image in images for row in annotations.usable(image)] if split == "train" else annotations.truth()
     unmasked = [row["id"] for row in rows if not has_mask(row)] if data.masks else []
