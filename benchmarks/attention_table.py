@@ -108,9 +108,11 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
                 shown = [(N, value) for N, value in points if value]
                 if shown:
                     axes.plot(*zip(*shown, strict=True), marker="o", markersize=3.5, color=COLOURS[form], label=form)
-            axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+            axes.set(xscale="log", xlabel="tokens", ylabel=label)
             axes.grid(which="major")
+        figure.axes[0].set_yscale("log")
         figure.axes[0].legend()
+        figure.axes[1].set_ylim(bottom=0)
         first = rows[0]
         what = "forward and gradients" if first.backward else "forward"
         figure.suptitle(

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.linear_attention import cheaper_order, linear_attention
 from slabformer.ops.reference import linear_attention_reference
 from tolerances import ALGEBRA, EXACT, FLOAT32, assert_close
@@ -122,6 +123,14 @@ def test_queries_that_meet_no_key_give_zero(dead, order, dtype):
     assert_close(linear_attention(q, k, v, mask=mask, order=order), torch.zeros_like(q), EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_table_is_added_to_the_keys(dtype):
+    q, k, v = tensors(7, 9, 8, 8, dtype)
+    table = torch.randn(1, 3, 9, 8, dtype=torch.float64)
+    expected = linear_attention(q, k + table.to(dtype), v)
+    assert_close(linear_attention(q, k, v, table=table), expected, EXACT)
+
+
 def test_token_major_views_need_no_copy_by_the_caller():
     q, k, v = tensors(7, 7, 8, 8)
     strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
@@ -143,8 +152,10 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
         linear_attention(*change(*tensors(7, 7, 8, 8)))
 
 
-def test_masks_and_orders_that_mean_nothing_are_refused():
+def test_tables_masks_and_orders_that_mean_nothing_are_refused():
     q, k, v = tensors(7, 7, 8, 8)
+    with pytest.raises(ValueError, match=r"a table of shape \(1, 3, 7, 8\)"):
+        linear_attention(q, k, v, table=torch.ones(1, 7, 24))
     with pytest.raises(ValueError, match=r"boolean mask of shape \(2, 7\)"):
         linear_attention(q, k, v, mask=torch.ones(2, 7))
     with pytest.raises(ValueError, match=r"boolean mask of shape \(2, 7\)"):
@@ -177,3 +188,35 @@ def test_half_precision_survives_16384_tokens_on_a_gpu(dtype):
     expected = linear_attention(q.double(), k.double(), v.double())
     assert_error_below(HALF[dtype], actual, expected, v)
     assert all(g.isfinite().all() for g in torch.autograd.grad(actual.float().square().sum(), (q, k, v)))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")  # said by Triton 3.9 to every caller
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gpu_takes_the_kernels_and_follows_the_reference(dtype, compiled):
+    q, k, v = (t.detach().cuda().requires_grad_() for t in tensors(197, 197, 32, 32, dtype))
+    assert has_kernel(q, k, v)
+    torch._dynamo.reset()
+    call = torch.compile(linear_attention, fullgraph=True) if compiled else linear_attention
+    actual, expected = call(q, k, v), linear_attention_reference(q, k, v)
+    assert_close(actual, expected, 2 * HALF.get(dtype, FLOAT32))
+    weight = torch.randn(expected.shape, device="cuda", dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad((actual.double() * weight).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weight).sum(), (q, k, v)),
+        strict=True,
+    ):
+        # gradients of queries with a small normaliser are tens of times the scale
+        assert_close(ours, theirs, 10 * HALF.get(dtype, FLOAT32))
+
+
+@pytest.mark.gpu
+def test_an_exported_program_keeps_the_operator_on_a_gpu():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return linear_attention(q, k, v)
+
+    q, k, v = (t.detach().cuda() for t in tensors(197, 197, 32, 32, torch.bfloat16))
+    program = torch.export.export(Attention(), (q, k, v))
+    assert "slabformer.linear_attention" in program.graph_module.code

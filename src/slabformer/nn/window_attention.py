@@ -52,15 +52,16 @@ class WindowLinearAttention(LinearAttentionCore):
         """Attention of tokens on ``grid_size`` inside windows; ``window_size`` by default is the table's."""
         window = window_size or self.grid_size
         q, k, v = (window_partition(t, grid_size, window) for t in (q, k, v))
-        v = v.contiguous()  # once for both branches
+        values = v.contiguous()  # once for both branches
         weight, bias = self.kernels()
-        heads = self.heads(q, k, v)
-        if has_kernel(*heads):
+        q, k, v = self.heads(q, k, values)
+        if has_kernel(q, k, v):
             shape = (self.num_heads, -1)
             kernels = weight.squeeze(1).unflatten(0, shape), bias.unflatten(0, shape)
-            out = self.attend(*heads, window, None, kernels).transpose(1, 2).flatten(2)
+            out = self.attend(q, k, v, window, None, kernels).transpose(1, 2).flatten(2)
         else:
-            out = self.attend(*heads, window).transpose(1, 2).flatten(2) + depthwise_tokens(v, window, weight, bias)
+            out = self.attend(q, k, v, window).transpose(1, 2).flatten(2)
+            out = out + depthwise_tokens(values, window, weight, bias)
         return window_merge(out, grid_size, window)
 
     def kernels(self) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ def sum_keys_kernel(
         valid = valid_keys(mask, rows, rows < last, HAS_MASK)
         keys = relu(load_keys(k, table, rows, valid, stride_kn, stride_tn, D, BLOCK_D, HAS_TABLE))
         values = load_tokens(v, rows, valid, stride_vn, E, BLOCK_E)
-        products = tl.dot(tl.trans(values), keys.to(values.dtype), products, input_precision=PRECISION)
+        products = tl.dot(tl.trans(factor(values, v)), factor(keys, k), products, input_precision=PRECISION)
         totals += tl.sum(keys, 0)
     store_sums(sums, products * scale, totals * scale, D, E, BLOCK_D, BLOCK_E)
 

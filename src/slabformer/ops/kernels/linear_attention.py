@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.library import triton_op
 from torch.utils.flop_counter import register_flop_formula
 
+from slabformer.ops.dispatch import WIDEST
 from slabformer.ops.kernels.launch import attend, key_gradients, query_gradients, sum_keys, tile_width
 
 #: ``D * E`` of the tiles that sums in float32 are held in
@@ -51,17 +52,19 @@ def fused_linear_attention(
     Returns:
         ``(B, num_heads, N, E)`` in the dtype of ``q``; in memory tokens come before heads.
     """
-    columns = _columns_at_once(q, v)
+    columns = _columns_at_once(q)
+    if columns >= v.shape[3]:
+        return linear_attention_op(q, k, v, table, mask, weight, bias, grid_size, eps)[0]
     outputs = [
         linear_attention_op(q, k, v[..., i], table, mask, _rows(weight, i), _rows(bias, i), grid_size, eps)[0]
         for i in (slice(start, start + columns) for start in range(0, v.shape[3], columns))
     ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    return torch.cat(outputs, -1)
 
 
-def _columns_at_once(q: Tensor, v: Tensor) -> int:
+def _columns_at_once(q: Tensor) -> int:
     """Columns of the values that one call takes: factors of four bytes must fit the shared memory of small GPUs too."""
-    return v.shape[3] if q.dtype == torch.bfloat16 else min(v.shape[3], LARGEST_STATE // tile_width(q.shape[3]))
+    return WIDEST if q.dtype == torch.bfloat16 else LARGEST_STATE // tile_width(q.shape[3])
 
 
 def _rows(of_channels: Tensor | None, rows: slice) -> Tensor | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+#: whether Triton's interpreter runs the kernels, on a CPU
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 #: six at most are tried for every key of :data:`TUNING_KEY`; the interpreter runs the first
 CONFIGS = [
     triton.Config({"BLOCK_N": block}, num_warps=warps, num_stages=stages)
     for block, warps, stages in [(16, 4, 2), (32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2)]
-][: 1 if triton.knobs.runtime.interpret else None]
+][: 1 if INTERPRETED else None]
 #: a configuration is chosen anew for every combination of these arguments and the dtypes
 WIDTHS = ["D", "E", "LENGTH"]
 
@@ -50,7 +52,10 @@ def store_tokens(
 @triton.jit
 def factor(tile: tl.tensor, tokens: tl.tensor) -> tl.tensor:
     """A factor of a matrix product: bfloat16 where the tokens are, since it spans what float32 does, else float32."""
-    return tile.to(tl.bfloat16 if tokens.dtype.element_ty == tl.bfloat16 else tl.float32)
+    rounded = tile.to(tl.bfloat16 if tokens.dtype.element_ty == tl.bfloat16 else tl.float32)
+    if INTERPRETED:  # it would multiply the bit patterns of bfloat16
+        rounded = rounded.to(tl.float32)
+    return rounded
 
 
 @triton.jit
