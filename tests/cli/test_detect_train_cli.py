@@ -125,6 +125,23 @@ def test_eval_prints_and_writes_figures_classes_and_detections(
     assert {row["category_id"] for row in detections} <= {3, 7, 90}
 
 
+def test_boxes_alone_are_evaluated_where_annotations_have_no_masks(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_root(tmp_path / "root")
+    annotations = root / "annotations" / "instances_val2017.json"
+    content = json.loads(annotations.read_text())
+    for row in content["annotations"]:
+        del row["segmentation"]
+    annotations.write_text(json.dumps(content))
+    assert slab("eval", model, "--data", root, "--device", "cpu") == 2
+    assert "have no mask" in capsys.readouterr().err
+    assert slab("eval", model, "--data", root, "--device", "cpu", "--boxes") == 0
+    printed = capsys.readouterr().out
+    assert "deployed, boxes" in printed
+    assert "masks" not in printed
+
+
 @pytest.mark.slow
 def test_a_fused_detector_has_the_same_figures(model: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = []

@@ -120,9 +120,10 @@ def test_a_non_finite_loss_names_the_files_of_its_batch(tmp_path: Path, monkeypa
         train(tiny_config(tmp_path / "run", accumulate=1), observers=[Poison(built)])
 
 
-def test_boxes_alone_train_without_masks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["data", "detector"])
+def test_boxes_alone_train_without_masks(where: str, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", epochs=1, lr_schedule=NO_STEPS)
-    config.data.masks = False
+    getattr(config, where).masks = False
     result = train(config)
     assert "box_ap" in result.metrics
     assert not any(name.startswith("mask") for name in result.metrics)

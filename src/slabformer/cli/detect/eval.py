@@ -62,6 +62,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
     add_device_option(made)
     made.add_argument("--fused", action="store_true", help="fold the norms of the backbone before evaluating")
+    made.add_argument("--boxes", action="store_true", help="boxes alone, for annotations without masks")
     made.add_argument("--backend", type=str, default="auto", help="auto, faster-coco-eval or pycocotools")
     made.add_argument("--classes", type=Path | None, help="also show every class's AP, and write it to this CSV file")
     made.add_argument("--results", type=Path | None, help="also write all detections as COCO's results.json")
@@ -108,7 +109,7 @@ def _loader(config: Namespace, info: DetectorInfo, accelerator: Any) -> Detectio
         path=config.data or ".",
         val_images=config.images,
         val_annotations=config.annotations,
-        masks=info.detector.masks,
+        masks=info.detector.masks and not config.boxes,
     )
     return create_loader(
         data,

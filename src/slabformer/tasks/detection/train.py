@@ -119,9 +119,7 @@ class _Run:
             backbone=config.model.backbone,
             backbone_args=backbone_args(config.model),
             detector=replace(
-                config.detector,
-                num_classes=len(self.train_loader.class_names),
-                masks=config.detector.masks and config.data.masks,
+                config.detector, num_classes=len(self.train_loader.class_names), masks=self.train_loader.has_masks
             ),
             class_names=self.train_loader.class_names,
             category_ids=self.train_loader.category_ids,
@@ -139,7 +137,7 @@ class _Run:
     def _loader(self, split: Split) -> DetectionLoader:
         config = self.config
         return create_loader(
-            config.data,
+            replace(config.data, masks=config.data.masks and config.detector.masks),
             config.augment,
             split,
             batch_size=config.batch_size,
