@@ -162,8 +162,9 @@ def test_any_model_of_timm_can_be_converted() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": "a", "backbone_weights": "b"}, "leave model.backbone_weights out"),
+        ({"weights": "a", "backbone_weights": "b"}, "give one of model.weights"),
         ({"new_predictors": True}, "give model.weights"),
+        ({"args": {"pretrained": True}}, "say model.pretrained"),
         ({"freeze_backbone": True}, "needs a trained one"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

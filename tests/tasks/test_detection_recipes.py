@@ -59,7 +59,9 @@ ROWS = {
 PLAIN: dict[str, dict[str, Any]] = {
     "model": {
         **dict.fromkeys(("norm", "output_norm", "backbone_weights", "weights")),
-        **dict.fromkeys(("convert_norms", "new_predictors", "freeze_backbone", "checkpoint_activations"), False),
+        **dict.fromkeys(
+            ("convert_norms", "pretrained", "new_predictors", "freeze_backbone", "checkpoint_activations"), False
+        ),
         "freeze_norms": "auto",
     },
     "detector": vars(DetectorConfig()),

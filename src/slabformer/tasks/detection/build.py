@@ -35,7 +35,8 @@ def build_model(config: ModelConfig, settings: DetectorConfig, class_names: list
         ValueError: If the backbone is unknown, or weights do not fit it or the classes.
         FileNotFoundError: If a file of weights is missing.
     """
-    detector = build_detector(create_backbone(config.backbone, **backbone_args(config)), settings)
+    fetched: dict[str, Any] = {"pretrained": True} if config.pretrained else {}
+    detector = build_detector(create_backbone(config.backbone, **backbone_args(config), **fetched), settings)
     backbone = backbone_of(detector)
     if config.convert_norms:
         logger.info("converted %d norms of %s", len(sf.convert_norms_(backbone)), config.backbone)
@@ -93,17 +94,13 @@ def _load_detector(detector: Detector, path: str, class_names: list[str], new_pr
 
 def _freeze(backbone: Backbone, config: ModelConfig) -> None:
     """Freeze statistics where asked, or where weights brought them; all of the backbone where asked."""
-    loaded = config.weights is not None or config.backbone_weights is not None
     faded = all(norm.phase == "done" for norm in prepbn_modules(backbone.body).values())
-    if config.freeze_norms == "always" and not loaded:
+    if config.freeze_norms == "always" and not config.starts_trained:
         raise ValueError("model.freeze_norms needs trained statistics; give model.backbone_weights or leave it at auto")
     if config.freeze_backbone and not faded:
         raise ValueError("model.freeze_backbone needs norms that have faded; train the weights to the end first")
-    if (
-        config.freeze_norms == "always"
-        or config.freeze_backbone
-        or (config.freeze_norms == "auto" and loaded and faded)
-    ):
+    brought = config.freeze_norms == "auto" and config.starts_trained and faded
+    if config.freeze_norms == "always" or config.freeze_backbone or brought:
         freeze_norm_statistics_(backbone)
     if config.freeze_backbone:
         backbone.body.requires_grad_(False)
@@ -111,9 +108,9 @@ def _freeze(backbone: Backbone, config: ModelConfig) -> None:
 
 def live_norms(detector: Detector) -> nn.ModuleList:
     """Its RepBNs whose statistics move in training."""
-    norms = repbn_modules(detector).values()
-    frozen = set(repbn_modules(backbone_of(detector).body).values()) if backbone_of(detector).frozen_statistics else ()
-    return nn.ModuleList(norm for norm in norms if norm not in frozen)
+    backbone = backbone_of(detector)
+    frozen = set(repbn_modules(backbone.body).values()) if backbone.frozen_statistics else set()
+    return nn.ModuleList(norm for norm in repbn_modules(detector).values() if norm not in frozen)
 
 
 def build_fading(

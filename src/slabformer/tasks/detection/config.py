@@ -59,6 +59,8 @@ class ModelConfig:
     """Swin's windows of linear attention as published: constants, padded and shifted, instead of the whole map."""
     convert_norms: bool = False
     """Turn every LayerNorm of a backbone of timm's into PRepBN before training."""
+    pretrained: bool = False
+    """Start from the backbone's released weights: the published ones, or timm's of its own models."""
     backbone_weights: str | None = None
     """Start from a classifier: a published `.pth` or a `model.safetensors` that `slab train` wrote."""
     weights: str | None = None
@@ -73,12 +75,21 @@ class ModelConfig:
     """Compute the backbone's activations again in backward instead of keeping them."""
 
     def __post_init__(self) -> None:
-        if self.weights is not None and self.backbone_weights is not None:
-            raise ValueError("model.weights bring a backbone's too; leave model.backbone_weights out")
+        if "pretrained" in self.args:
+            raise ValueError(
+                "model.args.pretrained would fetch weights whenever the detector is loaded; say model.pretrained"
+            )
+        if (self.weights is not None) + (self.backbone_weights is not None) + self.pretrained > 1:
+            raise ValueError("give one of model.weights, model.backbone_weights and model.pretrained")
         if self.new_predictors and self.weights is None:
             raise ValueError("model.new_predictors is for a detector to start from; give model.weights")
-        if self.freeze_backbone and self.weights is None and self.backbone_weights is None:
+        if self.freeze_backbone and not self.starts_trained:
             raise ValueError("model.freeze_backbone needs a trained one; give model.backbone_weights or model.weights")
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether the backbone's weights come from somewhere."""
+        return self.pretrained or self.weights is not None or self.backbone_weights is not None
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ def twin_config(config: TrainConfig) -> TrainConfig:
     Raises:
         ValueError: If weights are given, which belong to one of the two.
     """
-    if config.model.weights is not None or config.model.backbone_weights is not None:
+    if config.model.starts_trained:
         raise ValueError(
             "the twin of a run that starts from weights needs its own; train it with --model.norm layernorm"
         )
