@@ -15,6 +15,7 @@ from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.detection.build import (
     PREDICTORS,
+    backbone_args,
     backbone_of,
     build_fading,
     build_model,
@@ -82,6 +83,27 @@ def test_a_classifier_s_weights_freeze_its_statistics_and_fade_nothing(
     assert backbone_of(detector).frozen_statistics
     assert len(live_norms(detector)) == 0
     assert fading_of(detector) == set()
+
+
+def test_released_weights_are_fetched_to_train_and_never_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slabformer.tasks.detection import build as module
+
+    asked: list[bool] = []
+    create = module.create_backbone
+
+    def fetch(name: str, pretrained: bool = False, **args: Any) -> nn.Module:
+        asked.append(pretrained)
+        backbone = create(name, **args)
+        for norm in prepbn_modules(backbone).values():
+            norm.set_gamma(0.0)  # as released
+        return backbone
+
+    monkeypatch.setattr(module, "create_backbone", fetch)
+    config = ModelConfig(args=SMALL_SWIN, pretrained=True)
+    detector = build_model(config, small_config(), CLASSES)
+    assert asked == [True]
+    assert backbone_of(detector).frozen_statistics
+    assert "pretrained" not in backbone_args(config)
 
 
 def test_new_output_norms_fade_and_move_above_a_frozen_backbone(classifier_file: str) -> None:
