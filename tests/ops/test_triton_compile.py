@@ -110,7 +110,6 @@ def test_compilers_see_the_kernels_and_what_they_write(masked, monkeypatch):
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(type(triton.runtime.driver), "active", property(lambda self: OneH100()))
-    mask = torch.ones(2, 12, dtype=torch.bool) if masked else None
 
     class Both(torch.nn.Module):
         def forward(self, q, k, v, grad, table, weight, bias):
@@ -121,7 +120,7 @@ def test_compilers_see_the_kernels_and_what_they_write(masked, monkeypatch):
 
     with FakeTensorMode(), torch.no_grad():
         q, k, v, grad = torch.empty(4, 2, 2, 12, 32, device="cuda", dtype=torch.bfloat16).unbind()
-        mask = None if mask is None else torch.ones(2, 12, dtype=torch.bool, device="cuda")
+        mask = torch.ones(2, 12, dtype=torch.bool, device="cuda") if masked else None
         table, weight = torch.empty(1, 2, 12, 32, device="cuda"), torch.empty(1, 32, 3, 3, device="cuda")
         bias = torch.empty(1, 32, device="cuda")
         graph, _ = aot_export_module(Both(), (q, k, v, grad, table, weight, bias), trace_joint=False)

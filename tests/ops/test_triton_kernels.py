@@ -24,10 +24,7 @@ from ops.triton_cases import EPS, Case, make_case
 from slabformer.ops.kernels import launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cuda", marks=pytest.mark.gpu),
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="test_triton_interpreter.py runs it")),
-]
+DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 pytestmark = [
     pytest.mark.parametrize("device", DEVICES),
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset"),  # said by Triton 3.9 to every caller
@@ -102,7 +99,9 @@ def test_shorter_dtypes_follow_the_reference(dtype, D, device):
     assert_follows_reference(make_case(D=D, device=device, dtype=dtype, table=True, masked=True), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(
+    "masked", [pytest.param(False, marks=pytest.mark.slow, id="all"), pytest.param(True, id="masked")]
+)
 @pytest.mark.parametrize(
     ("grid_size", "kernel_size", "shared"),
     [
@@ -124,6 +123,7 @@ def test_the_depthwise_branch_equals_a_convolution_in_shorter_dtypes(dtype, devi
     assert_follows_reference(make_case(device=device, grid_size=(6, 5), D=32, dtype=dtype), TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 def test_wide_values_in_slices_equal_the_reference(device, monkeypatch):
     from slabformer.ops.kernels import linear_attention as module
 
@@ -138,6 +138,7 @@ def test_programs_that_share_a_head_equal_the_reference(parts, device, monkeypat
     assert_follows_reference(make_case(B=1, device=device, grid_size=(3, 6), table=True), TOLERANCE[torch.float32])
 
 
+@pytest.mark.slow
 def test_programs_that_share_a_head_repeat_to_the_bit(device, monkeypatch):
     share_heads(monkeypatch, 3)
     case = make_case(48, B=1, device=device)
@@ -169,6 +170,7 @@ def test_slices_of_a_packed_projection_are_read_in_place(device, monkeypatch):
     assert actual.transpose(1, 2).flatten(2).data_ptr() == actual.data_ptr()  # ready for the output projection
 
 
+@pytest.mark.slow
 def test_gradients_of_any_strides_are_taken(device):
     case = make_case(device=device)
     leaves = list(case.leaves().values())
@@ -210,6 +212,7 @@ def test_nan_is_not_hidden(name, device):
     assert out[1].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_that_leave_the_range_of_float16_stay_finite(dtype, device):
     case = make_case(48, device=device, dtype=dtype, num_heads=1)
@@ -234,6 +237,7 @@ def test_flops_are_counted_as_those_of_the_composed_form(device):
     assert out.requires_grad
 
 
+@pytest.mark.slow
 def test_operators_are_registered_as_torch_expects(device):
     case = make_case(device=device, grid_size=(3, 4), table=True)
     arguments = (case.q, case.k, case.v, case.table, None, case.weight, case.bias, [3, 4], EPS)
