@@ -145,6 +145,14 @@ def test_scales_do_not_depend_on_the_first_batch():
     assert_close(pool(square, box), fresh, EXACT)
 
 
+def test_a_box_that_is_not_finite_keeps_its_place():
+    maps = {str(i): torch.randn(1, 2, 64 // s, 64 // s) for i, s in enumerate(STRIDES)}
+    box, pool = torch.tensor([[8.0, 8.0, 40.0, 24.0]]), PyramidRoIAlign(STRIDES[:4], 7, 56.0, 2)
+    pooled = pool(maps, [torch.cat([torch.full((1, 4), torch.nan), box, box.flip(1)])])
+    assert pooled.shape == (3, 2, 7, 7)
+    assert_close(pooled[1:2], pool(maps, [box]), EXACT)
+
+
 def test_no_boxes_have_no_features():
     maps = {str(i): torch.randn(1, 2, 64 // s, 64 // s) for i, s in enumerate(STRIDES)}
     assert PyramidRoIAlign(STRIDES[:4], 7, 56.0, 0)(maps, [torch.zeros(0, 4)]).shape == (0, 2, 7, 7)

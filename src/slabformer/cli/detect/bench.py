@@ -30,8 +30,8 @@ def parser() -> ArgumentParser:
     """Options of `slab detect bench`."""
     made = ArgumentParser(
         prog="slab detect bench",
-        description="Time backbone and whole detector on one image: with LayerNorm, with PRepBN, and fused, in turns "
-        "in one process. All have the same random weights, as far as they have the same layers, and random norms; "
+        description="Time backbone (with feature pyramid) and whole detector (without pasting masks) on one image: "
+        "with LayerNorm, with PRepBN, and fused, in turns in one process. Weights are random, whatever the file holds; "
         "scores are spread so that there are detections to make masks of.",
         epilog=EXAMPLES,
         formatter_class=ExamplesFormatter,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 
@@ -35,20 +36,21 @@ class PyramidRoIAlign(nn.Module):
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: object = None) -> Tensor:
         """Features of all boxes; ``image_shapes`` is there for torchvision's callers."""
         maps = list(x.values())[: len(self.strides)]
-        rois = torch.cat([torch.nn.functional.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
+        rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
+        rois = rois.nan_to_num(0.0)  # torchvision would crash, where training is to say that a loss is not finite
         level_of = self.levels(rois[:, 1:])
         size = (self.output_size, self.output_size)
-        out = maps[0].new_zeros(len(rois), maps[0].shape[1], *size)
-        for level, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
-            (chosen,) = torch.where(level_of == level)
-            pooled = roi_align(features, rois[chosen], size, 1 / stride, self.sampling_ratio, aligned=True)
-            out = out.index_copy(0, chosen, pooled.to(out.dtype))
-        return out
+        chosen = [torch.where(level_of == level)[0] for level in range(len(maps))]
+        pooled = [
+            roi_align(features, rois[index], size, 1 / stride, self.sampling_ratio, aligned=True)
+            for features, stride, index in zip(maps, self.strides, chosen, strict=True)
+        ]
+        return torch.cat(pooled)[torch.cat(chosen).argsort()]  # back in the order of the boxes
 
     def levels(self, boxes: Tensor) -> Tensor:
         """Level of each box ``(n, 4)``, as an index ``(n,)``."""
         sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
-        levels = torch.floor(torch.log2(sides / self.finest_scale + 1e-6))
+        levels = torch.floor(torch.log2(sides / self.finest_scale + 1e-6)).nan_to_num(0.0)  # of an inverted box
         return levels.clamp(0, len(self.strides) - 1).long()
 
     def extra_repr(self) -> str:
