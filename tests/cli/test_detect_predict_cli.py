@@ -93,3 +93,21 @@ def test_mistakes_cost_a_line(
 def test_pictures_of_one_name_do_not_overwrite_each_other() -> None:
     paths = [Path("a/x.jpg"), Path("b/x.png"), Path("b/y.png"), Path("c/x.jpg")]
     assert picture_names(paths) == ["x.png", "x-2.png", "y.png", "x-3.png"]
+
+
+@pytest.mark.slow
+def test_an_exported_detector_finds_the_same_on_pictures_that_fill_its_canvas(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported, photo = tmp_path / "detector.onnx", tmp_path / "photo.png"
+    picture(0, (144, 96)).save(photo)  # 96x64 when resized
+    assert main(["detect", "export", model, "--output", str(exported), "--size", "64", "96"]) == 0
+    capsys.readouterr()
+    found = []
+    for file in (model, str(exported)):
+        assert main(["detect", "predict", file, str(photo), "--score", "0.05", "--json", "-"]) == 0
+        found.append([row for prediction in json.loads(capsys.readouterr().out) for row in prediction["objects"]])
+    assert len(found[0]) == len(found[1]) > 0
+    for ours, theirs in zip(*found, strict=True):
+        assert ours["name"] == theirs["name"]
+        assert ours["box"] == pytest.approx(theirs["box"], abs=0.05)
