@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import pytest
 import torch
@@ -172,3 +173,16 @@ def test_one_step_runs(name: str) -> None:
     moved = {name for name, parameter in detector.named_parameters() if not torch.equal(parameter, before[name])}
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert {"backbone.body.body.patch_embed.proj.weight", "roi_heads.box_predictor.cls_score.weight"} <= moved
+
+
+def test_every_key_is_explained_on_the_command_line() -> None:
+    text = " ".join(parser().format_help().split())
+    owners = (TrainConfig, *(kind for kind in get_type_hints(TrainConfig).values() if is_dataclass(kind)))
+    assert len(owners) == 9
+    assert not [field.name for owner in owners for field in fields(owner) if field.name not in text]
+    for told in (
+        "Also train the LayerNorm twin",
+        "Overlap with an object from which an anchor is positive",
+        "Optimizer steps of linear",
+    ):
+        assert told in text
