@@ -79,9 +79,11 @@ def findings(rows: Sequence[Row]) -> list[str]:
     sentences = []
     for form in dict.fromkeys(row.form for row in rows if row.form != "softmax"):
         beyond, steepness = crossover(rows, form), slope(rows, form)
-        where = "not faster than softmax at any length" if beyond is None else f"faster than softmax from {beyond:,.0f}"
+        where = "not faster than softmax at any length"
+        if beyond is not None:
+            where = f"faster than softmax from {beyond:,.0f} tokens on"
         grows = f"no slope below {LONG:,} tokens" if steepness is None else f"time grows as N^{steepness:.2f}"
-        sentences.append(f"{form}: {where} tokens on; {grows}" if beyond else f"{form}: {where}; {grows}")
+        sentences.append(f"{form}: {where}; {grows}")
     return sentences
 
 

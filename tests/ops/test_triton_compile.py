@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from slabformer.ops.kernels import backward, forward, launch
 from slabformer.ops.kernels.linear_attention import (
     LARGEST_STATE,
+    fused_linear_attention,
     linear_attention_backward_op,
     linear_attention_op,
 )
@@ -131,3 +132,15 @@ def test_compilers_see_the_kernels_and_what_they_write(masked, monkeypatch):
         *[(2, 2, 12, 32)] * 4,
         (2, 10, 32),
     ]
+
+
+def test_an_exported_program_keeps_the_operator_at_any_batch_size():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return fused_linear_attention(q, k, v)
+
+    inputs = torch.randn(3, 2, 2, 1024, 32).unbind()
+    program = torch.export.export(Attention(), inputs, dynamic_shapes=[{0: torch.export.Dim("batch", min=1)}] * 3)
+    (call,) = [node for node in program.graph.nodes if node.target is torch.ops.slabformer.linear_attention.default]
+    assert call.meta["val"][0].shape[1:] == (2, 1024, 32)
+    assert not isinstance(call.meta["val"][0].shape[0], int)

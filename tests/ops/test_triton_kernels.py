@@ -242,7 +242,13 @@ def test_operators_are_registered_as_torch_expects(device):
     case = make_case(device=device, grid_size=(3, 4), table=True)
     arguments = (case.q, case.k, case.v, case.table, None, case.weight, case.bias, [3, 4], EPS)
     operator = torch.ops.slabformer.linear_attention.default
-    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_autograd_registration"))
+    # torch.compile has no interpreter of Triton
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator, arguments, test_utils=checks)
+    grad, sums = (t.detach() for t in operator(*arguments))
+    backward = torch.ops.slabformer.linear_attention_backward.default
+    arguments = (grad, *(None if t is None else t.detach() for t in arguments[:6]), sums, [3, 4], EPS)
+    torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_second_derivative_is_refused(device):

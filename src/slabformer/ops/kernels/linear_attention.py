@@ -109,6 +109,31 @@ def linear_attention_backward_op(
     return grad_q, *key_gradients(k, v, table, mask, weight, grid, grad_out, grad_sums)
 
 
+@linear_attention_op.register_fake
+def _outputs(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """Shapes alone: tracing through the launches would tie a program to the sizes that they divide the work by."""
+    (B, num_heads, N, D), E = q.shape, v.shape[3]
+    sums = q.new_empty((B, num_heads, E + 1, D), dtype=torch.float32)
+    return q.new_empty((B, N, num_heads, E)).transpose(1, 2), sums
+
+
+@linear_attention_backward_op.register_fake
+def _gradients(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    sums: Tensor,
+    *_: object,
+) -> tuple[Tensor, ...]:
+    K = 0 if weight is None else weight.shape[-1]
+    window = sums.new_empty((q.shape[1], K * K + 1, v.shape[3]))
+    return *(t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v)), window
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, table, mask, weight, bias, ctx.grid_size, ctx.eps = inputs
     ctx.save_for_backward(q, k, v, table, mask, weight, bias, output[1])
