@@ -49,6 +49,13 @@ def test_what_is_found_is_shown_written_and_drawn(
         assert drawn.tobytes() != plain.tobytes()
 
 
+def test_brackets_in_a_name_are_no_markup(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = tmp_path / "a[red]b[.png"
+    picture(0, (90, 70)).save(photo)
+    assert main(["detect", "predict", model, str(photo)]) == 0
+    assert "a[red]b[.png" in "".join(capsys.readouterr().out.split("\n")).replace("│", "").replace(" ", "")
+
+
 def test_asking_for_less_than_the_detectors_threshold_gives_more(
     model: str, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

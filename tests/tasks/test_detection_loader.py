@@ -233,7 +233,7 @@ def test_a_damaged_image_is_left_out_of_validation(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     write_split(tmp_path, "train", two_objects_each([(64, 48)]))
     (tmp_path / "train2017").rename(tmp_path / "images")
-    with pytest.raises(FileNotFoundError, match=r"no folder .*train2017.*data.train"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*train2017.*data.train_images"):
         loader_of(tmp_path)
     with pytest.raises(FileNotFoundError, match="no annotations at"):
         loader_of(tmp_path / "elsewhere")

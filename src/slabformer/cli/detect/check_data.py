@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
+from rich.markup import escape
 from rich.table import Table
 
 from slabformer.cli.common import console
@@ -48,13 +49,14 @@ def run(config: Namespace) -> None:
 
 
 def _print(report: SplitReport) -> None:
-    console().print(f"{report.split}: {report.num_images} images, {report.num_objects} objects in {report.annotations}")
+    size = f"{report.num_images} images, {report.num_objects} objects"
+    console().print(f"{report.split}: {size} in {escape(report.annotations)}", soft_wrap=True)
     if not report.findings:
         return
     table = Table("found", "how often", "first", "", show_edge=False)
     for finding in report.findings:
         verdict = "[red]stops[/red]" if finding.stops else ""
-        table.add_row(finding.what, str(finding.count), ", ".join(finding.examples), verdict)
+        table.add_row(finding.what, str(finding.count), escape(", ".join(finding.examples)), verdict)
     console().print(table)
 
 
@@ -65,5 +67,5 @@ def _class_table(reports: list[SplitReport]) -> Table:
     names = dict.fromkeys(count.name for report in reports for count in report.classes)
     counts = [{count.name: count.num_objects for count in report.classes} for report in reports]
     for name in names:
-        table.add_row(name, *(str(count.get(name, "-")) for count in counts))
+        table.add_row(escape(name), *(str(count.get(name, "-")) for count in counts))
     return table

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
+from rich.markup import escape
 from rich.table import Table
 
 from slabformer.cli.common import console
@@ -109,10 +110,10 @@ def _table(predictions: Sequence[PicturePrediction]) -> Table:
         table.add_column(heading, justify="left" if heading == "object" else "right")
     for prediction in predictions:
         if not prediction.objects and prediction.error is None:
-            table.add_row(prediction.path, "nothing", end_section=True)
+            table.add_row(escape(prediction.path), "nothing", end_section=True)
         for rank, found in enumerate(prediction.objects):
             corners = (f"{value:.1f}" for value in found.box)
             last = rank == len(prediction.objects) - 1
-            where = "" if rank else prediction.path
-            table.add_row(where, found.name, f"{found.score:.2f}", *corners, end_section=last)
+            where = "" if rank else escape(prediction.path)
+            table.add_row(where, escape(found.name), f"{found.score:.2f}", *corners, end_section=last)
     return table

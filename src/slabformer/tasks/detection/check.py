@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from slabformer.tasks.detection.annotations import REQUIRED, SMALLEST_SIDE, CocoAnnotations, has_mask, is_rle, read_coco
 from slabformer.tasks.detection.dataset import DetectionData, locate
@@ -16,6 +16,8 @@ from slabformer.tasks.detection.digits import Split, make_digits
 from slabformer.tasks.images import UNREADABLE, read_image
 
 MOST_EXAMPLES = 3
+#: EXIF orientations that swap width and height
+LYING = (5, 6, 7, 8)
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
@@ -184,9 +186,11 @@ def upright_size(path: Path) -> tuple[int, int]:
         OSError, SyntaxError, ValueError, ...: If it is no image.
     """
     with Image.open(path) as image:
-        blank = Image.new("1", image.size)
-        blank.info["exif"] = image.info.get("exif", b"")
-        return ImageOps.exif_transpose(blank).size
+        width, height = image.size
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))  # image.getexif() would decode a PNG
+        lies = exif.get(ExifTags.Base.Orientation, 1) in LYING
+        return (height, width) if lies else (width, height)
 
 
 def _count_classes(annotations: CocoAnnotations) -> list[ClassCount]:

@@ -102,7 +102,8 @@ def _open_files(data: DetectionData, split: Split) -> tuple[CocoAnnotations, Cal
     folder, file = locate(data, split)
     annotations = CocoAnnotations(read_coco(file), str(file))
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {str(folder)!r} with the images of {file}; name it as data.{split[:5]}")
+        setting = "data.train_images" if split == "train" else "data.val_images"
+        raise FileNotFoundError(f"no folder {str(folder)!r} with the images of {file}; name theirs as {setting}")
     missing = [image.file_name for image in annotations.images if not (folder / image.file_name).is_file()]
     if len(missing) > data.limit(len(annotations.images)):
         raise FileNotFoundError(

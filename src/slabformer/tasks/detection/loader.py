@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,21 +33,18 @@ class DetectionBatch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> DetectionBatch:
         """The batch with its tensors on ``device``."""
-
-        def moved(value: Any) -> Any:
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-
-        targets = [{name: moved(value) for name, value in target.items()} for target in self.targets]
-        return DetectionBatch([moved(image) for image in self.images], targets)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> DetectionBatch:
         """The batch in memory that an accelerator copies from at once; DataLoader asks for it."""
+        return self._with(Tensor.pin_memory)
 
-        def pinned(value: Any) -> Any:
-            return value.pin_memory() if isinstance(value, Tensor) else value
-
-        targets = [{name: pinned(value) for name, value in target.items()} for target in self.targets]
-        return DetectionBatch([pinned(image) for image in self.images], targets)
+    def _with(self, change: Callable[[Tensor], Tensor]) -> DetectionBatch:
+        targets = [
+            {name: change(value) if isinstance(value, Tensor) else value for name, value in target.items()}
+            for target in self.targets
+        ]
+        return DetectionBatch([change(image) for image in self.images], targets)
 
 
 def create_loader(
