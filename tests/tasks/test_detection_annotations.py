@@ -86,7 +86,7 @@ def test_objects_are_left_out_for_a_reason(fields: dict[str, Any], reason: str |
     (image,) = annotations.images
     assert annotations.why_unusable(annotations.objects[1][0], image) == reason
     assert len(annotations.usable(image)) == (reason is None)
-    assert dict(annotations.unusable()) == ({} if reason is None else {reason: 1})
+    assert dict(annotations.unusable) == ({} if reason is None else {reason: 1})
 
 
 def test_boxes_are_corners_cut_at_the_image() -> None:

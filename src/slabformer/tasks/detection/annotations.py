@@ -50,6 +50,7 @@ class CocoAnnotations:
         objects: For every image id its annotations, as they are in the file.
         category_ids: The file's ids, sorted: label ``l`` of 1 to ``K`` means ``category_ids[l - 1]``.
         class_names: Names in the same order.
+        unusable: How many objects are not trained on, by reason.
 
     Raises:
         ValueError: If ids are not unique, or an object is of no image.
@@ -63,13 +64,23 @@ class CocoAnnotations:
         categories = sorted(dataset["categories"], key=lambda row: row["id"])
         self.category_ids = [int(row["id"]) for row in categories]
         self.class_names = [str(row["name"]) for row in categories]
-        self.objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        known = {image.id for image in self.images}
-        for row in dataset["annotations"]:
-            if row["image_id"] not in known:
-                raise ValueError(f"{name}: annotation {row['id']} is of image {row['image_id']}, which is not listed")
-            self.objects[row["image_id"]].append(row)
         self._labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
+        self.objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        self._usable: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        self.unusable = Counter[str]()
+        images = {image.id: image for image in self.images}
+        for row in dataset["annotations"]:
+            if row["image_id"] not in images:
+                raise ValueError(f"{name}: annotation {row['id']} is of image {row['image_id']}, which is not listed")
+            self._add(row, images[row["image_id"]])
+
+    def _add(self, row: dict[str, Any], image: CocoImage) -> None:
+        self.objects[image.id].append(row)
+        reason = self.why_unusable(row, image)
+        if reason is None:
+            self._usable[image.id].append(row)
+        else:
+            self.unusable[reason] += 1
 
     def why_unusable(self, row: dict[str, Any], image: CocoImage) -> str | None:
         """Why an object is not trained on, as published; None if it is."""
@@ -87,12 +98,7 @@ class CocoAnnotations:
 
     def usable(self, image: CocoImage) -> list[dict[str, Any]]:
         """The objects of ``image`` to train on."""
-        return [row for row in self.objects.get(image.id, []) if self.why_unusable(row, image) is None]
-
-    def unusable(self) -> Counter[str]:
-        """How many objects are not trained on, by reason."""
-        reasons = (self.why_unusable(row, image) for image in self.images for row in self.objects.get(image.id, []))
-        return Counter(reason for reason in reasons if reason is not None)
+        return self._usable.get(image.id, [])
 
     def truth(self) -> list[dict[str, Any]]:
         """What there is to find in evaluation: all objects of known category, what may be left out filled in."""

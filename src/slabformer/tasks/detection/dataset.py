@@ -131,7 +131,7 @@ def _trainable(annotations: CocoAnnotations) -> list[CocoImage]:
     large = [image for image in annotations.images if min(image.height, image.width) >= SMALLEST_SIDE]
     kept = [image for image in large if annotations.usable(image)]
     counts = {"images without a usable object": len(large) - len(kept), f"images below {SMALLEST_SIDE} px": len(small)}
-    counts |= {f"objects {reason}": count for reason, count in sorted(annotations.unusable().items())}
+    counts |= {f"objects {reason}": count for reason, count in sorted(annotations.unusable.items())}
     left_out = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
     if not kept:
         raise ValueError(f"no image of {annotations.name} can be trained on (left out: {left_out}); {CHECK}")
