@@ -11,8 +11,10 @@ from slabformer.ops.linear_attention import linear_attention
 class OnGPU:
     """What :func:`has_kernel` asks of a tensor, without one."""
 
-    def __init__(self, N: int = 196, D: int = 32, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> None:
-        self.shape, self.dtype, self.device = (2, 3, N, D), dtype, torch.device(device)
+    def __init__(
+        self, N: int = 196, D: int = 32, dtype: torch.dtype = torch.bfloat16, device: str = "cuda", B: int = 2
+    ) -> None:
+        self.shape, self.dtype, self.device = (B, 3, N, D), dtype, torch.device(device)
 
 
 @pytest.fixture
@@ -35,8 +37,22 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (OnGPU(D=8), False),
         (OnGPU(D=160), False),
         (OnGPU(N=7), False),
+        (OnGPU(B=0), False),
     ],
-    ids=["bf16", "fp16", "fp32", "narrow", "wide", "odd", "cpu", "fp64", "too narrow", "too wide", "too short"],
+    ids=[
+        "bf16",
+        "fp16",
+        "fp32",
+        "narrow",
+        "wide",
+        "odd",
+        "cpu",
+        "fp64",
+        "too narrow",
+        "too wide",
+        "too short",
+        "empty",
+    ],
 )
 def test_the_table_decides(tensor, answer):
     assert has_kernel(tensor, tensor, tensor) is answer

@@ -45,8 +45,9 @@ def has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """
     if q.device.type != "cuda" or not q.dtype == k.dtype == v.dtype or q.dtype not in THRESHOLDS:
         return False
+    B, N, M = q.shape[0], q.shape[2], k.shape[2]
     narrow, wide = sorted((q.shape[3], v.shape[3]))
-    if narrow < NARROWEST or wide > WIDEST or q.shape[2] + k.shape[2] < THRESHOLDS[q.dtype].min_tokens:
+    if narrow < NARROWEST or wide > WIDEST or 0 in (B, N, M) or THRESHOLDS[q.dtype].min_tokens > N + M:
         return False
     return not _is_transformed() and runs_kernels(q.device)
 
