@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from detectors import pictures, saved, small_detector
+from detectors import pictures, saved, small_detector, without_folding
+from slabformer.cli.detect import fuse
 from slabformer.cli.main import main
 from slabformer.nn import PRepBN
 from slabformer.tasks.detection.saved import load_detector
@@ -23,6 +24,7 @@ def test_a_saved_detector_is_fused_compared_and_saved(tmp_path: Path, capsys: py
     printed = capsys.readouterr().out
     assert "18 of 18 norms folded" in printed
     assert "on 3 images agree" in printed
+    assert "LayerNorms stay" not in printed
     found = json.loads(report.read_text())
     assert found["num_kept"] == 0
     assert found["agreement"]["max_pixels"] < 1e-3
@@ -37,6 +39,17 @@ def test_a_saved_detector_is_fused_compared_and_saved(tmp_path: Path, capsys: py
     assert torch.allclose(before["boxes"], after["boxes"], atol=1e-2)
     assert main(["detect", "fuse", str(output), "--output", str(tmp_path / "again.safetensors")]) == 2
     assert "is fused already" in capsys.readouterr().err
+
+
+def test_layernorms_that_stay_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuse, "fuse_detector", without_folding)
+    model = saved(tmp_path / "model.safetensors")
+    assert (
+        main(["detect", "fuse", str(model), "--output", str(tmp_path / "fused.safetensors"), "--num-images", "1"]) == 0
+    )
+    assert "4 LayerNorms stay; trained with --model.output_norm prepbn" in capsys.readouterr().out
 
 
 def test_a_detector_whose_norms_still_fade_is_refused_and_nothing_written(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 
 import pytest
@@ -10,14 +9,11 @@ import torch
 from torch import nn
 
 import slabformer as sf
-from detectors import pictures, small_detector
+from detectors import pictures, small_detector, without_folding
 from slabformer.deployment import detector_latency
 from slabformer.deployment.detector_latency import as_if_trained_, measure_latency
 from slabformer.deployment.detector_report import LatencyReport
-from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.nn import PRepBN
-from slabformer.nn.controls import prepbn_modules
-from slabformer.surgery.fuse import FuseReport
 
 SIZE = (64, 80)
 
@@ -29,14 +25,6 @@ def detectors():
     tiny = {"depths": (1, 1, 1, 1)}
     twin, detector = (small_detector(backbone=tiny | norms) for norms in ({"norm": "layernorm"}, {}))
     return {"LayerNorm": as_if_trained_(twin, image), "PRepBN": as_if_trained_(detector, image)}
-
-
-def without_folding(detector: Detector) -> tuple[Detector, FuseReport]:
-    """Every norm as an Affine: a fused form that is made at once."""
-    made = copy.deepcopy(detector)
-    for name, norm in prepbn_modules(detector).items():
-        made.set_submodule(name, norm.fuse())
-    return made, FuseReport([], ())
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
+from torch import nn
 
 from slabformer.cli.common import console, writable
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
@@ -48,6 +49,9 @@ def run(config: Namespace) -> None:
         f"{'random ' * (config.data is None)}images agree: boxes to {agreement.max_pixels:.1e} pixels, "
         f"scores to {agreement.max_score:.1e}"
     )
+    layernorms = sum(isinstance(module, nn.LayerNorm) for module in fused.modules())
+    if layernorms:
+        output.print(f"{layernorms} LayerNorms stay; trained with --model.output_norm prepbn, output norms fold too")
     save_detector(fused, config.output, info)
     if config.json is not None:
         write_text(config.json, json.dumps({**report.to_dict(), "agreement": asdict(agreement)}, indent=2) + "\n")
