@@ -40,6 +40,16 @@ def test_labels_stay_inside_and_can_be_read(box: list[float], label: int, letter
     assert ((labelled.int() - letters).abs() < 60).all(dim=0).sum() > 20
 
 
+def test_the_first_object_is_on_top() -> None:
+    masks = torch.ones(2, 80, 100, dtype=torch.bool)
+    alone = draw_objects(GREY, BOX, torch.tensor([4]), ["owl"], masks[:1])
+    both = draw_objects(GREY, BOX.repeat(2, 1), torch.tensor([4, 5]), ["owl", "cat"], masks)
+    place = (slice(None), slice(20, 31), slice(20, 40))  # label and edge of the box
+    shown = (both[place] == torch.tensor(class_colour(4))[:, None, None]).all(dim=0)
+    assert torch.equal(shown, (alone[place] == torch.tensor(class_colour(4))[:, None, None]).all(dim=0))
+    assert shown.sum() > 50
+
+
 def test_nothing_found_is_the_picture_itself() -> None:
     assert torch.equal(draw_objects(GREY, torch.zeros(0, 4), torch.zeros(0), []), GREY)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slabformer.tasks.detection.grouping import AspectOrder
 
@@ -57,3 +59,25 @@ def test_the_order_follows_the_epoch_and_starts_where_told() -> None:
 def test_one_image_of_a_kind_fills_a_batch_of_its_own() -> None:
     order = AspectOrder([(48, 64)] * 8 + [(64, 48)], batch_size=4, seed=0, rank=0, world_size=1)
     assert sorted(set(batch) for batch in batches_of(order) if 8 in batch) == [{8}]
+
+
+@given(
+    landscape=st.lists(st.booleans(), min_size=1, max_size=40),
+    batch_size=st.integers(1, 5),
+    world_size=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_any_data_set_is_covered_by_full_batches_of_one_orientation(
+    landscape: list[bool], batch_size: int, world_size: int, seed: int
+) -> None:
+    sizes = [(48, 64) if wide else (64, 48) for wide in landscape]
+    ranks = [
+        AspectOrder(sizes, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    taken = [batches_of(order) for order in ranks]
+    assert {len(batches) for batches in taken} == {len(ranks[0])}
+    for parts in zip(*taken, strict=True):
+        assert {len(part) for part in parts} == {batch_size}
+        assert len({sizes[index] for part in parts for index in part}) == 1
+    assert {index for batches in taken for batch in batches for index in batch} == set(range(len(sizes)))

@@ -24,7 +24,7 @@ BRIGHT = 128
 def draw_objects(
     picture: Tensor, boxes: Tensor, labels: Tensor, captions: Sequence[str], masks: Tensor | None = None
 ) -> Tensor:
-    """A copy of ``picture`` with objects drawn on it, a colour a class.
+    """A copy of ``picture`` with objects drawn on it, a colour a class, the first object on top.
 
     Args:
         picture: uint8 ``(3, H, W)``.
@@ -38,10 +38,11 @@ def draw_objects(
     """
     if not len(boxes):
         return picture.clone()
+    boxes, labels, captions = boxes.flip(0), labels.flip(0), captions[::-1]
     colours = [class_colour(label) for label in labels.tolist()]
     longest = max(picture.shape[-2:])
     if masks is not None:
-        picture = draw_segmentation_masks(picture, masks, alpha=MASK_ALPHA, colors=colours)
+        picture = draw_segmentation_masks(picture, masks.flip(0), alpha=MASK_ALPHA, colors=colours)
     picture = draw_bounding_boxes(picture, boxes, colors=colours, width=max(1, round(longest * LINE_SHARE)))
     return _write(picture, boxes, captions, colours, max(SMALLEST_TEXT, round(longest * TEXT_SHARE)))
 
