@@ -176,9 +176,9 @@ class _Recorder(TorchFunctionMode):
         """An attribute of the instance stands before its method ``attend`` until the block ends."""
         attend = module.attend
 
-        def noted(q: Tensor, k: Tensor, v: Tensor, key_grid: Grid, *rest: Any) -> Tensor:
+        def noted(q: Tensor, k: Tensor, v: Tensor, key_grid: Grid, *rest: Any, **options: Any) -> Tensor:
             self._note(q, module.placed(k, key_grid), linear=True)
-            return attend(q, k, v, key_grid, *rest)
+            return attend(q, k, v, key_grid, *rest, **options)
 
         module.attend = noted  # type: ignore[method-assign]
         try:
