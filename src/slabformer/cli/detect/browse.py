@@ -20,6 +20,7 @@ def parser() -> ArgumentParser:
         "recipes/detection_slab_swin_tiny_1x.yaml",
         TrainConfig,
     )
+    made.usage = "slab detect browse [--data PATH] [--config RECIPE] [--out FILE] [--num N] [any key of training]"
     made.add_argument("--out", type=Path, default=Path("batches.png"), help="the picture")
     made.add_argument("--num", type=int, default=16, help="images in it")
     made.add_argument("--epoch", type=int, default=0, help="whose order and augmentation")

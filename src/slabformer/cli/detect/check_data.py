@@ -24,6 +24,7 @@ def parser() -> ArgumentParser:
         "recipes/detection_slab_swin_tiny_1x.yaml",
         TrainConfig,
     )
+    made.usage = "slab detect check-data [--data PATH] [--decode] [--json FILE] [--config RECIPE] [any key of training]"
     made.add_argument("--decode", action="store_true", help="read every image to its end, to find truncated ones")
     made.add_argument("--json", type=Path | None, help="also write the report as JSON; - for standard output alone")
     return made
