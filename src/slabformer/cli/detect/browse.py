@@ -14,12 +14,8 @@ from slabformer.tasks.detection.config import TrainConfig
 
 def parser() -> ArgumentParser:
     """Options of `slab detect browse`: those of training, of which data and augmentation count."""
-    made = recipe_parser(
-        "slab detect browse",
-        "Draw the first images of an epoch as they are trained on, with boxes, masks and names.",
-        "recipes/detection_slab_swin_tiny_1x.yaml",
-        TrainConfig,
-    )
+    made = recipe_parser("slab detect browse", "", "recipes/detection_slab_swin_tiny_1x.yaml", TrainConfig)
+    made.description = "Draw the first images of an epoch as they are trained on, with boxes, masks and names."
     made.usage = "slab detect browse [--data PATH] [--config RECIPE] [--out FILE] [--num N] [any key of training]"
     made.add_argument("--out", type=Path, default=Path("batches.png"), help="the picture")
     made.add_argument("--num", type=int, default=16, help="images in it")

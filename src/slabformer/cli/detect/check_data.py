@@ -17,12 +17,10 @@ from slabformer.tasks.detection.config import TrainConfig
 
 def parser() -> ArgumentParser:
     """Options of `slab detect check-data`: those of training, of which the data counts."""
-    made = recipe_parser(
-        "slab detect check-data",
+    made = recipe_parser("slab detect check-data", "", "recipes/detection_slab_swin_tiny_1x.yaml", TrainConfig)
+    made.description = (
         "Look at images and annotations as training would: counts per class, what would be left out, what is missing "
-        "or damaged. Exit code 2 if the data could not be trained on.",
-        "recipes/detection_slab_swin_tiny_1x.yaml",
-        TrainConfig,
+        "or damaged. Exit code 2 if the data could not be trained on."
     )
     made.usage = "slab detect check-data [--data PATH] [--decode] [--json FILE] [--config RECIPE] [any key of training]"
     made.add_argument("--decode", action="store_true", help="read every image to its end, to find truncated ones")
