@@ -7,6 +7,7 @@ from slabformer.models.official import load_published, to_published
 from slabformer.nn import Affine, PRepBN, RepBN, SimplifiedLinearAttention
 from slabformer.nn.controls import blended, copy_gamma_, set_token_mask, sync_norms_, token_mask
 from slabformer.progressive import ProgressiveSchedule
+from slabformer.surgery.audit import audit
 from slabformer.surgery.convert import convert_norms_
 from slabformer.surgery.fit import fit_norms_
 from slabformer.surgery.fuse import FuseReport, NormOutcome, fuse, fuse_
@@ -25,6 +26,7 @@ __all__ = [
     "SimplifiedLinearAttention",
     "VerificationError",
     "VerifyResult",
+    "audit",
     "blended",
     "convert_norms_",
     "copy_gamma_",
