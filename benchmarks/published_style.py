@@ -47,9 +47,18 @@ class ChannelsFirstRepBN(nn.Module):
         return (y + rep.eta * tokens).transpose(1, 2).reshape(x.shape)
 
 
-def _attend(self: LinearAttentionCore, q: Tensor, k: Tensor, v: Tensor, key_grid: Grid, mask: None = None) -> Tensor:
+def _attend(
+    self: LinearAttentionCore,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_grid: Grid,
+    mask: None = None,
+    kernels: tuple[Tensor, Tensor | None] | None = None,
+) -> Tensor:
     assert mask is None, "published SLAB knows no masks"
     shape = q.shape
+    local = 0.0 if kernels is None else _convolved(v, key_grid, *kernels)
     q, k, v = (t.contiguous().flatten(0, 1).float() for t in (q, self.placed(k, key_grid), v))
     q, k = q.relu(), k.relu()
     z = 1 / (torch.einsum("bic,bc->bi", q, k.sum(1)) + EPS)
@@ -58,10 +67,19 @@ def _attend(self: LinearAttentionCore, q: Tensor, k: Tensor, v: Tensor, key_grid
         x = torch.einsum("bic,bcd,bi->bid", q, torch.einsum("bjc,bjd->bcd", k, v), z)
     else:
         x = torch.einsum("bij,bjd,bi->bid", torch.einsum("bic,bjc->bij", q, k), v, z)
-    return x.view(*shape[:3], d)
+    return x.view(*shape[:3], d).to(self.dwc.weight.dtype) + local
 
 
 def _local(self: LinearAttentionCore, v: Tensor, old: Grid, new: Grid) -> Tensor:
-    tokens = resize_tokens(v.flatten(0, 1), old, new)
-    maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *new).contiguous()
-    return self.dwc(maps).flatten(2).transpose(1, 2).contiguous().unflatten(0, v.shape[:2])
+    tokens = resize_tokens(v.flatten(0, 1), old, new).unflatten(0, v.shape[:2])
+    return _convolved(tokens, new, *self.shared_kernels())
+
+
+def _convolved(v: Tensor, grid: Grid, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Values ``(B, num_heads, N, D)`` through kernels ``(1 or num_heads, D, K, K)``, channels first and back."""
+    B, num_heads, _, D = v.shape
+    maps = v.transpose(2, 3).reshape(B, num_heads * D, *grid).contiguous()
+    weight = weight.expand(num_heads, -1, -1, -1).flatten(0, 1)[:, None]
+    bias = None if bias is None else bias.expand(num_heads, -1).flatten()
+    maps = F.conv2d(maps, weight, bias, padding=weight.shape[-1] // 2, groups=num_heads * D)
+    return maps.flatten(2).unflatten(1, (num_heads, D)).transpose(2, 3).contiguous()

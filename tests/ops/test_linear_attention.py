@@ -181,6 +181,7 @@ def test_compiles_in_one_graph_with_the_same_numbers():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_survives_16384_tokens_on_a_gpu(dtype):
     q, k, v = (t.detach().cuda().mul(8).requires_grad_() for t in tensors(16384, 16384, 64, 64, dtype))
