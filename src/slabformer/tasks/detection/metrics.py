@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch.distributed as dist
 from torch import Tensor
 
 from slabformer._extras import require
 from slabformer.tasks.detection.annotations import CocoAnnotations, encode_mask
+from slabformer.tasks.engine.devices import gather
 
 Backend = Literal["auto", "faster-coco-eval", "pycocotools"]
 #: COCO's numbers in its order: precision (AP), then recall (AR) at 1, 10 and 100 detections; s, m, l by area
@@ -134,11 +134,7 @@ class CocoMetrics:
         )
 
     def _gathered(self) -> dict[int, list[dict[str, Any]]]:
-        parts = [self._detections]
-        if dist.is_initialized():
-            parts = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(parts, self._detections)
-        return dict(sorted((image_id, rows) for part in parts for image_id, rows in part.items()))
+        return dict(sorted((image_id, rows) for part in gather(self._detections) for image_id, rows in part.items()))
 
     def _evaluate(self, gathered: dict[int, list[dict[str, Any]]], kind: str) -> Any:
         """An evaluator of either library, done."""

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from slabformer._extras import require
 
@@ -46,5 +47,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """``value`` of every rank, by rank."""
-    return require("accelerate.utils", extra="train").gather_object([value])
+    """``value`` of every rank, by rank; accelerate's own would be this rank's alone without an ``Accelerator``."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
