@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -23,9 +21,10 @@ from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.ema import ModelEma
 from slabformer.tasks.engine.folder import RunFolder, fingerprint
 from slabformer.tasks.engine.loop import Trainer
-from slabformer.tasks.engine.observers import CsvObserver, Observer, TensorBoardObserver
+from slabformer.tasks.engine.observers import CsvObserver, Observer
 from slabformer.tasks.engine.parts import LoopConfig
 from slabformer.tasks.engine.seeds import reseed
+from slabformer.tasks.engine.session import open_folder, train_and_finish
 from slabformer.tasks.saved_model import ModelInfo, save_model
 
 logger = logging.getLogger(__name__)
@@ -50,29 +49,11 @@ def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Seq
         StoppedError: After SIGTERM or SIGINT, once a checkpoint is written.
         OSError: If the disk is full or not writable.
     """
-    folder = RunFolder(Path(config.output), config.to_dict(), config.harmless())
-    found = "new" if config.overwrite else folder.look()
-    if config.resume == "never" and found != "new":
-        raise ValueError(f"{config.output} holds a run already; pass --overwrite true, or --resume auto to go on")
+    folder, found = open_folder(config, RunFolder)
     if found == "finished":
         return finished_before(folder)
     run = _Run(config, folder, model, fresh=found == "new")
-    watchers: list[Observer] = [CsvObserver(folder.path, COLUMNS), *observers]
-    if config.tensorboard:
-        watchers.append(TensorBoardObserver(folder.path))
-    trainer = run.trainer(watchers)
-    with ExitStack() as stack:
-        if run.accelerator.is_main_process:
-            folder.claim(config.overwrite)
-            for observer in watchers:
-                stack.callback(observer.on_end)
-        run.accelerator.wait_for_everyone()
-        checkpoint = trainer.resume()
-        if checkpoint is not None and run.accelerator.is_main_process:
-            logger.info("going on from %s", checkpoint)
-        stack.enter_context(trainer.signals)
-        trainer.fit()
-        return run.finish(trainer)
+    return train_and_finish(run, CsvObserver(folder.path, COLUMNS), observers)
 
 
 class _Run:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -32,9 +30,10 @@ from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.devices import create_accelerator, to_device
 from slabformer.tasks.engine.folder import RunFolder, fingerprint
 from slabformer.tasks.engine.loop import Trainer
-from slabformer.tasks.engine.observers import CsvObserver, Observer, TensorBoardObserver
+from slabformer.tasks.engine.observers import CsvObserver, Observer
 from slabformer.tasks.engine.parts import LoopConfig
 from slabformer.tasks.engine.seeds import reseed
+from slabformer.tasks.engine.session import open_folder, train_and_finish
 
 logger = logging.getLogger(__name__)
 
@@ -57,34 +56,14 @@ def train(config: TrainConfig, *, observers: Sequence[Observer] = ()) -> TrainRe
         StoppedError: After SIGTERM or SIGINT, once a checkpoint is written.
         OSError: If the disk is full or not writable.
     """
-    folder = RunFolder(Path(config.output), config.to_dict(), config.harmless())
-    found = "new" if config.overwrite else folder.look()
-    if config.resume == "never" and found != "new":
-        raise ValueError(f"{config.output} holds a run already; pass --overwrite true, or --resume auto to go on")
+    folder, found = open_folder(config, RunFolder)
     if found == "finished":
         return finished_before(folder)
     run = _Run(config, folder)
     if found == "new":
         run.refuse_slow_cpu()
-    watchers: list[Observer] = [
-        CsvObserver(folder.path, COLUMNS, MASK_LOSSES if run.info.detector.masks else BOX_LOSSES),
-        *observers,
-    ]
-    if config.tensorboard:
-        watchers.append(TensorBoardObserver(folder.path))
-    trainer = run.trainer(watchers)
-    with ExitStack() as stack:
-        if run.accelerator.is_main_process:
-            folder.claim(config.overwrite)
-            for observer in watchers:
-                stack.callback(observer.on_end)
-        run.accelerator.wait_for_everyone()
-        checkpoint = trainer.resume()
-        if checkpoint is not None and run.accelerator.is_main_process:
-            logger.info("going on from %s", checkpoint)
-        stack.enter_context(trainer.signals)
-        trainer.fit()
-        return run.finish(trainer)
+    losses = MASK_LOSSES if run.info.detector.masks else BOX_LOSSES
+    return train_and_finish(run, CsvObserver(folder.path, COLUMNS, losses), observers)
 
 
 def detection_losses(detector: nn.Module, batch: DetectionBatch) -> dict[str, Tensor]:

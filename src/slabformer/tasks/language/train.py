@@ -17,6 +17,7 @@ import slabformer as sf
 from slabformer.models.llama import SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.engine.seeds import reseed
+from slabformer.tasks.engine.session import open_folder
 from slabformer.tasks.engine.signals import StopSignals
 from slabformer.tasks.language.bigram import bigram_perplexity
 from slabformer.tasks.language.build import config_of_model
@@ -55,10 +56,7 @@ def train(config: TrainConfig) -> TrainResult:
         NonFiniteError: If the loss is NaN or infinite; the last good checkpoint stays.
         StoppedError: After SIGTERM or SIGINT, once a checkpoint is written.
     """
-    folder = LanguageRunFolder(Path(config.output), config.to_dict(), config.harmless())
-    found = "new" if config.overwrite else folder.look()
-    if config.resume == "never" and found != "new":
-        raise ValueError(f"{config.output} holds a run already; pass --overwrite true, or --resume auto to go on")
+    folder, found = open_folder(config, LanguageRunFolder)
     if found == "finished":
         return TrainResult(output=folder.path, summary=folder.result(), already_finished=True)
     text = read_text(config)
