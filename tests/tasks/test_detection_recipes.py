@@ -108,7 +108,7 @@ def test_backbone_schedule_and_precision_are_the_published_ones(name: str) -> No
     assert config.model.output_norm == ("layernorm" if "swin" in row.model else "none")
     assert config.lr_schedule == RateConfig(name="step", milestones=list(row.milestones))
     assert (config.epochs, config.batch_size, config.accumulate) == (row.epochs, 2, 1)
-    assert config.precision == row.precision
+    assert (config.precision, config.cpu_threads) == (row.precision, None)
     assert config.output == f"runs/detection_{name}"
 
 

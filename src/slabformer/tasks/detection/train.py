@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 import slabformer as sf
@@ -92,6 +93,8 @@ class _Run:
     def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
         self.accelerator = create_accelerator(config.precision, config.device)
+        if self.accelerator.device.type == "cpu" and config.cpu_threads is not None:
+            torch.set_num_threads(config.cpu_threads)
         self.train_loader, self.val_loader = self._loader("train"), self._loader("validation")
         _refuse_other_classes(self.train_loader, self.val_loader)
         self.info = DetectorInfo(
