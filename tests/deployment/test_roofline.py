@@ -37,6 +37,11 @@ def test_the_floor_is_the_larger_of_two_times() -> None:
     assert Work(flops=200, bytes=30).floor(ceilings) == 3.0
 
 
+def test_what_a_machine_reached_once_it_can_reach() -> None:
+    one, other = Ceilings(flops_per_s=2.0, bytes_per_s=3.0), Ceilings(flops_per_s=4.0, bytes_per_s=1.0)
+    assert one.or_better(other) == Ceilings(flops_per_s=4.0, bytes_per_s=3.0)
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "LARGE", {"cpu": (256, 2**22)})

@@ -37,6 +37,12 @@ class Ceilings:
     flops_per_s: float
     bytes_per_s: float
 
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The higher of both: what a busy machine reaches later or earlier, it can reach."""
+        return Ceilings(
+            flops_per_s=max(self.flops_per_s, other.flops_per_s), bytes_per_s=max(self.bytes_per_s, other.bytes_per_s)
+        )
+
     def __str__(self) -> str:
         product, copy = f"{self.flops_per_s / 1e9:,.0f} GFLOP/s", f"{self.bytes_per_s / 1e9:,.1f} GB/s"
         return f"a large matrix product reaches {product}, a large copy {copy}"
