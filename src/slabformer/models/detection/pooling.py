@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from slabformer.models.detection.separable_align import is_cheaper, separable_roi_align
+
 
 class PyramidRoIAlign(nn.Module):
     """Aligned RoIAlign on the level that suits a box: the ``i``-th up to ``finest_scale * 2 ** (i + 1)`` pixels.
@@ -39,13 +41,19 @@ class PyramidRoIAlign(nn.Module):
         rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
         rois = rois.nan_to_num(0.0)  # torchvision would crash, where training is to say that a loss is not finite
         level_of = self.levels(rois[:, 1:])
-        size = (self.output_size, self.output_size)
         chosen = [torch.where(level_of == level)[0] for level in range(len(maps))]
         pooled = [
-            roi_align(features, rois[index], size, 1 / stride, self.sampling_ratio, aligned=True)
+            self.pool(features, rois[index], 1 / stride)
             for features, stride, index in zip(maps, self.strides, chosen, strict=True)
         ]
         return torch.cat(pooled)[torch.cat(chosen).argsort()]  # back in the order of the boxes
+
+    def pool(self, features: Tensor, rois: Tensor, scale: float) -> Tensor:
+        """Features of the boxes ``(n, 5)`` on one level, images ascending."""
+        if is_cheaper(features, self.sampling_ratio):
+            return separable_roi_align(features, rois, self.output_size, scale, self.sampling_ratio)
+        size = (self.output_size, self.output_size)
+        return roi_align(features, rois, size, scale, self.sampling_ratio, aligned=True)
 
     def levels(self, boxes: Tensor) -> Tensor:
         """Level of each box ``(n, 4)``, as an index ``(n,)``."""
