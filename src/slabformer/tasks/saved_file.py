@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -44,7 +45,7 @@ class Conversion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedInfo:
+class SavedInfo(ABC):
     """What a saved model is; a kind of models adds what it takes to build one."""
 
     KEY: ClassVar[str]
@@ -55,13 +56,13 @@ class SavedInfo:
     """Norms are folded; found by :func:`save_with_info`."""
 
     @property
+    @abstractmethod
     def title(self) -> str:
         """What errors call the model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self) -> nn.Module:
         """The model before conversion and fusing, with any weights."""
-        raise NotImplementedError
 
     @classmethod
     def restore(cls, values: dict[str, Any]) -> dict[str, Any]:
