@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import timm.layers
 import torch
+import torchvision
 from torch import Tensor, nn
 from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2LayerNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -126,6 +127,11 @@ def test_what_is_no_layer_norm_is_left_alone(build: Any) -> None:
     before = model[0]
     assert convert_norms_(model) == ["1"]
     assert model[0] is before
+
+
+def test_a_frozen_batch_norm_is_left_alone_whatever_the_memory_of_its_copy_holds(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)  # all 0, it computes a LayerNorm of gain 0
+    assert convert_norms_(nn.Sequential(torchvision.ops.FrozenBatchNorm2d(C), nn.LayerNorm(C))) == ["1"]
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 5, 1024])
