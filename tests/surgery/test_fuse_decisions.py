@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from fusing import FUSED, Net, X, fused, net, norm, outcomes, ready, reason, tokens
@@ -354,3 +355,11 @@ def test_the_report_is_a_table_and_plain_data() -> None:
     data = report.to_dict()
     assert data["norms"][0] == {"name": "one", "action": "forward", "into": ["a"], "reason": ""}
     assert (data["num_folded"], data["input_shapes"]) == (1, [[[2, 4, 6]]])
+
+
+def test_a_frozen_batch_norm_folds_backward() -> None:
+    frozen = torchvision.ops.FrozenBatchNorm2d(8, eps=1e-3)
+    for number, buffer in enumerate(frozen.buffers()):
+        buffer.copy_(torch.rand(8, generator=torch.Generator().manual_seed(number)) + 0.5)
+    model = net(lambda m, x: F.relu(m.norm(m.conv(x))), conv=nn.Conv2d(6, 8, 3, bias=False), norm=frozen)
+    assert outcomes(model, MAPS) == [("norm", "backward", ("conv",), "")]

@@ -21,7 +21,7 @@ from slabformer.surgery.fuse.parts import Part, bias_parts, weight_part
 from slabformer.surgery.fuse.plan import Edit, Plan, Role, Side, Target
 from slabformer.surgery.fuse.ranges import need_range
 from slabformer.surgery.fuse.report import Action
-from slabformer.surgery.fuse.sites import Site, along, channel_labels, site_of
+from slabformer.surgery.fuse.sites import Site, along, channel_labels, readers_of_input
 from slabformer.surgery.fuse.stream import pair, stream_targets
 
 
@@ -114,7 +114,8 @@ class _Decider:
             ends = downstream(trace, seeds, self.gone, self.fixed_size, scale_only=role == "scale")
             for end in ends:
                 try:
-                    self.add(found, self.consumer(norm, end, trace, role), trace, end.node)
+                    for target in self.takers(norm, end, trace, role):
+                        self.add(found, target, trace, end.node)
                 except RefusalError as error:
                     refusals.append(str(error))
             if any(written_between(trace, call, ends) for call in calls):
@@ -125,23 +126,28 @@ class _Decider:
             raise RefusalError("its output is not used")
         return found
 
-    def consumer(self, norm: Norm, end: End, trace: Trace, role: Role) -> Target:
-        """The neighbour at ``end`` of a forward fold."""
+    def takers(self, norm: Norm, end: End, trace: Trace, role: Role) -> list[Target]:
+        """The neighbours at ``end`` of a forward fold: one, or each direction of a recurrent layer."""
         if end.refusal is not None:
             raise RefusalError(end.refusal)
         if end.node.target is NORM:
             if end.node.args[1] == norm.index:
                 raise RefusalError("its output feeds a norm that cannot take it over")
-            return self.at_norm(end.node, end.labels, role, "next")
+            return [self.at_norm(end.node, end.labels, role, "next")]
         if end.node.target is PAD:
-            return self.at_pad(end.node, along(end.labels, -1, end.node.meta["val"].shape[-1], "pad"), role, "next")
+            index = along(end.labels, -1, end.node.meta["val"].shape[-1], "pad")
+            return [self.at_pad(end.node, index, role, "next")]
         if end.node.op == "output":
             raise RefusalError("its output is the model's output")
-        site = site_of(end.node)
-        if site is None:
+        sites = readers_of_input(end.node)
+        if not sites:
             raise RefusalError(f"its output feeds {describe(end.node)}")
+        return [self.taker(site, end, trace, role) for site in sites]
+
+    def taker(self, site: Site, end: End, trace: Trace, role: Role) -> Target:
+        """The Linear or Conv at ``end`` of a forward fold."""
         if end.source is not site.input:
-            raise RefusalError(f"its output serves as a weight of {describe(end.node)}")
+            raise RefusalError(f"its output serves as a weight or state of {describe(end.node)}")
         index = along(end.labels, site.axis, site.num_in, site.words)
         if site.padded and role == "map":
             raise RefusalError(f"it is followed by a padded convolution ({self.name_of(site, trace)})")
@@ -265,7 +271,7 @@ class _Decider:
             users = [user for part in parts for user in self.readers(part, trace)]  # type: ignore[arg-type]
         for user in users:
             if user not in nodes:
-                use = "used on another input" if user.target in (NORM, PAD) or site_of(user) else "read raw"
+                use = "used on another input" if user.target in (NORM, PAD) or readers_of_input(user) else "read raw"
                 raise RefusalError(f"{target.name} is also {use} by {describe(user)}")
 
 

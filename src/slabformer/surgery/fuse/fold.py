@@ -153,7 +153,7 @@ def _store(model: nn.Module, name: str, value: Tensor) -> None:
     like, (owner, leaf) = tensor_at(model, name), _parent(model, name)
     value = value.to(like).contiguous()
     if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(value, like.requires_grad)
+        setattr(owner, leaf, nn.Parameter(value, like.requires_grad))  # an LSTM notes that, and lists its weights anew
         return
     owner._buffers[leaf] = value
     if leaf in owner._non_persistent_buffers_set:
@@ -169,12 +169,13 @@ def keep_buffer(model: nn.Module, name: str) -> None:
 
 def _replacement(norm: Norm, scale_shift: ScaleShift, gone: bool) -> nn.Module:
     old, like = norm.module, norm.reference
+    options = {"eps": getattr(old, "eps", 1e-5), "device": like.device, "dtype": like.dtype}
     if gone:
-        return Folded(norm.num_channels, eps=old.eps, device=like.device, dtype=like.dtype)
+        return Folded(norm.num_channels, **options)
     if isinstance(old, Affine):
         new = old
     else:
-        new = Affine(norm.num_channels, channel_dim=norm.channel_dim, eps=old.eps, device=like.device, dtype=like.dtype)
+        new = Affine(norm.num_channels, channel_dim=norm.channel_dim, **options)
         new.requires_grad_(like.requires_grad)
         for name in HOOKS:  # it stands for the norm, so it inherits them
             setattr(new, name, getattr(old, name))

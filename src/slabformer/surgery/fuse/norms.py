@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,21 @@ def _batch_norm_map(module: _BatchNorm) -> ScaleShift:
     return scale.detach(), (shift if module.bias is None else shift + module.bias.double()).detach()
 
 
+def _is_frozen_batch_norm(module: nn.Module) -> bool:
+    """A BatchNorm whose gain, offset and statistics are all buffers, as detectors have: torchvision's, DETR's."""
+    bare = not module._modules and not module._parameters
+    return bare and {name for name, _ in module.named_buffers()} == {"weight", "bias", "running_mean", "running_var"}
+
+
+@torch.no_grad()
+def _probed_map(module: nn.Module) -> ScaleShift:
+    """The map of a module that does not say what it adds to its variance, by what it makes of 0 and 1."""
+    one = torch.ones(1, len(module.bias), 1, 1, dtype=torch.float64, device=module.bias.device)  # type: ignore[arg-type]
+    double = copy.deepcopy(module).double()
+    shift = double(0 * one).flatten()
+    return double(one).flatten() - shift, shift
+
+
 #: a new kind of norm is one row
 NORM_TYPES: tuple[NormType, ...] = (
     NormType(
@@ -87,6 +103,7 @@ NORM_TYPES: tuple[NormType, ...] = (
         lambda m: m.channel_dim,
     ),
     NormType(_is_batch_norm, _batch_norm_map, lambda m: m.num_features, lambda m: 1),
+    NormType(_is_frozen_batch_norm, _probed_map, lambda m: len(m.bias), lambda m: 1),
 )
 
 

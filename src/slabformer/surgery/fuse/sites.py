@@ -1,4 +1,4 @@
-"""The Linears and Convs of a traced graph: what may take a norm over."""
+"""The Linears, Convs and recurrent layers of a traced graph: what may take a norm over."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ _CONVS = {
     aten.conv2d.padding: 2,
     aten.conv3d.padding: 3,
 }
+#: they read their input by Linears; what they return is no map of it
+_RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 
 
 @dataclass(frozen=True)
 class Site:
-    """One call of a Linear or Conv.
+    """One call of a Linear or Conv, or one by which a recurrent layer reads its input.
 
     Attributes:
         node: The operation.
@@ -79,6 +81,18 @@ def site_of(node: Node) -> Site | None:
     padded = padding == "same" or (not isinstance(padding, str) and any(padding))
     operands = (arg(0, "input"), arg(1, "weight"), arg(2, "bias"))
     return Site(node, *operands, words="convolution", axis=-1 - spatial, groups=groups, padded=padded)
+
+
+def readers_of_input(node: Node) -> list[Site]:
+    """The Linears or Convs by which ``node`` reads its input: itself, or one a direction of a recurrent layer."""
+    if node.target not in _RECURRENT:
+        site = site_of(node)
+        return [] if site is None else [site]
+    inputs, _, weights, has_biases, num_layers, _, _, bidirectional, *_ = node.args
+    num_directions = 2 if bidirectional else 1
+    size = len(weights) // (num_layers * num_directions)  # of one layer in one direction: input, state, their biases
+    first = [weights[start : start + size] for start in range(0, num_directions * size, size)]
+    return [Site(node, inputs, w[0], w[2] if has_biases else None, words="recurrent layer") for w in first]
 
 
 def channel_labels(node: Node, axis: int) -> Tensor:
