@@ -118,8 +118,8 @@ def _may_be_norm(module: nn.Module) -> bool:
 def recognise(module: nn.Module) -> tuple[int, str] | None:
     """Channel axis and gain rule of ``module`` if it computes a LayerNorm or RMSNorm, else None.
 
-    A copy of the module with random weights and buffers is held against each kind on random tokens and maps, so that subclasses,
-    look-alikes of other libraries and norms with an activation inside are told apart by result, not by class.
+    A copy of the module with random weights and buffers is held against each kind on random tokens and maps, so that
+    subclasses, look-alikes of other libraries and norms with an activation inside are told apart by result, not class.
     """
     dim = _num_channels(module)
     if dim is None:
@@ -135,7 +135,7 @@ def recognise(module: nn.Module) -> tuple[int, str] | None:
     twin = copy.deepcopy(bare).to_empty(device="cpu").double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        # buffers too: whatever the memory held before would decide otherwise (a frozen BatchNorm of zeros is a LayerNorm)
+        # buffers too, else what the memory held decides: a frozen BatchNorm of zeros is a LayerNorm of gain 0
         for tensor in (*twin.parameters(), *twin.buffers()):
             tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
         for channel_dim, shape in ((-1, (2, 3, dim)), (-1, (2, 3, 5, dim)), (1, (2, dim, 3, 5))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -169,7 +170,7 @@ def keep_buffer(model: nn.Module, name: str) -> None:
 
 def _replacement(norm: Norm, scale_shift: ScaleShift, gone: bool) -> nn.Module:
     old, like = norm.module, norm.reference
-    options = {"eps": getattr(old, "eps", 1e-5), "device": like.device, "dtype": like.dtype}
+    options: dict[str, Any] = {"eps": getattr(old, "eps", 1e-5), "device": like.device, "dtype": like.dtype}
     if gone:
         return Folded(norm.num_channels, **options)
     if isinstance(old, Affine):
