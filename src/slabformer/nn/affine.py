@@ -13,6 +13,7 @@ class Affine(nn.Module):
         dim: Channels ``C``.
         channel_dim: Axis of the channels, -1 or 1.
         eps: Kept for code that reads it off a norm; not used.
+        then: Run on the result: the activation inside the norm that it stands for, if there was one.
 
     Shape:
         ``(B, *, C)``, or ``(B, C, *)`` with ``channel_dim=1``, to the same shape and dtype.
@@ -24,11 +25,12 @@ class Affine(nn.Module):
         *,
         channel_dim: int = -1,
         eps: float = 1e-5,
+        then: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.normalized_shape, self.channel_dim, self.eps = (dim,), channel_dim, eps
+        self.normalized_shape, self.channel_dim, self.eps, self.then = (dim,), channel_dim, eps, then
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
 
@@ -44,7 +46,8 @@ class Affine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One multiply-add per element, in the parameters' dtype or the input's, whichever is wider."""
         shape = [-1] + [1] * (x.ndim - 2) if self.channel_dim == 1 else [-1]
-        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape)).to(x.dtype)
+        y = torch.addcmul(self.bias.view(shape), x, self.weight.view(shape)).to(x.dtype)
+        return y if self.then is None else self.then(y)
 
     def extra_repr(self) -> str:
         """Channels and their axis."""
@@ -52,7 +55,7 @@ class Affine(nn.Module):
 
 
 class Folded(nn.Module):
-    """What a norm leaves behind when a neighbour has taken over its work: the identity.
+    """What a norm leaves behind when a neighbour has taken over its work: the identity, and ``then`` if given.
 
     Exposes ``weight``, ``bias``, ``eps`` and ``normalized_shape`` for code that reads them off a norm; none of them
     is saved.
@@ -66,14 +69,15 @@ class Folded(nn.Module):
         dim: int,
         *,
         eps: float = 1e-5,
+        then: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.normalized_shape, self.eps = (dim,), eps
+        self.normalized_shape, self.eps, self.then = (dim,), eps, then
         self.register_buffer("weight", torch.ones(dim, device=device, dtype=dtype), persistent=False)
         self.register_buffer("bias", torch.zeros(dim, device=device, dtype=dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` itself."""
-        return x
+        """``x`` itself, or its activation."""
+        return x if self.then is None else self.then(x)

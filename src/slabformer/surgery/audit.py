@@ -18,7 +18,7 @@ from slabformer.surgery.fuse.check import check_examples, shapes_of
 from slabformer.surgery.fuse.decide import decide
 from slabformer.surgery.fuse.fold import set_module
 from slabformer.surgery.fuse.graph import trace, why_untraceable
-from slabformer.surgery.fuse.norms import Norm, find_norms
+from slabformer.surgery.fuse.norms import Norm, find_norms, tail_of
 from slabformer.surgery.fuse.plan import Plan, outcomes
 from slabformer.surgery.fuse.report import FuseReport
 from slabformer.surgery.fuse.twin import Example, deployed_twin
@@ -95,7 +95,7 @@ def _as_affines_(model: nn.Module) -> list[Norm]:
         if not find_norms(model):
             raise
     for norm in find_norms(model):
-        new = Affine(norm.num_channels, channel_dim=norm.channel_dim)
+        new = Affine(norm.num_channels, channel_dim=norm.channel_dim, then=tail_of(norm.module))
         nn.init.ones_(new.bias)
         for name in HOOKS:
             setattr(new, name, getattr(norm.module, name))

@@ -16,6 +16,7 @@ from slabformer.nn import PadTokens
 from slabformer.nn.affine import Affine, Folded
 from slabformer.surgery.convert import switch_off_fast_paths
 from slabformer.surgery.fuse.fold import KEPT_BUFFERS, NEW_BIASES, create_bias, keep_buffer, set_module
+from slabformer.surgery.fuse.norms import tail_of
 from slabformer.surgery.fuse.size import fix_size_, fixed_sizes
 from slabformer.surgery.fuse.ties import untie_as_in_file_
 
@@ -176,9 +177,10 @@ def _weight_beside(bias: str) -> str:
 def _put_norm(skeleton: nn.Module, row: Mapping[str, Any]) -> None:
     old = skeleton.get_submodule(row["names"][0])
     like = next(iter((*old.parameters(), *old.buffers(), *skeleton.parameters())), torch.empty(0))
-    device = "cpu" if like.is_meta else like.device
+    options: dict[str, Any] = {"eps": row["eps"], "then": tail_of(old), "dtype": like.dtype}
+    options["device"] = "cpu" if like.is_meta else like.device
     if row["gone"]:
-        new: nn.Module = Folded(row["dim"], eps=row["eps"], device=device, dtype=like.dtype)
+        new: nn.Module = Folded(row["dim"], **options)
     else:
-        new = Affine(row["dim"], channel_dim=row["channel_dim"], eps=row["eps"], device=device, dtype=like.dtype)
+        new = Affine(row["dim"], channel_dim=row["channel_dim"], **options)
     set_module(skeleton, row["names"], new.train(old.training))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slabformer.nn.affine import Affine, Folded
 from slabformer.ops.affine import compose, fold_into_next, fold_into_previous, spread
 from slabformer.surgery.convert import HOOKS, switch_off_fast_paths
-from slabformer.surgery.fuse.norms import Norm, ScaleShift, find_norms
+from slabformer.surgery.fuse.norms import Norm, ScaleShift, find_norms, tail_of
 from slabformer.surgery.fuse.pads import Pad, fill_after, fill_before, find_pads
 from slabformer.surgery.fuse.parts import Part
 from slabformer.surgery.fuse.plan import Edit, Target, share
@@ -170,7 +170,8 @@ def keep_buffer(model: nn.Module, name: str) -> None:
 
 def _replacement(norm: Norm, scale_shift: ScaleShift, gone: bool) -> nn.Module:
     old, like = norm.module, norm.reference
-    options: dict[str, Any] = {"eps": getattr(old, "eps", 1e-5), "device": like.device, "dtype": like.dtype}
+    options: dict[str, Any] = {"eps": getattr(old, "eps", 1e-5), "then": tail_of(old)}
+    options |= {"device": like.device, "dtype": like.dtype}
     if gone:
         return Folded(norm.num_channels, **options)
     if isinstance(old, Affine):

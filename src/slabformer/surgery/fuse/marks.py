@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from slabformer.surgery.fuse.norms import Norm
+from slabformer.surgery.fuse.norms import Norm, tail_of
 from slabformer.surgery.fuse.pads import Pad
 
 
@@ -41,14 +41,16 @@ PAD = torch.ops.slabformer.pad_tokens.default
 def mark_(model: nn.Module, norms: Sequence[Norm], pads: Sequence[Pad]) -> None:
     """Let every norm and pad of ``model``, a twin, be one call of its mark, for good."""
     for norm in norms:
-        model.get_submodule(norm.name).forward = _norm_call(norm.index)  # type: ignore[assignment]
+        module = model.get_submodule(norm.name)
+        module.forward = _norm_call(norm.index, tail_of(module))  # type: ignore[assignment]
     for pad in pads:
         model.get_submodule(pad.name).forward = _pad_call(pad.index)  # type: ignore[assignment]
 
 
-def _norm_call(index: int) -> Callable[[Tensor], Tensor]:
+def _norm_call(index: int, tail: nn.Module | None) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        return torch.ops.slabformer.norm(x, index)
+        y = torch.ops.slabformer.norm(x, index)
+        return y if tail is None else tail(y)
 
     return forward
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slabformer.nn import PRepBN, RepBN
-from slabformer.nn.affine import Affine
+from slabformer.nn.affine import Affine, Folded
 
 ScaleShift = tuple[Tensor, Tensor]
 
@@ -57,10 +57,29 @@ class NormType:
     channel_dim: Callable[[Any], int]
 
 
+#: what timm's norms with an activation inside run behind their map, in this order
+_TAIL = ("drop", "act")
+
+
+def tail_of(module: nn.Module) -> nn.Module | None:
+    """What a norm runs on the result of its map, as timm's BatchNormAct2d does; None for nothing."""
+    if isinstance(module, (Affine, Folded)):
+        return module.then
+    children = [module._modules[name] for name in _TAIL if name in module._modules]
+    tail = [child for child in children if child is not None and not isinstance(child, nn.Identity)]
+    return nn.Sequential(*tail) if tail else None
+
+
 def _is_batch_norm(module: nn.Module) -> bool:
-    """BatchNorm proper: subclasses with an activation inside, or without running statistics, are no affine map."""
-    plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    """BatchNorm with running statistics, proper or timm's; other subclasses may compute anything."""
+    plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or _has_tail(module)
     return isinstance(module, _BatchNorm) and plain and isinstance(module.running_mean, Tensor)
+
+
+def _has_tail(module: nn.Module) -> bool:
+    """Whether it holds a dropout and an activation, and these hold no tensors, which would change their names."""
+    inside = [tensor for child in module.children() for tensor in (*child.parameters(), *child.buffers())]
+    return module._modules.keys() == set(_TAIL) and not inside
 
 
 def _batch_norm_map(module: _BatchNorm) -> ScaleShift:
@@ -75,7 +94,7 @@ def _batch_norm_map(module: _BatchNorm) -> ScaleShift:
 
 def _is_frozen_batch_norm(module: nn.Module) -> bool:
     """A BatchNorm whose gain, offset and statistics are all buffers, as detectors have: torchvision's, DETR's."""
-    bare = not module._modules and not module._parameters
+    bare = not module._parameters and (not module._modules or _has_tail(module))
     return bare and {name for name, _ in module.named_buffers()} == {"weight", "bias", "running_mean", "running_var"}
 
 
@@ -84,6 +103,8 @@ def _probed_map(module: nn.Module) -> ScaleShift:
     """The map of a module that does not say what it adds to its variance, by what it makes of 0 and 1."""
     one = torch.ones(1, len(module.bias), 1, 1, dtype=torch.float64, device=module.bias.device)  # type: ignore[arg-type]
     double = copy.deepcopy(module).double()
+    for name in double._modules:
+        double._modules[name] = nn.Identity()  # what comes after the map
     shift = double(0 * one).flatten()
     return double(one).flatten() - shift, shift
 

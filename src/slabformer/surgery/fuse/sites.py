@@ -88,7 +88,8 @@ def readers_of_input(node: Node) -> list[Site]:
     if node.target not in _RECURRENT:
         site = site_of(node)
         return [] if site is None else [site]
-    inputs, _, weights, has_biases, num_layers, _, _, bidirectional, *_ = node.args
+    arguments: Any = node.args
+    inputs, _, weights, has_biases, num_layers, _, _, bidirectional, *_ = arguments
     num_directions = 2 if bidirectional else 1
     size = len(weights) // (num_layers * num_directions)  # of one layer in one direction: input, state, their biases
     first = [weights[start : start + size] for start in range(0, num_directions * size, size)]
