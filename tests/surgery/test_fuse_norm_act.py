@@ -1,4 +1,4 @@
-"""BatchNorms with an activation inside, as timm's convolutional stems and hybrids have: the map goes, the rest stays."""
+"""BatchNorms with an activation inside, as timm's hybrids have: the map goes, the activation stays."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
-from torch import Tensor, nn
+from torch import nn
 
 from fusing import assert_same_outputs, fused, net, outcomes, reason, tokens
 from slabformer.surgery.audit import audit
