@@ -15,23 +15,24 @@ import re
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from coverage_page import Kept, Row, general, page, table_row
+from coverage_places import pre_norms
+from coverage_speed import speed_of
 from coverage_subjects import Subject, keys, noise, subject_of
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slabformer.deployment.measure import num_threads, ratio, time_interleaved
-from slabformer.deployment.variants import Compiled
 from slabformer.nn import RepBN
 from slabformer.nn.controls import prepbn_modules
 from slabformer.surgery.convert import convert_norms_
-from slabformer.surgery.fuse import fuse
+from slabformer.surgery.fuse import NormOutcome, fuse
 from slabformer.surgery.fuse.norms import find_norms
 from slabformer.surgery.fuse.twin import first_line, tensors_of
 from slabformer.surgery.verify import verify
@@ -51,39 +52,13 @@ VARIED = 1e-6
 logger = logging.getLogger("coverage")
 
 
-@dataclass(frozen=True)
-class Row:
-    """What became of one model.
+def measure(subject: Subject, speed_limit: int = 0) -> Row:
+    """The row of one model; without norms in it where the family has none.
 
-    Attributes:
-        library: Of the model.
-        family: Of the model.
-        model: Its name.
-        norms: How many it has, those it had as BatchNorm included.
-        forward: Folded into what follows.
-        backward: Folded into what precedes.
-        kept: How many of each reason.
-        max_rel: Largest difference in float64 over the output's RMS.
-        seconds: Time to fuse.
-        speed: Compiled, unfused over fused; None where it was not measured.
-        error: What went wrong, if something did.
+    Args:
+        subject: The model.
+        speed_limit: Give up measuring its speed after so many seconds; 0 does not measure it.
     """
-
-    library: str
-    family: str
-    model: str
-    norms: int = 0
-    forward: int = 0
-    backward: int = 0
-    kept: tuple[tuple[str, int], ...] = ()
-    max_rel: float = 0.0
-    seconds: float = 0.0
-    speed: float | None = None
-    error: str = ""
-
-
-def measure(subject: Subject, speed: bool = False) -> Row:
-    """The row of one model; without norms in it where the family has none."""
     row = Row(subject.library, subject.family, subject.name)
     torch.manual_seed(0)
     model, args, kwargs = subject.build()
@@ -95,18 +70,31 @@ def measure(subject: Subject, speed: bool = False) -> Row:
     seconds = time.perf_counter() - start
     result = verify(model, fused, cases, rtol=max(FUSED, OWN_ERROR_ALLOWED * own_error(model, args, kwargs)))
     need_varied(model, cases)
-    count = Counter(outcome.action for outcome in report)
-    kept = Counter(general(outcome.reason) for outcome in report if outcome.action == "kept")
-    return replace(
+    count, early = Counter(outcome.action for outcome in report), pre_norms(model, args, kwargs)
+    row = replace(
         row,
         norms=len(report),
         forward=count["forward"],
         backward=count["backward"],
-        kept=tuple(kept.most_common()),
+        pre_norms=len(early),
+        kept=tuple(grouped([outcome for outcome in report if outcome.action == "kept"], early)),
         max_rel=result.max_rel,
         seconds=seconds,
-        speed=_speed(model, fused, args) if speed and not kwargs else None,
     )
+    if not speed_limit:
+        return row
+    speed = speed_of(subject.build()[0], fused, args, speed_limit)
+    return replace(row, speed=speed, gave_up=speed_limit if speed is None else 0)
+
+
+def grouped(outcomes: list[NormOutcome], early: set[str]) -> Iterator[Kept]:
+    """Outcomes with the same reason, most of them first."""
+    groups: dict[tuple[bool, str], list[str]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.name in early, general(outcome.reason)), []).append(outcome.name)
+    for (is_early, reason), names in sorted(groups.items(), key=lambda group: -len(group[1])):
+        last = dict.fromkeys(general(name) for name in names)
+        yield Kept(", ".join(last), len(names), is_early, reason)
 
 
 def convert(model: nn.Module, cases: list[Any]) -> bool:
@@ -196,20 +184,6 @@ def _changed(
     return tuple(other(value) for value in args), {name: other(value) for name, value in kwargs.items()}
 
 
-def general(reason: str) -> str:
-    """A reason without the number of the block that it is about."""
-    return re.sub(r"\b(?!torch\.)(?:\w+\.)+(\w+)\b", r"*.\1", reason)
-
-
-def _speed(model: nn.Module, fused: nn.Module, args: tuple[Any, ...]) -> float:
-    inputs = tuple(value.float() for value in args)
-    with num_threads(1), torch.inference_mode():
-        calls = {name: Compiled(form.float(), torch.device("cpu")) for name, form in (("old", model), ("new", fused))}
-        runs = {name: partial(form, *inputs) for name, form in calls.items()}
-        turns = time_interleaved(runs, seconds=5, device=inputs[0].device)
-    return ratio(turns["old"], turns["new"])
-
-
 def code_version() -> str:
     """Changes when a row could come out differently."""
     digest = hashlib.sha256()
@@ -218,62 +192,6 @@ def code_version() -> str:
         digest.update(path.read_bytes())
     versions = (importlib.metadata.version(name) for name in ("torch", "timm", "transformers", "torchvision"))
     return f"{digest.hexdigest()[:12]} {' '.join(versions)}"
-
-
-# --- the page ------------------------------------------------------------------------------------------------------
-
-HEAD = """# Coverage: what converts and folds
-
-Generated by `make coverage` with {versions}.
-
-One small model of every family with LayerNorm, RMSNorm, or BatchNorm in a transformer: converted, norms and constant
-parameters redrawn, fused, and held against the unfused model in float64 on two inputs. *Difference* is the largest one
-over the RMS of the outputs (at most 1e-9 is allowed, or 4 times what an ill-conditioned model makes of a change of its
-inputs by 1e-15). Speed is compiled, one CPU thread, unfused over fused (LayerNorm gone in both); a dash is unmeasured.
-Base models without a head end with a norm, which is their output. Statistics fit the input, skip weights are small and
-gains at least 0.25: norms drawn without regard to each other make deep streams grow past what 1e-9 can judge.
-
-{summary}
-
-| library | family | model | norms | forward | backward | kept | difference | fusing | speed |
-|---|---|---|---|---|---|---|---|---|---|
-"""
-WHY = """
-## Every norm that is kept, and why
-
-Module paths are cut to their last name. First the reason against folding forward, then, after the semicolon, backward.
-
-| family | norms | reason |
-|---|---|---|
-"""
-
-
-def page(rows: list[Row]) -> str:
-    """The page ``docs/coverage.md``."""
-    rows = [row for row in rows if row.norms or row.error]
-    total, kept = sum(row.norms for row in rows), sum(_num_kept(row) for row in rows)
-    whole = sum(not row.kept and not row.error for row in rows)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "transformers"))
-    summary = (
-        f"**{len(rows)} families, {total} norms: {total - kept} ({(total - kept) / max(total, 1):.1%}) folded, {kept} "
-        f"kept; {whole} families lose all of them.**"
-    )
-    reasons = [f"| {row.library} {row.family} | {count} | {reason} |\n" for row in rows for reason, count in row.kept]
-    return HEAD.format(versions=versions, summary=summary) + "".join(map(table_row, rows)) + WHY + "".join(reasons)
-
-
-def table_row(row: Row) -> str:
-    """One line of the table."""
-    if row.error:
-        return f"| {row.library} | {row.family} | {row.model} | {row.error} |||||||\n"
-    speed = "-" if row.speed is None else f"{row.speed:.2f}"
-    counts = f"{row.norms} | {row.forward} | {row.backward} | {_num_kept(row)}"
-    figures = f"{row.max_rel:.0e} | {row.seconds:.1f} s | {speed}"
-    return f"| {row.library} | {row.family} | {row.model} | {counts} | {figures} |\n"
-
-
-def _num_kept(row: Row) -> int:
-    return sum(count for _, count in row.kept)
 
 
 # --- running -------------------------------------------------------------------------------------------------------
@@ -286,33 +204,41 @@ def main() -> None:
         "--only", default="", help="a regular expression of library/family: the others stay as they are"
     )
     parser.add_argument("--speed", default="^$", help="a regular expression of those whose speed is measured, slowly")
+    parser.add_argument("--speed-limit", type=int, default=300, help="seconds after which that is given up")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     state: dict[str, Any] = json.loads(STATE.read_text()) if STATE.is_file() else {}
-    version = code_version()
-    for key in track(keys(), "coverage"):
-        done, speed = state.get(key, {}), bool(re.search(options.speed, key))
-        fresh = done.get("version") == version and (not speed or done["row"]["speed"] is not None)
-        if not fresh and re.search(options.only, key):
-            state[key] = {"version": version, "row": asdict(attempt(subject_of(key), speed))}
+    version, every = code_version(), keys()
+    for key in track(every, "coverage"):
+        limit = options.speed_limit if re.search(options.speed, key) and has_a_size_to_time(key) else 0
+        if re.search(options.only, key) and not is_done(state.get(key, {}), version, limit):
+            state[key] = {"version": version, "row": asdict(attempt(subject_of(key), limit))}
             write_text(STATE, json.dumps(state, indent=1))
-    write_text(PAGE, page([row_of(state[key]["row"]) for key in keys() if key in state]))
+    write_text(PAGE, page(Row.of(state[key]["row"]) for key in every if key in state))
 
 
-def attempt(subject: Subject, speed: bool) -> Row:
+def has_a_size_to_time(key: str) -> bool:
+    """Whether its model is one that people run: those of transformers and torch are built with a few channels."""
+    return key.startswith(("timm/", "torchvision/"))
+
+
+def is_done(entry: dict[str, Any], version: str, speed_limit: int) -> bool:
+    """Whether a row is there, from this code, and as long as it was to be measured."""
+    if entry.get("version") != version:
+        return False
+    row = Row.of(entry["row"])
+    return not speed_limit or not row.norms or row.speed is not None or row.gave_up >= speed_limit
+
+
+def attempt(subject: Subject, speed_limit: int = 0) -> Row:
     """The row, or what went wrong in its place."""
     try:
-        row = measure(subject, speed)
+        row = measure(subject, speed_limit)
     except Exception as error:  # whatever it is, it belongs into the table
         row = Row(subject.library, subject.family, subject.name, error=first_line(error).replace("|", "/"))
     logger.info("%s", table_row(row).strip())
     return row
-
-
-def row_of(data: dict[str, Any]) -> Row:
-    """A row as it was before it became JSON."""
-    return Row(**{**data, "kept": tuple((reason, count) for reason, count in data["kept"])})
 
 
 if __name__ == "__main__":
