@@ -249,6 +249,7 @@ TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
             ),
             backbone=None,
             num_queries=5,
+            init_std=0.3,
             **{k: v for k, v in BART.items() if "token" not in k and k != "vocab_size"},
         ),
         {"pixel_values": noise(1, 3, 64, 64)},

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from slabformer import Affine, convert_norms_
@@ -32,6 +33,11 @@ def test_every_norm_gets_a_scale_and_shift_that_vary() -> None:
         assert norm.eta not in (0, 1)
         assert norm.running_mean.std() > 0.05
         assert norm.running_var.std() > 0.05
+
+
+def test_a_frozen_batch_norm_gets_values_that_vary() -> None:
+    frozen = randomize_norms_(nn.Sequential(torchvision.ops.FrozenBatchNorm2d(50)))[0]
+    assert all(buffer.std() > 0.05 for buffer in frozen.buffers())
 
 
 def test_no_parameter_is_left_constant() -> None:

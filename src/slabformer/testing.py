@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from slabformer.nn.affine import Affine
 from slabformer.nn.repbn import RepBN
@@ -27,13 +26,16 @@ def randomize_norms_(model: nn.Module, seed: int = 0) -> nn.Module:
         return torch.randn(like.shape, generator=generator).to(like)
 
     for module in model.modules():
-        if isinstance(module, (RepBN, _BatchNorm)) and isinstance(module.running_mean, Tensor):
+        if isinstance(getattr(module, "running_mean", None), Tensor):
+            assert isinstance(module.running_mean, Tensor)
             assert isinstance(module.running_var, Tensor)
             module.running_mean.copy_(0.3 * normal(module.running_mean))
             module.running_var.copy_(0.5 + normal(module.running_var).square())
         if isinstance(module, RepBN):
             module.eta.copy_(0.7 + 0.2 * normal(module.eta))
-        if isinstance(module, (RepBN, Affine)):
+        if isinstance(module, (RepBN, Affine)) or _is_frozen(module):
+            assert isinstance(module.weight, Tensor)
+            assert isinstance(module.bias, Tensor)
             module.weight.copy_(1 + 0.3 * normal(module.weight))
             module.bias.copy_(0.3 * normal(module.bias))
     for name, parameter in model.named_parameters():
@@ -43,6 +45,11 @@ def randomize_norms_(model: nn.Module, seed: int = 0) -> nn.Module:
             spread = 0.3 if parameter.ndim <= 1 or gain else parameter[0].numel() ** -0.5
             parameter.copy_(gain + spread * normal(parameter))
     return model
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm whose gain and offset are buffers, as detectors have."""
+    return {"weight", "bias", "running_mean", "running_var"} <= module._buffers.keys()
 
 
 def _is_constant(parameter: Tensor) -> bool:
