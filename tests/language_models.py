@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import slabformer as sf
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
@@ -58,6 +59,20 @@ def trained_looking(norm: str = "prepbn", seed: int = 0, **changes: Any) -> Slab
     torch.manual_seed(seed)
     sizes = {**SIZES, "vocab_size": 300, "max_position_embeddings": 64, "tie_word_embeddings": False}
     model = SlabLlamaForCausalLM(SlabLlamaConfig(norm=norm, **sizes | changes)).eval()
+    sf.testing.randomize_norms_(model, seed)
+    for module in prepbn_modules(model).values():
+        module.set_gamma(0.0)
+    return model
+
+
+def somebody_elses(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A small model of transformers' own class, converted, in eval mode, gamma 0, every norm redrawn."""
+    torch.manual_seed(seed)
+    sizes = {**SIZES, "num_key_value_heads": 1, "vocab_size": 300, "max_position_embeddings": 64}
+    others = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False}
+    config = AutoConfig.for_model(architecture, **sizes, **others | changes)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    sf.convert_norms_(model, eps=1e-3)
     sf.testing.randomize_norms_(model, seed)
     for module in prepbn_modules(model).values():
         module.set_gamma(0.0)

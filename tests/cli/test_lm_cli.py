@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
-from language_models import SIZES, sentences, trained_looking, write_lines
+from language_models import SIZES, sentences, somebody_elses, trained_looking, write_lines
 from reference_files import description, published_state
 from slabformer.cli.main import main
 from slabformer.nn.controls import prepbn_modules
@@ -31,8 +32,12 @@ def saved(folder: Path, gamma: float = 0.0) -> Path:
     model = trained_looking()
     for norm in prepbn_modules(model).values():
         norm.set_gamma(gamma)
-    save_model_folder(model, train_tokenizer(sentences(200), TokenizerConfig(vocab_size=300), 64), folder)
+    save_model_folder(model, small_tokenizer(), folder)
     return folder
+
+
+def small_tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(sentences(200), TokenizerConfig(vocab_size=300), 64)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +81,34 @@ def test_a_recipe_makes_a_folder_that_the_other_verbs_take(tmp_path: Path, capsy
     assert "5 of 5" in shown
     assert lm("generate", tmp_path / "fused", "the norm", "--max-new-tokens", 3) == 0
     assert capsys.readouterr().out.startswith("the norm")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_somebody_elses_model_is_fused_and_taken_by_the_other_verbs(
+    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "theirs"
+    save_model_folder(somebody_elses(architecture), small_tokenizer(), theirs)
+    assert lm("fuse", theirs, "--output", tmp_path / "fused") == 0
+    assert "5 of 5 norms folded" in capsys.readouterr().out
+    texts = []
+    for folder in (theirs, tmp_path / "fused"):
+        assert lm("generate", folder, "a layer of", "--temperature", 0, "--max-new-tokens", 8) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert lm("fuse", tmp_path / "fused", "--output", tmp_path / "again") == 2
+    assert "holds no RepBN to fold: it is fused already" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_folder_without_tokenizer_is_fused_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model_folder(trained_looking(), None, tmp_path / "model")
+    assert lm("fuse", tmp_path / "model", "--output", tmp_path / "fused") == 0
+    assert "holds no tokenizer; copy one beside the weights" in caplog.text
+    assert lm("generate", tmp_path / "fused", "the") == 2
+    assert "no tokenizer at" in capsys.readouterr().err
 
 
 def test_fused_and_unfused_texts_are_scored_alike(

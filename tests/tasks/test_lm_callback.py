@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 import slabformer as sf
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.language.callback import ProgressiveCallback
+from slabformer.tasks.language.folders import load_model_folder
+from slabformer.tasks.language.fusing import check_finished
 from tolerances import EXACT, assert_close
 
 STEPS = 10
@@ -114,3 +116,33 @@ def test_a_finished_schedule_is_not_warned_about(tmp_path: Path, caplog: pytest.
 def test_a_model_that_was_not_converted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no PRepBN to fade; call convert_norms_"):
         trainer_of(stock_llama(), tmp_path, ProgressiveCallback()).train()
+
+
+@pytest.mark.parametrize("recalibrated", [False, True], ids=["training", "recalibration"])
+def test_padding_moves_no_statistics(recalibrated: bool, tmp_path: Path) -> None:
+    def statistics(padding: int) -> Tensor:
+        model = converted_llama()
+        trainer = trainer_of(model, tmp_path, ProgressiveCallback(), steps=2)
+        rows = [{"input_ids": row.clone(), "attention_mask": torch.ones_like(row), "labels": row} for row in TOKENS[:8]]
+        for row in rows:
+            row["input_ids"][6:], row["attention_mask"][6:] = padding, 0
+            row["labels"] = row["labels"].masked_fill(row["attention_mask"] == 0, -100)
+        trainer.train_dataset = rows
+        trainer.train()
+        if recalibrated:
+            sf.recalibrate_(model, trainer.get_train_dataloader())
+        return next(iter(repbn_modules(model).values())).running_mean
+
+    assert_close(statistics(padding=3), statistics(padding=7), EXACT)
+
+
+def test_a_checkpoint_says_what_was_converted_and_how_many_steps_miss(tmp_path: Path) -> None:
+    model = converted_llama()
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer_of(model, tmp_path, ProgressiveCallback(fade=0.5), StopAt(3), **saving).train()
+    loaded = load_model_folder(tmp_path / "checkpoint-3")
+    expected, actual = state_of(model), state_of(loaded)
+    for name, value in expected.items():
+        assert_close(actual[name], value, EXACT)
+    with pytest.raises(ValueError, match=r"gamma is 0\.4\); 2 more steps of its run would finish its schedule"):
+        check_finished(loaded, tmp_path / "checkpoint-3")

@@ -8,21 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-import slabformer as sf
-from language_models import SIZES, tokens, trained_looking
+from language_models import tokens, trained_looking
 from reference_files import description, published_state, reference
 from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.tasks.language.callback import ProgressiveCallback
 from slabformer.tasks.language.folders import load_model_folder, save_model_folder
 from slabformer.tasks.language.fusing import (
     LogitsOf,
     check_finished,
-    check_saveable,
     fuse_language_model,
     steps_missing_in,
-    untied,
+    what_stays,
 )
 from slabformer.tasks.language.generate import check_prompt, sampling
 from slabformer.tasks.language.published import import_published
@@ -65,8 +63,7 @@ def test_greedy_texts_before_and_after_agree_token_for_token() -> None:
 
 
 def test_a_fused_folder_is_read_back_by_transformers(tmp_path: Path) -> None:
-    fused, report = fuse_language_model(trained_looking())
-    check_saveable(fused, report)
+    fused, _ = fuse_language_model(trained_looking())
     save_model_folder(fused, None, tmp_path)
     assert not list(tmp_path.glob(".*"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -74,32 +71,18 @@ def test_a_fused_folder_is_read_back_by_transformers(tmp_path: Path) -> None:
     assert_close(logits(loaded, tokens()), logits(fused, tokens()), EXACT)
 
 
-def test_a_tied_head_is_untied_only_when_asked() -> None:
+def test_a_tied_head_is_untied_only_when_asked(tmp_path: Path) -> None:
     model = trained_looking(tie_word_embeddings=True)
-    fused, report = fuse_language_model(model)
-    with pytest.raises(ValueError, match=r"model\.norm was kept .*tied.*pass --untie"):
-        check_saveable(fused, report)
-    fused, report = fuse_language_model(model, untie=True)
-    check_saveable(fused, report)
-    assert not fused.config.tie_word_embeddings
+    for untie in (False, True):
+        fused, report = fuse_language_model(model, untie=untie)
+        assert report.num_kept == (not untie)
+        assert fused.config.tie_word_embeddings is not untie
+        assert_close(logits(fused, tokens()), logits(model, tokens()), FLOAT32)
+        stays = what_stays(model, report)
+        assert ("model.norm stays as a scale and shift" in stays and "--untie gives the head" in stays) is not untie
+        save_model_folder(fused, None, tmp_path)
+        assert_close(logits(load_model_folder(tmp_path), tokens()), logits(fused, tokens()), EXACT)
     assert model.config.tie_word_embeddings
-    assert_close(logits(fused, tokens()), logits(model, tokens()), FLOAT32)
-
-
-def test_an_untied_model_is_left_as_it_is() -> None:
-    model = trained_looking()
-    assert untied(model) is model
-
-
-def test_a_fused_stock_model_is_not_saved_as_what_it_is_not() -> None:
-    torch.manual_seed(0)
-    stock = LlamaForCausalLM(LlamaConfig(vocab_size=300, **SIZES)).eval()
-    sf.convert_norms_(stock)
-    for norm in prepbn_modules(stock).values():
-        norm.set_gamma(0.0)
-    fused, report = fuse_language_model(stock)
-    with pytest.raises(ValueError, match="cannot build a fused LlamaForCausalLM from its configuration"):
-        check_saveable(fused, report)
 
 
 def test_an_unfinished_schedule_is_refused_with_the_steps_that_miss(tmp_path: Path) -> None:
@@ -111,9 +94,10 @@ def test_an_unfinished_schedule_is_refused_with_the_steps_that_miss(tmp_path: Pa
         check_finished(model, tmp_path)
     checkpoint = tmp_path / "checkpoint-60"
     checkpoint.mkdir()
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"gamma": {"warmup": 0.1, "fade": 0.7}, "steps": 100}))
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 60}))
-    assert steps_missing_in(checkpoint) == 20
+    schedule = ProgressiveCallback(warmup=0.1, fade=0.7).state()
+    state = {"global_step": 60, "max_steps": 100, "stateful_callbacks": {"ProgressiveCallback": schedule}}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    assert steps_missing_in(checkpoint) == steps_missing_in(tmp_path) == 20
     with pytest.raises(ValueError, match="20 more steps of its run would finish its schedule"):
         check_finished(model, checkpoint)
 

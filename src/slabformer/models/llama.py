@@ -114,10 +114,7 @@ class SlabLlamaModel(SlabLlamaPreTrainedModel, LlamaModel):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """As transformers'; in training an attention mask ``(B, N)`` also tells the norms which tokens are padding."""
-        norms = repbn_modules(self)
-        if any(norm.training or norm.accumulator is not None for norm in norms.values()):
-            # left in place, since activation checkpointing runs the norms again in backward
-            set_token_mask(self, _per_token(attention_mask))
+        keep_padding_out(self, (), {"attention_mask": attention_mask})
         return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
 
 
@@ -136,8 +133,12 @@ class SlabLlamaForSequenceClassification(GenericForSequenceClassification, SlabL
     """transformers' classification head on :class:`SlabLlamaModel`."""
 
 
-def _per_token(attention_mask: Tensor | None) -> Tensor | None:
-    return attention_mask.bool() if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+def keep_padding_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: statistics see only tokens that ``attention_mask`` ``(B, N)``, given by name, lets through."""
+    if any(norm.training or norm.accumulator is not None for norm in repbn_modules(model).values()):
+        mask = kwargs.get("attention_mask")
+        # left in place, since activation checkpointing runs the norms again in backward
+        set_token_mask(model, mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None)
 
 
 def _add_biases(module: nn.Module, *names: str) -> None:

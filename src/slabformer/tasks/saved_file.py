@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer._extras import require
-from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
+from slabformer.tasks.conversion import Conversion, convert_as_described_, converted_norms, describe
 from slabformer.tasks.engine.files import replaced
 
 #: files that PyTorch pickles, as published weights are
@@ -28,20 +28,6 @@ CHECKPOINTS = (".pth", ".pt", ".bin")
 TIED, DIGEST = "slabformer.tied", "slabformer.sha256"
 #: key of what kind of model it is, and what to do with such a file
 KINDS = {"slabformer": "a classifier, for `slab`", "slabformer.detector": "a detector, for `slab detect`"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """Norms that :func:`slabformer.convert_norms_` replaced with the same settings."""
-
-    names: list[str]
-    """Of the modules."""
-    progressive: bool
-    """PRepBN, or RepBN from the start."""
-    eps: float
-    """RepBN's."""
-    momentum: float | None
-    """RepBN's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +136,12 @@ def _unwrap(model: nn.Module) -> nn.Module:
 def _conversions(model: nn.Module, info: SavedInfo) -> list[Conversion]:
     """How ``model``'s norms differ from those that it is built with."""
     built = dict(_build(info).named_modules(remove_duplicate=False))
-    groups: dict[tuple[bool, float, float | None], list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (PRepBN, RepBN)) and name in built and not isinstance(built[name], type(module)):
-            rep = module.rep if isinstance(module, PRepBN) else module
-            groups.setdefault((isinstance(module, PRepBN), rep.eps, rep.momentum), []).append(name)
-    return [Conversion(names=names, progressive=p, eps=eps, momentum=m) for (p, eps, m), names in groups.items()]
+    others = {
+        name: norm
+        for name, norm in converted_norms(model).items()
+        if name in built and not isinstance(built[name], type(norm))
+    }
+    return describe(others)
 
 
 def _contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -231,19 +217,7 @@ def _build(info: SavedInfo) -> nn.Module:
 def _skeleton(info: SavedInfo) -> nn.Module:
     """The model before its weights, norms converted."""
     model = _build(info)
-    for conversion in info.converted:
-        names = frozenset(conversion.names)
-        found = sf.convert_norms_(
-            model,
-            lambda _, name: name in names,  # noqa: B023 - called before the next round
-            progressive=conversion.progressive,
-            eps=conversion.eps,
-            momentum=conversion.momentum,
-        )
-        if names - set(found):
-            raise ValueError(
-                f"{info.title} has no norm {min(names - set(found))!r} to convert; is timm another version?"
-            )
+    convert_as_described_(model, info.converted, info.title)
     return model
 
 

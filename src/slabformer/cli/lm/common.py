@@ -50,15 +50,25 @@ def load(config: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         ValueError: If either is missing or they do not go together.
     """
-    from slabformer.tasks.language.folders import load_model_folder
     from slabformer.tasks.language.tokens import check_vocabulary, load_tokenizer
 
-    quiet_transformers()
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = load_model_folder(config.model, dtype, available_accelerator(config.device))
+    model = load_model(config)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, model.config.vocab_size)
     return model, tokenizer
+
+
+def load_model(config: Namespace) -> PreTrainedModel:
+    """The model alone, for verbs that need no text.
+
+    Raises:
+        ValueError: If there is none, or its weights do not fit.
+    """
+    from slabformer.tasks.language.folders import load_model_folder
+
+    quiet_transformers()
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    return load_model_folder(config.model, dtype, available_accelerator(config.device))
 
 
 def folder_to_write(path: Path, overwrite: bool) -> Path:
@@ -67,6 +77,8 @@ def folder_to_write(path: Path, overwrite: bool) -> Path:
     Raises:
         ValueError: If it holds one, and ``overwrite`` is not given.
     """
-    if not overwrite and (path / "model.safetensors").exists():
+    from slabformer.tasks.language.folders import holds_model
+
+    if not overwrite and holds_model(path):
         raise ValueError(f"{path} holds a model already; give another folder, or --overwrite")
     return path

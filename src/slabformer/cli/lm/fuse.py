@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from slabformer.cli.common import console
 from slabformer.cli.fuse import fuse_table
-from slabformer.cli.lm.common import add_model_options, folder_to_write, load
+from slabformer.cli.lm.common import add_model_options, folder_to_write, load_model
 from slabformer.deployment.equality import verify_fused
 
 if TYPE_CHECKING:
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 def parser() -> ArgumentParser:
     """Options of `slab lm fuse`."""
-    made = ArgumentParser(prog="slab lm fuse", description="Fold every norm into its neighbours, verify, save.")
+    made = ArgumentParser(
+        prog="slab lm fuse",
+        description="Fold every norm into its neighbours, verify, save. MODEL comes from slab lm train, "
+        "slab lm import, or anybody's Trainer with a ProgressiveCallback.",
+    )
     add_model_options(made)
     made.add_argument("--output", type=Path, required=True, help="folder to write")
     made.add_argument("--untie", action="store_true", help="give a head that shares the embedding weights of its own")
@@ -30,22 +34,26 @@ def run(config: Namespace) -> None:
     """Fuse, verify, print, save; nothing is saved that differs."""
     from slabformer.tasks.language.folders import save_model_folder
     from slabformer.tasks.language.fusing import check_finished
+    from slabformer.tasks.language.tokens import tokenizer_beside
 
     folder_to_write(config.output, config.overwrite)
-    model, tokenizer = load(config)
+    model = load_model(config)
     check_finished(model, config.model)
+    tokenizer = tokenizer_beside(config.model, model.config.vocab_size)
     save_model_folder(fuse_verified(model, untie=config.untie), tokenizer, config.output)
     console().print(f"saved {config.output}", soft_wrap=True)
 
 
 def fuse_verified(model: PreTrainedModel, *, untie: bool) -> PreTrainedModel:
-    """``model`` without norms, held against it; prints where they went."""
-    from slabformer.tasks.language.fusing import LogitsOf, check_saveable, fuse_language_model, tokens_for
+    """``model`` without norms, held against it; prints where they went, and which had to stay."""
+    from slabformer.tasks.language.fusing import LogitsOf, fuse_language_model, tokens_for, what_stays
 
     fused, report = fuse_language_model(model, untie=untie)
-    console().print(fuse_table(report))
-    check_saveable(fused, report)
+    output = console()
+    output.print(fuse_table(report))
     cases = [(tokens_for(model, 2, length, seed),) for seed, length in ((1, 16), (2, 7))]
     result = verify_fused(LogitsOf(model), LogitsOf(fused), cases)
-    console().print(f"{report.summary()}\noutputs within {result.max_rel:.1e} of their scale")
+    output.print(f"{report.summary()}\noutputs within {result.max_rel:.1e} of their scale")
+    if stays := what_stays(model, report):
+        output.print(stays, soft_wrap=True)
     return fused

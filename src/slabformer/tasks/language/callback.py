@@ -13,19 +13,24 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
+from slabformer.models.llama import keep_padding_out
 from slabformer.progressive import ProgressiveSchedule, Shape
+from slabformer.tasks.language.foreign import note_norms_
 
 logger = logging.getLogger(__name__)
 
 
-class ProgressiveCallback(TrainerCallback):
+class ProgressiveCallback(TrainerCallback, ExportableState):
     """Moves gamma once an optimizer step of transformers' ``Trainer``, from 1 to 0 over a fraction of its steps.
 
     The Trainer knows how many steps there are and, in a run that goes on from a checkpoint, how many are done: gamma
-    follows from these two, so nothing of it needs saving. Convert the model before the Trainer is built. Gamma stands
-    in the printed logs and in ``trainer.state.log_history``.
+    follows from these two. Convert the model before the Trainer is built. Gamma stands in the printed logs and in
+    ``trainer.state.log_history``. Tokens that a batch's ``attention_mask`` leaves out stay out of the statistics, in
+    :func:`slabformer.recalibrate_` after training too. Folders that the Trainer writes say in ``config.json`` which
+    norms were converted, for :func:`~slabformer.tasks.language.folders.load_model_folder` and ``slab lm fuse``.
 
     Args:
         warmup: Fraction of training with gamma 1 before fading starts.
@@ -42,6 +47,11 @@ class ProgressiveCallback(TrainerCallback):
     ) -> None:
         self.warmup, self.fade, self.shape, self.warm_statistics = warmup, fade, shape, warm_statistics
         self.schedule: ProgressiveSchedule | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Settings, which the Trainer writes into a checkpoint's ``trainer_state.json``."""
+        names = ("warmup", "fade", "shape", "warm_statistics")
+        return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
 
     @property
     def gamma(self) -> float:
@@ -68,6 +78,10 @@ class ProgressiveCallback(TrainerCallback):
             warm_statistics=self.warm_statistics,
             optimizer=optimizer,
         )
+        if isinstance(model, PreTrainedModel):
+            note_norms_(model)
+        if keep_padding_out not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(keep_padding_out, with_kwargs=True)
         if state.global_step:
             self.schedule.load_state_dict({**self.schedule.state_dict(), "step": state.global_step})
 

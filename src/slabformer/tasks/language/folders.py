@@ -1,4 +1,4 @@
-"""Folders: of a run, and of a model as transformers reads it."""
+"""Folders: of a run, and of a model: transformers' own, converted by slabformer, or fused."""
 
 from __future__ import annotations
 
@@ -14,20 +14,29 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import slabformer.models.llama  # noqa: F401 (registers ours)
 from slabformer.tasks.engine.files import sync_file, sync_folder
 from slabformer.tasks.engine.folder import Found, RunFolder
+from slabformer.tasks.language.foreign import FUSED_WEIGHTS, is_foreign, load_foreign, save_foreign
 from slabformer.tasks.language.trainer import latest_checkpoint
 
-#: written last, since a folder with it is a whole model
-WEIGHTS = "model.safetensors"
+#: written last, since a folder with one of them is a whole model
+WEIGHTS = ("model.safetensors", FUSED_WEIGHTS)
 
 
 def load_model_folder(
     model: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """A causal language model in eval mode, ours or any that transformers knows, from a folder or the hub.
+    """A causal language model in eval mode, from a folder or the hub.
+
+    Ours, any that transformers knows, one of those that a plain ``Trainer`` with a
+    :class:`~slabformer.tasks.language.callback.ProgressiveCallback` saved, or fused and saved by
+    :func:`save_model_folder`.
 
     Raises:
         ValueError: If there is none, or its weights do not fit its configuration.
     """
+    if is_foreign(Path(model)):
+        foreign = load_foreign(Path(model), dtype).to(device).eval()
+        assert isinstance(foreign, PreTrainedModel)
+        return foreign
     try:
         read: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -61,15 +70,26 @@ class LanguageRunFolder(RunFolder):
             shutil.rmtree(path)
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a model was written there."""
+    return any((folder / name).exists() for name in WEIGHTS)
+
+
 def save_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write safetensors, configuration and tokenizer for ``from_pretrained``; the weights appear last."""
+    """Write safetensors, configuration and tokenizer for :func:`load_model_folder`; the weights appear last.
+
+    transformers' ``from_pretrained`` reads the folder too, after ``import slabformer.models.llama``, unless it is of a
+    fused model that transformers has no class for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".model-", dir=folder) as temporary:
-        model.save_pretrained(temporary)
+        save_foreign(model, Path(temporary))
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        files = sorted(Path(temporary).iterdir(), key=lambda path: path.name == WEIGHTS)
+        files = sorted(Path(temporary).iterdir(), key=lambda path: path.name in WEIGHTS)
         for file in files:
             sync_file(file)
             os.replace(file, folder / file.name)  # noqa: PTH105 - the one call that is atomic on every platform
+        for name in set(WEIGHTS) - {file.name for file in files}:
+            (folder / name).unlink(missing_ok=True)  # of the model that was there
     sync_folder(folder)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
 import slabformer as sf
 from slabformer.models.llama import SlabLlamaForCausalLM
-from slabformer.nn.controls import prepbn_modules
-from slabformer.tasks.language.trainer import LAST_FILE
+from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.tasks.language.callback import ProgressiveCallback
+from slabformer.tasks.language.trainer import LAST_FILE, latest_checkpoint
 
 #: batch and length of the two texts that a fused model is traced with
 SHAPES = ((2, 9), (1, 5))
@@ -34,44 +34,28 @@ def fuse_language_model(
     Raises:
         ValueError: As :func:`slabformer.fuse`.
     """
-    if untie:
-        model = untied(model)
     examples = [(tokens_for(model, *shape),) for shape in SHAPES]
-    fused, report = sf.fuse(model, examples, {"use_cache": False}, allow_gamma=allow_gamma)
+    fused, report = sf.fuse(model, examples, {"use_cache": False}, untie=untie, allow_gamma=allow_gamma)
     assert isinstance(fused, PreTrainedModel)
+    if _tied_head(model) and not _tied_head(fused):
+        fused.config.tie_word_embeddings = False  # else transformers ties them again
     if isinstance(fused, SlabLlamaForCausalLM) and not report.num_kept:
         fused.config.norm = "folded"  # so that from_pretrained builds it without norms
     return fused, report
 
 
-def check_saveable(model: PreTrainedModel, report: sf.FuseReport) -> None:
-    """Refuse what ``from_pretrained`` could not read back.
-
-    Raises:
-        ValueError: If a norm was kept, or the model is not a :class:`SlabLlamaForCausalLM`.
-    """
-    if not isinstance(model, SlabLlamaForCausalLM):
-        raise ValueError(
-            f"transformers cannot build a fused {type(model).__name__} from its configuration; "
-            "use slabformer.save_fused and load_fused"
-        )
+def what_stays(model: PreTrainedModel, report: sf.FuseReport) -> str:
+    """Which norm was kept and what would help, in words; empty where all are gone."""
     kept = [outcome for outcome in report if outcome.action == "kept"]
-    if kept:
-        tied = model.config.tie_word_embeddings
-        advice = "pass --untie to give the head weights of its own" if tied else "nothing is saved"
-        raise ValueError(f"{kept[0].name} was kept ({kept[0].reason}); {advice}")
+    if not kept:
+        return ""
+    advice = "; --untie gives the head weights of its own, and takes it too" if _tied_head(model) else ""
+    return f"{kept[0].name} stays as a scale and shift ({kept[0].reason}){advice}"
 
 
-def untied(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of ``model`` whose head no longer shares the embedding's weights; ``model`` itself if it never did."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.weight is not embedding.weight:
-        return model
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    config = type(model.config).from_dict({**model.config.to_dict(), "tie_word_embeddings": False})
-    copied: Any = type(model)(config)
-    copied.to(device=head.weight.device, dtype=head.weight.dtype).load_state_dict(state)
-    return copied.train(model.training)
+def _tied_head(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 class LogitsOf(nn.Module):
@@ -93,11 +77,16 @@ def tokens_for(model: PreTrainedModel, batch_size: int, length: int, seed: int =
 
 
 def check_finished(model: nn.Module, folder: str | Path) -> None:
-    """Refuse a model whose schedule has not ended, and say how far it is.
+    """Refuse a model without norms to fold, and one whose schedule has not ended, and say how far it is.
 
     Raises:
-        ValueError: If gamma is above 0.
+        ValueError: If there is no RepBN, or gamma is above 0.
     """
+    if not repbn_modules(model):
+        raise ValueError(
+            f"{folder} holds no RepBN to fold: it is fused already, or was not converted; "
+            "slabformer.convert_norms_ and training come first"
+        )
     gamma = max((float(norm.gamma) for norm in prepbn_modules(model).values()), default=0.0)
     if not gamma:
         return
@@ -107,10 +96,13 @@ def check_finished(model: nn.Module, folder: str | Path) -> None:
 
 
 def steps_missing_in(folder: Path) -> int | None:
-    """Optimizer steps until gamma is 0, of a checkpoint inside a run's folder; None where that is not written down."""
-    state, config = folder / LAST_FILE, folder.parent / "config.yaml"
-    if not (state.is_file() and config.is_file()):
+    """Optimizer steps until gamma is 0, of a Trainer's checkpoint or output folder; None where it does not say."""
+    checkpoint = folder if (folder / LAST_FILE).is_file() else latest_checkpoint(folder)
+    if checkpoint is None:
         return None
-    run: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
-    end = round((run["gamma"]["warmup"] + run["gamma"]["fade"]) * run["steps"])
-    return max(0, end - json.loads(state.read_text(encoding="utf-8"))["global_step"])
+    state: dict[str, Any] = json.loads((checkpoint / LAST_FILE).read_text(encoding="utf-8"))
+    schedule = state.get("stateful_callbacks", {}).get(ProgressiveCallback.__name__)
+    if schedule is None:
+        return None
+    end = round((schedule["args"]["warmup"] + schedule["args"]["fade"]) * state["max_steps"])
+    return max(0, end - state["global_step"])

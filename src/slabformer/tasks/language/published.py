@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.models.official import load_published
-from slabformer.tasks.language.tokens import check_vocabulary, load_tokenizer
-
-logger = logging.getLogger(__name__)
+from slabformer.tasks.language.tokens import tokenizer_beside
 
 WEIGHTS, CONFIG = "pytorch_model.bin", "config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 #: what else is taken over; class names and code that a configuration may point to are not
 OPTIONAL = (
@@ -42,7 +38,7 @@ def import_published(folder: Path) -> tuple[SlabLlamaForCausalLM, PreTrainedToke
             raise FileNotFoundError(f"no {name} in {str(folder)!r}; give the folder of the published model")
     model = SlabLlamaForCausalLM(SlabLlamaConfig(**_settings(folder / CONFIG))).eval()
     load_published(model, folder / WEIGHTS)
-    return model, _tokenizer(folder, model.config.vocab_size)
+    return model, tokenizer_beside(folder, model.config.vocab_size)
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -55,12 +51,3 @@ def _settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} lacks {missing[0]}; is it a LLaMA's?")
     taken = {name: given[name] for name in (*SIZES, *OPTIONAL) if given.get(name) is not None}
     return {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, **taken}
-
-
-def _tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase | None:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        logger.warning("%s holds no tokenizer; copy one beside the weights to generate or evaluate", folder)
-        return None
-    tokenizer = load_tokenizer(folder)
-    check_vocabulary(tokenizer, vocab_size)
-    return tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -10,6 +11,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
+
+#: one of them lies in every folder that holds a tokenizer
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 BOS, EOS = "<s>", "</s>"
 #: bytes and the two tokens above: what a byte-level vocabulary cannot do without
 SMALLEST_VOCABULARY = 258
@@ -48,6 +53,21 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"no tokenizer at {str(path)!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {str(path)!r} marks no end of text (eos_token); give another")
+    return tokenizer
+
+
+def tokenizer_beside(model: str | Path, vocab_size: int) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model's folder or hub name, or None, with a warning, where a folder holds none.
+
+    Raises:
+        ValueError: If it cannot be read, or has tokens outside of ``vocab_size``.
+    """
+    folder = Path(model)
+    if folder.is_dir() and not any((folder / name).is_file() for name in FILES):
+        logger.warning("%s holds no tokenizer; copy one beside the weights to generate or evaluate", model)
+        return None
+    tokenizer = load_tokenizer(model)
+    check_vocabulary(tokenizer, vocab_size)
     return tokenizer
 
 

@@ -1,0 +1,134 @@
+"""Models of transformers' own classes, their norms converted or folded by slabformer: how folders hold them.
+
+transformers builds a model from its configuration alone, which knows nothing of conversions. So a converted model's
+configuration notes them (``slabformer_norms`` in ``config.json``), and a fused one's weights lie in a file of another
+name, whose header says which norms are gone: ``from_pretrained`` finds no weights there, and loads none wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+
+import slabformer as sf
+from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
+from slabformer.nn.affine import Affine, Folded
+from slabformer.tasks.conversion import Conversion, convert_as_described_, converted_norms, describe
+from slabformer.tasks.saved_file import load_strictly
+
+#: what a configuration calls the conversions
+NOTE = "slabformer_norms"
+FUSED_WEIGHTS, CONFIG = "fused.safetensors", "config.json"
+
+
+def note_norms_(model: PreTrainedModel) -> None:
+    """Note in ``model.config`` which norms were converted, so that every folder it is saved to says so.
+
+    A model whose own configuration says so already is left alone.
+    """
+    if not isinstance(model.config, SlabLlamaConfig):
+        setattr(model.config, NOTE, [asdict(conversion) for conversion in describe(converted_norms(model))])
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether ``folder`` holds a model that transformers cannot build: fused, or with a note of conversions."""
+    return (folder / FUSED_WEIGHTS).is_file() or bool(_noted(folder))
+
+
+def load_foreign(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of a folder that :func:`is_foreign`.
+
+    Raises:
+        ValueError: If its weights are missing or damaged, or do not fit its configuration.
+    """
+    try:
+        skeleton = fresh_model(AutoConfig.from_pretrained(folder), dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no language model at {str(folder)!r}: {str(error).partition(chr(10))[0]}") from error
+    if (folder / FUSED_WEIGHTS).is_file():
+        return sf.load_fused(skeleton, folder / FUSED_WEIGHTS)
+    convert_as_described_(skeleton, _noted(folder), type(skeleton).__name__)
+    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in _read(folder)}
+    load_strictly(skeleton, tensors | _tied(skeleton, tensors), f"the weights in {str(folder)!r} do not fit")
+    return skeleton
+
+
+def save_foreign(model: PreTrainedModel, folder: Path) -> None:
+    """Write configuration and weights of ``model`` as its class can be read back, not atomically.
+
+    A fused LLaMA is written as :class:`SlabLlamaForCausalLM`, which has a form without norms; any other fused model
+    as ``fused.safetensors``.
+    """
+    norms = [module for module in model.modules() if isinstance(module, (Affine, Folded))]
+    if norms and type(model) is LlamaForCausalLM and all(isinstance(norm, Folded) for norm in norms):
+        model = as_slab_llama(model)
+    if norms and not is_buildable(model):
+        sf.save_fused(model, folder / FUSED_WEIGHTS)
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        return
+    if converted_norms(model):
+        note_norms_(model)
+    model.save_pretrained(folder)
+
+
+def is_buildable(model: PreTrainedModel) -> bool:
+    """Whether transformers can build this fused model from its configuration: ours, without any norm."""
+    return isinstance(model, SlabLlamaForCausalLM) and model.config.norm == "folded"
+
+
+def as_slab_llama(model: LlamaForCausalLM) -> SlabLlamaForCausalLM:
+    """A fused LLaMA of transformers' own class as ours, which computes the same."""
+    settings = {**model.config.to_dict(), "norm": "folded", "tie_word_embeddings": False}
+    settings = {name: value for name, value in settings.items() if name not in (NOTE, "model_type", "architectures")}
+    made: Any = SlabLlamaForCausalLM(SlabLlamaConfig(**settings))
+    made.to(model.device, model.dtype)
+    state = made.state_dict()
+    # a fused head may have kept no bias of its own, where nothing was shifted
+    made.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()} | model.state_dict())
+    made.generation_config = model.generation_config
+    made.train(model.training)
+    return made
+
+
+def fresh_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of transformers' own for ``config``, norms and all; the random numbers drawn are not missed elsewhere."""
+    with torch.random.fork_rng(devices=[]):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
+
+
+def _noted(folder: Path) -> list[Conversion]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return [Conversion(**row) for row in config.get(NOTE) or []]
+    except (OSError, ValueError, TypeError):
+        return []  # whoever reads the folder next says what is wrong with it
+
+
+def _read(folder: Path) -> list[tuple[str, Tensor]]:
+    """Tensors of ``model.safetensors``, or of its shards."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"no language model at {str(folder)!r}: no model.safetensors beside its configuration")
+    try:
+        return [row for file in files for row in load_file(file).items()]
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {str(folder)!r} are damaged: {error}") from error
+
+
+def _tied(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that ``model`` shares with one of ``tensors``, which therefore are not in the file."""
+    own = model.state_dict()
+    given = {own[name].data_ptr(): tensor for name, tensor in tensors.items() if name in own and own[name].numel()}
+    absent = {name: value.data_ptr() for name, value in own.items() if name not in tensors}
+    return {name: given[place] for name, place in absent.items() if place in given}
