@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from fusing import X, assert_same_outputs, fused, net, norm, outcomes, reason, tokens
+from fusing import X, assert_same_outputs, fused, net, norm, outcomes, ready, reason, tokens
 from slabformer.nn import RepBN
 from slabformer.surgery.fuse import fuse
 
@@ -142,6 +142,33 @@ def test_a_fold_must_hold_for_every_example() -> None:
     model = net(windows, norm=norm(), linear=nn.Linear(6, 6))
     assert outcomes(model, [tokens(2, 4, 6), tokens(3, 8, 6)])[0][1] == "forward"
     assert reason(model, [tokens(2, 4, 6), tokens(2, 5, 6)]).startswith("its output also is padded")
+
+
+class Windows(nn.Module):
+    """Windows of 14 pixels by a convolution, padded where the image needs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.windows = norm(3, 1), nn.Conv2d(3, 4, 14, 14)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, pad = self.norm(x.sin()), -x.shape[-1] % 14
+        return self.windows(F.pad(y, (0, pad, 0, pad)) if pad > 0 else y)
+
+
+def test_a_pad_that_the_example_does_not_need_is_found_at_another_size() -> None:
+    model, image = ready(Windows()), tokens(1, 3, 112, 112)
+    result, report = fused(model, image)
+    assert report["norm"].reason.startswith("its output also is padded")
+    assert report.input_shapes == (((1, 3, 112, 112),), ((1, 3, 80, 80),))
+    assert_same_outputs(model, result, (tokens(1, 3, 100, 100),))
+    assert fused(model, image, fixed_size=True)[1]["norm"].action == "forward"
+
+
+def test_a_model_for_one_size_is_tried_at_no_other() -> None:
+    model = net(lambda m, x: m.head(m.norm(x).flatten(1)), norm=norm(3, 1), head=nn.Linear(3 * 64 * 64, 2))
+    _, report = fused(model, tokens(1, 3, 64, 64))
+    assert (report["norm"].action, report.input_shapes) == ("forward", (((1, 3, 64, 64),),))
 
 
 def test_the_report_names_the_shapes_that_it_holds_for() -> None:

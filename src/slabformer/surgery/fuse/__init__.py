@@ -16,7 +16,7 @@ from slabformer.surgery.fuse.graph import trace, why_untraceable
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.plan import Plan, outcomes
 from slabformer.surgery.fuse.report import FuseReport, NormOutcome
-from slabformer.surgery.fuse.size import fix_size_, sizes_of
+from slabformer.surgery.fuse.size import at_another_size, fix_size_, sizes_of
 from slabformer.surgery.fuse.ties import tie_, untie_
 from slabformer.surgery.fuse.trial import Trial
 from slabformer.surgery.fuse.twin import Example, deployed_twin, twin
@@ -42,13 +42,15 @@ def fuse(
     reaches are Linears and unpadded Convs, they take it over; else a Linear or Conv in front of it that feeds
     nothing else does; else, where only zero padding stands in the way, what follows takes over the scale and the
     residual stream in front is moved by the rest; else an :class:`Affine` stays in its place, and the report says
-    why. Changes are tried on a copy in float64 first, and folds that would change an output are left out.
+    why. Changes are tried on a copy in float64 first, and folds that would change an output are left out. A single
+    example of images is tried at another size as well, and where the outputs differ that size becomes an example too:
+    code such as ``if pad > 0`` shows in no graph. Other inputs whose size matters need several examples.
 
     Args:
         model: In eval mode. The copy keeps class, names, dtype, device and hooks.
         example_inputs: A tensor, a tuple of positional arguments, or a list of such: a fold must hold for each of them.
         example_kwargs: Keyword arguments of every example.
-        fixed_size: Take a pad by 0 at these sizes as none. The fused model then refuses inputs of other sizes.
+        fixed_size: Take a pad by 0 at these sizes as none, try no other, and let the fused model refuse them.
         untie: Give a head that shares its weight with an embedding one of its own, where a fold needs that.
         allow_gamma: Fuse PRepBNs that still hold their norm, as they run in eval mode: as RepBN.
 
@@ -91,6 +93,11 @@ def _fuse(
     if untied:
         plan = _plan(model, norms, examples, fixed_size)
     solution = trial.settle(plan)
+    other = None if fixed_size or len(examples) > 1 else _refuting(model, norms, examples[0], plan)
+    if other is not None:
+        examples = [*examples, other]
+        plan = _plan(model, norms, examples, fixed_size)
+        solution = Trial(model, norms, examples).settle(plan)
     tie_(model, {first: names for first, names in untied.items() if not solution.tensors.keys() & set(names)})
     commit(model, solution, plan.untouchable)
     if fixed_size:
@@ -98,6 +105,21 @@ def _fuse(
     report = FuseReport(outcomes(norms, plan), shapes_of(examples))
     logger.debug("%s: %s", type(model).__name__, report.summary())
     return report
+
+
+def _refuting(model: nn.Module, norms: Sequence[Norm], example: Example, plan: Plan) -> Example | None:
+    """``example`` at another image size, if ``plan`` changes the outputs there.
+
+    A graph does not show what a forward does at other sizes only, such as ``if pad > 0: pad``.
+    """
+    other = at_another_size(example)
+    if other is None:
+        return None
+    try:
+        trial = Trial(model, norms, [other])
+    except ValueError:  # a model for one size
+        return None
+    return None if trial.holds(plan) else other
 
 
 def _plan(model: nn.Module, norms: Sequence[Norm], examples: Sequence[Example], fixed_size: bool) -> Plan:

@@ -1,14 +1,17 @@
-"""A model that was fused for fixed input sizes refuses others."""
+"""Input sizes: a model that was fused for fixed ones refuses others, one that was not is tried at another."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from slabformer.surgery.fuse.twin import Example
 
+#: pixels by which images differ from the examples when a fused model is tried at another size
+STEP = 32
 Sizes = tuple[tuple[tuple[int, ...], ...], ...]
 
 
@@ -49,6 +52,19 @@ def fix_size_(model: nn.Module, sizes: Sequence[Sequence[Sequence[int]]]) -> Non
 def fixed_sizes(model: nn.Module) -> Sizes | None:
     """The sizes that ``model`` is fixed to, or None."""
     return next((hook.sizes for hook in model._forward_pre_hooks.values() if isinstance(hook, FixedSize)), None)
+
+
+def at_another_size(example: Example) -> Example | None:
+    """``example`` with images of another size, or None where it holds none."""
+
+    def resized(x: Tensor) -> Tensor:
+        if x.ndim != 4 or not x.is_floating_point() or min(x.shape[-2:]) < STEP:
+            return x
+        # smaller where that leaves enough, because it is cheaper
+        return F.interpolate(x, [side - STEP if side >= 3 * STEP else side + STEP for side in x.shape[-2:]])
+
+    other = example.map(resized)
+    return None if sizes_of(other) == sizes_of(example) else other
 
 
 def _words(example: Sequence[Sequence[int]]) -> str:

@@ -44,11 +44,15 @@ class Trial:
 
     def settle(self, plan: Plan) -> Solution:
         """The plan without the folds that change the outputs; ``plan`` is amended with reasons."""
-        if not self._holds(plan.edits, plan.untouchable):
+        if not self.holds(plan):
             if not plan.edits or not self._holds([], plan.untouchable):
                 self._settle_affines(plan)
             plan.edits = self._settle_edits([], plan.edits, plan)
         return solve(self.model, self.norms, plan.edits)
+
+    def holds(self, plan: Plan) -> bool:
+        """Whether a plan leaves the outputs as they are."""
+        return self._holds(plan.edits, plan.untouchable)
 
     def _settle_edits(self, accepted: list[Edit], edits: list[Edit], plan: Plan) -> list[Edit]:
         """``accepted`` and those of ``edits`` that hold beside them, by bisection."""
