@@ -233,6 +233,7 @@ def test_export_writes_a_checked_file(folder: Path, tmp_path: Path, capsys: pyte
     assert lm("export", folder, "--fused", "--output", tmp_path / "model.onnx") == 0
     assert "of PyTorch's scale, reading and writing" in capsys.readouterr().out
     assert (tmp_path / "model.onnx").stat().st_size > 10_000
+    assert list(tmp_path.iterdir()) == [tmp_path / "model.onnx"]
     assert lm("export", folder, "--output", tmp_path / "nowhere" / "model.onnx") == 2
     assert "to write model.onnx into; create it first" in capsys.readouterr().err
 

@@ -46,6 +46,21 @@ def test_onnxruntime_writes_what_generate_does(fused: bool, tmp_path: Path) -> N
     assert greedy_in_onnx(tmp_path / "model.onnx", prompt.numpy()) == expected[0, 7:].tolist()
 
 
+def test_weights_that_do_not_fit_into_one_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slabformer.deployment.export_decoder.LARGEST_FILE", 20_000)
+    model = trained_looking(num_hidden_layers=1)
+    result = export_decoder(model, tmp_path / "model.onnx")
+    assert result.weights == tmp_path / "model.onnx.data"
+    assert result.weights.stat().st_size > 4 * 2 * model.lm_head.weight.numel()  # embedding and head
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in (result.path, result.weights):  # the two move together
+        path.rename(elsewhere / path.name)
+    prompt = tokens(1, 7)
+    expected = model.generate(prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert greedy_in_onnx(elsewhere / "model.onnx", prompt.numpy()) == expected[0, 7:].tolist()
+
+
 @pytest.mark.slow
 def test_grouped_keys_are_exported_too(tmp_path: Path) -> None:
     assert export_decoder(trained_looking(num_key_value_heads=1), tmp_path / "model.onnx").max_rel < 1e-4

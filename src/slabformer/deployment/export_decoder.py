@@ -25,17 +25,23 @@ from slabformer.surgery.verify import verify
 CASES = ((1, 0, 5), (2, 0, 1), (2, 7, 1), (3, 4, 3))
 
 
+#: bytes of weights in one file: a protobuf ends at 2 GiB, and holds the graph too
+LARGEST_FILE = 2**31 - 2**26
+
+
 @dataclass(frozen=True)
 class DecoderExport:
     """A file that computes what the model does.
 
     Attributes:
         path: The file.
+        weights: The file with its weights, where they are too many for one; None otherwise.
         max_abs: Largest absolute difference to PyTorch over all outputs and cases.
         max_rel: The same over the root mean square of PyTorch's outputs.
     """
 
     path: Path
+    weights: Path | None
     max_abs: float
     max_rel: float
 
@@ -78,7 +84,8 @@ def export_decoder(
 
     Args:
         model: In eval mode, on a CPU, fused or not.
-        path: To write; it holds the file only when this returns, so write beside and rename.
+        path: To write; it holds the file only when this returns, so write beside and rename. More weights than fit
+            into one file, about 2 GB, lie in :func:`weights_file` beside it, which it refers to by that name.
         rtol: Largest difference that passes, relative to the outputs' scale.
         metadata: Strings to keep in the file's header.
 
@@ -104,11 +111,23 @@ def export_decoder(
         )
         assert program is not None
         program.model.metadata_props.update(metadata or {})
-        program.save(str(path), external_data=False)
+        weights = weights_file(path) if _size(program) > LARGEST_FILE else None
+        save = require("onnx_ir", extra="export").save
+        save(program.model, str(path), external_data=None if weights is None else weights.name)
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         cases = [_case(model, *case, seed=seed) for seed, case in enumerate(CASES)]
         result = verify(decoder, Runtime(_runner(session)), cases, rtol=rtol)
-    return DecoderExport(path, result.max_abs, result.max_rel)
+    return DecoderExport(path, weights, result.max_abs, result.max_rel)
+
+
+def weights_file(path: Path) -> Path:
+    """Where the weights of an exported ``path`` lie if they do not fit into it."""
+    return path.with_name(f"{path.name}.data")
+
+
+def _size(program: Any) -> int:
+    """Bytes of the weights."""
+    return sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
 
 
 def _runner(session: Any) -> Any:

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from slabformer.cli.common import writable
 from slabformer.cli.lm.common import MODEL_HELP, quiet_transformers
 from slabformer.deployment.equality import RUNTIME_RTOL
-from slabformer.tasks.engine.files import replaced
+from slabformer.tasks.engine.files import replaced_with
 
 
 def parser() -> ArgumentParser:
@@ -18,7 +18,8 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(
         prog="slab lm export",
         description="Write a language model for onnxruntime, its cache as inputs and outputs (past.I.key and .value, "
-        "present.I.key and .value), any batch and length, checked against PyTorch.",
+        "present.I.key and .value), any batch and length, checked against PyTorch. Above 2 GB the weights lie in "
+        "a second file, model.onnx.data.",
     )
     made.add_argument("model", type=str, help=MODEL_HELP)
     made.add_argument("--output", type=Path, required=True, help="the file, model.onnx")
@@ -29,7 +30,7 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Export and check; the file appears when it has passed."""
-    from slabformer.deployment.export_decoder import export_decoder
+    from slabformer.deployment.export_decoder import export_decoder, weights_file
     from slabformer.tasks.language.folders import load_model_folder
     from slabformer.tasks.language.fusing import fuse_language_model
 
@@ -38,11 +39,13 @@ def run(config: Namespace) -> None:
     model = load_model_folder(config.model)
     if config.fused:
         model, _ = fuse_language_model(model)
-    with replaced(output) as temporary:
+    with replaced_with(output, weights_file(output)) as temporary:
         result = export_decoder(
             model, temporary, rtol=config.rtol, metadata={"slabformer": model.config.to_json_string()}
         )
+    files = [output] if result.weights is None else [output, weights_file(output)]
+    size = sum(file.stat().st_size for file in files)
     sys.stdout.write(
-        f"{output}: {output.stat().st_size / 1e6:.1f} MB, within {result.max_rel:.1e} of PyTorch's scale, "
+        f"{' and '.join(map(str, files))}: {size / 1e6:.1f} MB, within {result.max_rel:.1e} of PyTorch's scale, "
         "reading and writing\n"
     )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 TEMPORARY = ".part"
 
@@ -28,6 +29,29 @@ def replaced(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def replaced_with(path: Path, companion: Path) -> Iterator[Path]:
+    """:func:`replaced` for a file that may come with another one, which it names, as ONNX names its weights.
+
+    What the block writes into the folder of the path that it gets, under the two files' own names, takes their places.
+    The two never stand beside each other unless they belong together: ``path`` is away while ``companion`` moves.
+    """
+    with TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        beside = temporary.with_name(companion.name)
+        for file in (temporary, beside):
+            if file.exists():
+                sync_file(file)
+        if beside.exists() or companion.exists():
+            path.unlink(missing_ok=True)
+            companion.unlink(missing_ok=True)
+        for source, target in ((beside, companion), (temporary, path)):
+            if source.exists():
+                os.replace(source, target)  # noqa: PTH105 - the one call that is atomic on every platform
     sync_folder(path.parent)
 
 
