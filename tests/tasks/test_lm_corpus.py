@@ -86,6 +86,19 @@ def test_a_stream_holds_out_its_first_documents_and_reorders_the_rest(tmp_path: 
     assert first == list(corpus.training(seed=0, epoch=0))
 
 
+@pytest.mark.parametrize("files", [1, 4], ids=["one-file", "a-file-each"])
+def test_processes_share_a_stream_without_what_is_held_out(files: int, tmp_path: Path) -> None:
+    texts = sentences(41)
+    for index in range(files):
+        (tmp_path / f"{index}.txt").write_text("\n".join(texts[index::files]))
+    corpus = Corpus(DataConfig(path=str(tmp_path), document="line", validation=5, stream=True, shuffle_buffer=10))
+    alone = list(corpus.training(seed=0, epoch=2))
+    shares = [list(corpus.training(0, 2, rank, 4)) for rank in range(4)]
+    assert [len(share) for share in shares] == [9, 9, 9, 9]
+    assert [text for row in zip(*shares, strict=True) for text in row] == alone
+    assert sorted(alone + list(corpus.held_out())) == sorted(texts)
+
+
 def test_the_digest_sees_where_documents_end() -> None:
     assert sha256_of(["ab", "c"]) != sha256_of(["a", "bc"])
     assert sha256_of(["ab", "c"]) == sha256_of(["ab", "c"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +47,20 @@ def test_positions_restart_with_documents_and_blocks_and_first_tokens_have_no_la
 
 
 def test_a_stream_gives_the_blocks_that_memory_does() -> None:
-    blocks, stream = PackedBlocks(DOCUMENTS, CONTEXT), list(BlockStream(lambda epoch: DOCUMENTS, CONTEXT))
-    assert len(stream) == len(blocks)
-    for index, block in enumerate(stream):
+    blocks, stream = PackedBlocks(DOCUMENTS, CONTEXT), BlockStream(lambda *share: DOCUMENTS, CONTEXT)
+    for index, block in enumerate(islice(stream, len(blocks))):
         for name, value in blocks[index].items():
             assert_close(block[name], value, EXACT)
 
 
-def test_a_stream_draws_the_documents_of_its_epoch() -> None:
-    stream = BlockStream(lambda epoch: [[epoch] * CONTEXT], CONTEXT)
-    stream.set_epoch(3)
-    assert next(iter(stream))["input_ids"].tolist() == [3] * CONTEXT
+def test_a_stream_goes_on_with_the_next_epoch() -> None:
+    stream = BlockStream(lambda epoch, rank, world_size: [[epoch, rank, world_size]], 3).share(1, 2)
+    assert [block["input_ids"].tolist() for block in islice(stream, 3)] == [[0, 1, 2], [1, 1, 2], [2, 1, 2]]
+
+
+def test_a_stream_without_documents_for_a_process_is_told() -> None:
+    with pytest.raises(ValueError, match="no document left to train on for process 3 of 4"):
+        next(iter(BlockStream(lambda *share: [], CONTEXT, 3, 4)))
 
 
 def test_batches_keep_the_order_and_shorter_blocks_apart() -> None:

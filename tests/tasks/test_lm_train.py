@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from slabformer.tasks.engine.signals import StoppedError
 from slabformer.tasks.language.build import config_of_model
 from slabformer.tasks.language.config import ModelConfig, TrainConfig
 from slabformer.tasks.language.corpus import DataConfig
+from slabformer.tasks.language.packing import BlockStream, collate
 from slabformer.tasks.language.text import read_text
 from slabformer.tasks.language.tokens import TokenizerConfig
-from slabformer.tasks.language.train import train
+from slabformer.tasks.language.train import build_model, train, training_arguments
 from slabformer.tasks.language.trainer import LanguageTrainer
 from slabformer.tasks.language.watch import SignalCallback
 from tolerances import EXACT, assert_close
@@ -134,16 +136,55 @@ def test_a_half_written_checkpoint_is_not_gone_on_from(tmp_path: Path, monkeypat
 
 
 def test_streamed_text_trains(tmp_path: Path) -> None:
-    config = tiny_config(
-        tmp_path / "run",
-        data=DataConfig(path=str(tmp_path / "text.txt"), document="line", stream=True, validation=10),
-        tokenizer=TokenizerConfig(vocab_size=300, documents=50),
-        recalibrate=RecalibrateConfig(batches=2),
-    )
-    summary = train(config).summary
+    tiny_config(tmp_path / "run")  # writes the text
+    summary = train(streamed(tmp_path / "run")).summary
     assert summary["data"]["held_out_documents"] == 10
     assert summary["perplexity"] < 300
     assert "bigram_perplexity" not in summary
+
+
+def streamed(output: Path, **changes: Any) -> TrainConfig:
+    return tiny_config(
+        output,
+        data=DataConfig(path=str(output.parent / "text.txt"), document="line", stream=True, validation=10),
+        tokenizer=TokenizerConfig(vocab_size=300, documents=50),
+        recalibrate=RecalibrateConfig(batches=2),
+        **changes,
+    )
+
+
+def test_a_stream_that_was_stopped_in_a_later_epoch_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(sentences(30)))  # 20 to train on: two steps an epoch
+    whole = train(streamed(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)
+        with pytest.raises(StoppedError):
+            train(streamed(tmp_path / "run"))
+    monkeypatch.setattr("slabformer.tasks.language.text.train_tokenizer", None)  # the checkpoint has one
+    resumed = train(streamed(tmp_path / "run"))
+    expected, actual = (load_file(result.output / "model.safetensors") for result in (whole, resumed))
+    for name, value in expected.items():
+        assert_close(actual[name], value, EXACT)
+
+
+def test_each_process_of_several_reads_its_own_share(tmp_path: Path) -> None:
+    config = streamed(tmp_path / "run")
+    tiny_config(tmp_path / "run")  # writes the text
+    text, arguments = read_text(config), training_arguments(config)
+    seen = []
+    for rank in range(2):
+        data = {"train_dataset": text.train, "eval_dataset": text.held_out, "data_collator": collate}
+        trainer = LanguageTrainer(build_model(config, text), arguments, **data)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(arguments), "process_index", rank)
+            patch.setattr(type(arguments), "world_size", 2)
+            seen.append([batch["input_ids"] for batch in trainer.training_batches(3)])
+        assert isinstance(text.train, BlockStream)
+        own = islice(text.train.share(rank, 2), 12)
+        assert_close(torch.cat(seen[rank]), torch.stack([block["input_ids"] for block in own]), EXACT)
+    assert not torch.equal(seen[0][0], seen[1][0])
 
 
 def test_recalibration_takes_the_population_of_the_training_blocks(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,11 +81,16 @@ class Corpus:
         """The first documents of a stream."""
         return (text for text in self._texts(self._rows.take(int(self.config.validation))) if text.strip())
 
-    def training(self, seed: int, epoch: int = 0) -> Iterator[str]:
-        """The other documents of a stream, drawn from a buffer, in another order every epoch."""
+    def training(self, seed: int, epoch: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[str]:
+        """The other documents of a stream, drawn from a buffer, in another order every epoch.
+
+        Of several processes each reads the whole stream and keeps every ``world_size``-th document: their shares are
+        the stream in turn, however many files it has, and tokenizing, which takes longest, is shared.
+        """
         rows = self._rows.skip(int(self.config.validation))
         shuffled = rows.shuffle(seed=seed + epoch, buffer_size=self.config.shuffle_buffer)
-        return (text for text in self._texts(shuffled) if text.strip())
+        texts = (text for text in self._texts(shuffled) if text.strip())
+        return islice(texts, rank, None, world_size)
 
     def _texts(self, rows: Any) -> Iterator[str]:
         field = self.config.text_field

@@ -7,6 +7,7 @@ across documents, **if no cache is used**: with ``use_cache=True``, its default,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -54,30 +55,52 @@ class PackedBlocks(Dataset[Block]):
         return block_of(self._ids[part], self._starts[part])
 
 
+#: an epoch's documents as token ids, of one process of several: ``(epoch, rank, world_size)``
+Documents = Callable[[int, int, int], Iterable[Sequence[int]]]
+
+
 class BlockStream(IterableDataset[Block]):
-    """Blocks made from documents as they come.
+    """Blocks made from documents as they come, epoch after epoch without an end.
+
+    No epoch ends by itself, since the processes' shares are of different lengths and none may wait for the others.
 
     Args:
-        documents: Gives an epoch's token ids, document by document.
+        documents: Gives the documents of one process in one epoch.
         context: Tokens of a block.
+        rank: Of this process.
+        world_size: How many there are.
+
+    Raises:
+        ValueError: Out of iterating, if an epoch has no document for this process.
     """
 
-    def __init__(self, documents: Callable[[int], Iterable[Sequence[int]]], context: int) -> None:
-        self.documents, self.context = documents, context
-        self.epoch = 0
+    def __init__(self, documents: Documents, context: int, rank: int = 0, world_size: int = 1) -> None:
+        self.documents, self.context, self.rank, self.world_size = documents, context, rank, world_size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose documents come next."""
-        self.epoch = epoch
+    def share(self, rank: int, world_size: int) -> BlockStream:
+        """The same for one process of several."""
+        return BlockStream(self.documents, self.context, rank, world_size)
 
     def __iter__(self) -> Iterator[Block]:
         ids, starts = np.zeros(0, np.int32), np.zeros(0, bool)
-        for document in self.documents(self.epoch):
+        for document in self._endless():
             ids = np.concatenate([ids, np.asarray(document, dtype=np.int32)])
             starts = np.concatenate([starts, _first(len(document))])
             while len(ids) >= self.context:
                 yield block_of(ids[: self.context], starts[: self.context])
                 ids, starts = ids[self.context :], starts[self.context :]
+
+    def _endless(self) -> Iterator[Sequence[int]]:
+        for epoch in itertools.count():
+            found = False
+            for document in self.documents(epoch, self.rank, self.world_size):
+                found = True
+                yield document
+            if not found:
+                raise ValueError(
+                    f"the stream has no document left to train on for process {self.rank} of {self.world_size}; "
+                    "give more text, or hold out less with data.validation"
+                )
 
 
 def block_of(ids: np.ndarray, starts: np.ndarray) -> Block:

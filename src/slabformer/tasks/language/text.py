@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,8 +26,12 @@ class TrainingText:
     """For the run's summary: path, digest of the text (of a stream, of its held-out documents), sizes."""
 
 
-def read_text(config: TrainConfig) -> TrainingText:
+def read_text(config: TrainConfig, checkpoint: Path | None = None) -> TrainingText:
     """Read, split, tokenize and pack the text of ``config``.
+
+    Args:
+        config: Of the run.
+        checkpoint: Where the run goes on: its tokenizer is taken instead of training one anew.
 
     Raises:
         ValueError: If there is no text or too little, or the tokenizer does not fit the model.
@@ -35,13 +40,13 @@ def read_text(config: TrainConfig) -> TrainingText:
     corpus, context = Corpus(config.data), config.model.context
     if config.data.stream:
         held_out = list(corpus.held_out())
-        tokenizer = _tokenizer(config, corpus.training(config.seed))
+        tokenizer = _tokenizer(config, corpus.training(config.seed), checkpoint)
         train: PackedBlocks | BlockStream = BlockStream(partial(_stream, corpus, tokenizer, config.seed), context)
         record: dict[str, object] = {"held_out_sha256": sha256_of(held_out)}
     else:
         documents = list(corpus)
         training, held_out = split_documents(config.data, documents)
-        tokenizer = _tokenizer(config, training)
+        tokenizer = _tokenizer(config, training, checkpoint)
         train = PackedBlocks(encode(tokenizer, training), context)
         record = {"sha256": sha256_of(documents), "documents": len(documents), "train_tokens": train.num_tokens}
     if not held_out:
@@ -51,14 +56,19 @@ def read_text(config: TrainConfig) -> TrainingText:
     return TrainingText(tokenizer=tokenizer, train=train, held_out=blocks, record={"path": config.data.path, **record})
 
 
-def _tokenizer(config: TrainConfig, documents: Iterator[str] | Sequence[str]) -> PreTrainedTokenizerBase:
-    if config.tokenizer.path is None:
+def _tokenizer(
+    config: TrainConfig, documents: Iterator[str] | Sequence[str], checkpoint: Path | None
+) -> PreTrainedTokenizerBase:
+    given = config.tokenizer.path or checkpoint
+    if given is None:
         tokenizer = train_tokenizer(documents, config.tokenizer, config.model.context)
     else:
-        tokenizer = load_tokenizer(config.tokenizer.path)
+        tokenizer = load_tokenizer(given)
     check_vocabulary(tokenizer, config.model.vocab_size or len(tokenizer))
     return tokenizer
 
 
-def _stream(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, epoch: int) -> Iterator[list[int]]:
-    return encode(tokenizer, corpus.training(seed, epoch))
+def _stream(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, epoch: int, rank: int, world_size: int
+) -> Iterator[list[int]]:
+    return encode(tokenizer, corpus.training(seed, epoch, rank, world_size))

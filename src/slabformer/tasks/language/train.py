@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> TrainResult:
     folder, found = open_folder(config, LanguageRunFolder)
     if found == "finished":
         return TrainResult(output=folder.path, summary=folder.result(), already_finished=True)
-    text = read_text(config)
+    text = read_text(config, latest_checkpoint(folder.path) if found == "unfinished" else None)
     reseed(config.seed)
     model = build_model(config, text)
     arguments = training_arguments(config)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 
 import slabformer as sf
@@ -22,7 +22,7 @@ from slabformer.tasks.engine.nonfinite import (
     first_nonfinite_module,
     first_nonfinite_tensor,
 )
-from slabformer.tasks.language.packing import batches_of
+from slabformer.tasks.language.packing import BlockStream, batches_of
 from slabformer.tasks.language.perplexity import Perplexity, perplexity
 
 #: written last into a checkpoint: its presence says that the checkpoint is whole
@@ -46,6 +46,14 @@ class LanguageTrainer(Trainer):
         """The model, not wrapped."""
         assert isinstance(self.model, PreTrainedModel)
         return self.model
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As transformers'; of a stream, each process reads and tokenizes its own share."""
+        if not isinstance(self.train_dataset, BlockStream):
+            return super().get_train_dataloader()
+        stream = self.train_dataset.share(self.args.process_index, self.args.world_size)
+        # accelerate is not asked to prepare it: it would have the first process read for all
+        return DataLoader(stream, self.args.train_batch_size, collate_fn=self.data_collator)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As transformers', watching the loss."""
