@@ -93,3 +93,13 @@ def test_more_models_compile_side_by_side_than_one_cache_holds() -> None:
             assert torch.allclose(Compiled(model, torch.device("cpu"))(x), model(x), atol=1e-6)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert compiled == torch._dynamo.config.recompile_limit + 2
+
+
+def test_weights_are_frozen_into_the_program() -> None:
+    model, x = nn.Linear(8, 4).eval(), torch.randn(3, 8)
+    program = Compiled(model, torch.device("cpu"))
+    with torch.no_grad():
+        before, other = program(x), program(x[:2])
+        model.weight.zero_()
+        assert torch.equal(program(x), before)
+        assert torch.equal(program(x[:2]), other)

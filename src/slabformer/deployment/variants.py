@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
@@ -75,13 +76,21 @@ class Compiled(nn.Module):
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__()
-        options: dict[str, Any] = {"triton.cudagraphs": True} if device.type == "cuda" else {"freezing": True}
         self.train(False)
-        self.run = torch.compile(_own_code(model), dynamic=False, options=options)
+        self._settings: dict[str, Any] = {"triton.cudagraphs": True} if device.type == "cuda" else {"freezing": True}
+        self._compiled_for: set[tuple[torch.Size, ...]] = set()
+        self.run = torch.compile(_own_code(model), dynamic=False, options=self._settings)
 
     def forward(self, *inputs: Tensor) -> object:
         """The model's outputs."""
-        return self.run(*inputs)
+        shapes = tuple(each.shape for each in inputs)
+        if shapes in self._compiled_for:
+            return self.run(*inputs)
+        # options reach the compiler's back end alone; whether weights are constants is decided in front of it
+        with inductor_config.patch(self._settings):
+            outputs = self.run(*inputs)
+        self._compiled_for.add(shapes)
+        return outputs
 
 
 def _own_code(model: nn.Module) -> Callable[..., object]:
