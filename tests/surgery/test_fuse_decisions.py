@@ -93,6 +93,17 @@ def test_gpt2s_transposed_weights_take_a_norm_over() -> None:
     assert outcomes(model) == [("norm", "forward", ("c_attn",), "")]
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 6), (4, 6)], ids=["matmul", "mm"])
+def test_a_linear_written_as_a_product_takes_a_norm_over(shape: tuple[int, ...]) -> None:
+    class Product(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x @ self.weight.T
+            return y if self.bias is None else y + self.bias
+
+    model = net(lambda m, x: m.product(m.norm(x)), norm=norm(), product=Product(6, 3, bias=False))
+    assert outcomes(model, tokens(*shape)) == [("norm", "forward", ("product",), "")]
+
+
 def test_multihead_attention_takes_a_norm_over_in_its_packed_weight() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.norm(x)

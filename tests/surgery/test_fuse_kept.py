@@ -21,7 +21,9 @@ KEPT = {
     "sum": (lambda m, x: m.linear(m.norm(x).sum(1)), "its output feeds a sum"),
     "activation": (lambda m, x: m.linear(F.gelu(m.norm(x))), "its output feeds a gelu"),
     "output": (lambda m, x: m.norm(x.sin()), "its output is the model's output"),
-    "raw matmul": (lambda m, x: m.norm(x) @ m.linear.weight, "its output feeds a matmul"),
+    "product of two": (lambda m, x: m.norm(x) @ x.mT, "its output feeds a matmul"),
+    "raw matmul": (lambda m, x: m.norm(x) @ m.linear.weight, "linear has no bias to take the shift"),
+    "factor of a matmul": (lambda m, x: m.linear.weight @ m.norm(x).mT, "its output feeds a matmul"),
     "tokens mixed": (lambda m, x: m.mix(m.norm(x).mT), "a Linear mixes another axis than its channels"),
     "weight computed": (lambda m, x: F.linear(m.norm(x), m.linear.weight * 2), "computed in the forward"),
     "bias computed": (

@@ -21,6 +21,8 @@ _CONVS = {
     aten.conv2d.padding: 2,
     aten.conv3d.padding: 3,
 }
+#: a Linear where what they multiply by is a parameter, written as ``x @ weight.T`` (Falcon)
+_PRODUCTS = {aten.matmul.default, aten.mm.default}
 #: they read their input by Linears; what they return is no map of it
 _RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 
@@ -72,6 +74,8 @@ def site_of(node: Node) -> Site | None:
 
     if node.target is aten.linear.default:
         return Site(node, arg(0, "input"), arg(1, "weight"), arg(2, "bias"))
+    if node.target in _PRODUCTS and _is_parameter(arg(1, "mat2")):
+        return Site(node, arg(0, "input"), arg(1, "mat2"), None, transposed=True)
     if node.target is aten.addmm.default and arg(3, "beta", 1) == arg(4, "alpha", 1) == 1:
         return Site(node, arg(1, "mat1"), arg(2, "mat2"), arg(0, "self"), transposed=True)
     spatial = _CONVS.get(node.target)  # type: ignore[call-overload]
@@ -81,6 +85,13 @@ def site_of(node: Node) -> Site | None:
     padded = padding == "same" or (not isinstance(padding, str) and any(padding))
     operands = (arg(0, "input"), arg(1, "weight"), arg(2, "bias"))
     return Site(node, *operands, words="convolution", axis=-1 - spatial, groups=groups, padded=padded)
+
+
+def _is_parameter(node: Any) -> bool:
+    """Whether it is a matrix that comes from outside of the graph, transposed or not."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder" and node.meta["val"].ndim == 2
 
 
 def readers_of_input(node: Node) -> list[Site]:
