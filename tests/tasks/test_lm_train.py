@@ -229,9 +229,14 @@ def test_a_nan_ends_the_run_and_names_its_origin(tmp_path: Path, monkeypatch: py
             {"model": ModelConfig(hidden_size=30, num_attention_heads=2)},
             "hidden_size must be a multiple of twice the 2 heads",
         ),
+        ({"model": ModelConfig(**SIZES, args={"num_key_value_heads": 3})}, "must divide the 2 heads, got 3"),
+        (
+            {"model": ModelConfig(**SIZES, args={"num_key_value_head": 1})},
+            "unknown model.args.num_key_value_head; did you mean 'num_key_value_heads'",
+        ),
         ({"gamma": FadeConfig(warmup=0.5, fade=0.8)}, "schedule would end after training"),
     ],
-    ids=["empty", "vocabulary", "short", "heads", "gamma"],
+    ids=["empty", "vocabulary", "short", "heads", "groups", "argument", "gamma"],
 )
 def test_mistakes_are_told_before_training(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
@@ -239,6 +244,7 @@ def test_mistakes_are_told_before_training(changes: dict[str, Any], message: str
         changes = {"data": DataConfig(path=str(tmp_path / "empty.txt"))}
     with pytest.raises(ValueError, match=message):
         train(tiny_config(tmp_path / "run", **changes))
+    assert train(tiny_config(tmp_path / "run", steps=3)).summary["steps"] == 3  # the folder is free for the mended run
 
 
 @pytest.mark.parametrize(

@@ -66,5 +66,8 @@ def _prompt(config: Namespace) -> str:
     if (config.prompt is None) == (config.file is None):
         raise ValueError("give a prompt, or --file, and only one of them; - reads standard input")
     if config.file is not None:
-        return config.file.read_text(encoding="utf-8").rstrip("\n")
+        try:
+            return config.file.read_text(encoding="utf-8").rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{config.file} is no text in UTF-8 ({error.reason})") from error
     return sys.stdin.read().rstrip("\n") if config.prompt == STDIN else config.prompt

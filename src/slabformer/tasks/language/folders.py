@@ -59,7 +59,9 @@ class LanguageRunFolder(RunFolder):
         return self.path / "summary.json"
 
     def look(self) -> Found:
-        """As :meth:`RunFolder.look`."""
+        """As :meth:`RunFolder.look`; a run that left no checkpoint holds nothing, and another may take its place."""
+        if self.path.is_dir() and not self.result_path.exists() and latest_checkpoint(self.path) is None:
+            return "new"
         found = super().look()
         return "unfinished" if found == "new" and latest_checkpoint(self.path) is not None else found
 

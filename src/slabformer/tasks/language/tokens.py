@@ -46,6 +46,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: If there is none, or it marks no end of text.
     """
+    if Path(path).is_dir() and not _holds_tokenizer(Path(path)):
+        raise ValueError(
+            f"no tokenizer at {str(path)!r}: none of {', '.join(FILES)} is there; copy one beside the model"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -62,8 +66,7 @@ def tokenizer_beside(model: str | Path, vocab_size: int) -> PreTrainedTokenizerB
     Raises:
         ValueError: If it cannot be read, or has tokens outside of ``vocab_size``.
     """
-    folder = Path(model)
-    if folder.is_dir() and not any((folder / name).is_file() for name in FILES):
+    if Path(model).is_dir() and not _holds_tokenizer(Path(model)):
         logger.warning("%s holds no tokenizer; copy one beside the weights to generate or evaluate", model)
         return None
     tokenizer = load_tokenizer(model)
@@ -118,3 +121,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
             f"the tokenizer has tokens up to {largest}, the model a vocabulary of {vocab_size}; "
             f"give the model's own tokenizer, or model.args.vocab_size of at least {largest + 1}"
         )
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in FILES)
