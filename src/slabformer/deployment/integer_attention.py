@@ -1,0 +1,89 @@
+"""Linear attention as integer runtimes like it: nothing between its products but what they can absorb."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slabformer.nn.attention import SimplifiedLinearAttention
+from slabformer.nn.resample import Grid, resample_table, resolve_grid
+
+#: of the normaliser, as in :func:`slabformer.ops.linear_attention`
+EPS = 1e-6
+
+
+class IntegerLinearAttention(nn.Module):
+    """:class:`SimplifiedLinearAttention` whose heads share one product of full width, for OpenVINO's 8-bit kernels.
+
+    Head by head, queries, keys and values must be cut out of one projection, transposed, and transposed back, and each
+    copy costs an integer model what a projection does. Here projections are apart, so that ReLU and rounding happen
+    as they write, and ``K^T V`` is taken over all channels at once: what channels of different heads have in common is
+    multiplied by 0. The kernels of the depthwise branch are repeated for every head.
+
+    Args:
+        attention: In eval mode; its weights are copied.
+
+    Shape:
+        ``(B, N, C)`` to the same.
+    """
+
+    mask: Tensor
+    key_mask: Tensor
+
+    def __init__(self, attention: SimplifiedLinearAttention) -> None:
+        super().__init__()
+        dim, heads = attention.dim, attention.num_heads
+        self.heads, self.grid_size = (heads, dim // heads), attention.grid_size
+        self.q, self.k, self.v = _split(attention.qkv)
+        self.proj = attention.proj
+        self.table = nn.Parameter(attention.positional_encoding.detach().clone())
+        self.dwc = _repeated(attention.dwc, heads)
+        head_of = torch.arange(dim) // self.heads[1]
+        self.register_buffer("mask", (head_of[:, None] == head_of).to(self.table), persistent=False)
+        # signs in turn: OpenVINO multiplies unsigned by signed integers, and sums of keys are unsigned
+        signs = 1 - 2 * (torch.arange(heads) % 2)
+        key_mask = (head_of[:, None] == torch.arange(heads)) * signs
+        self.register_buffer("key_mask", key_mask.to(self.table), persistent=False)
+        self.train(False)
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, grid_size: Grid | None = None
+    ) -> Tensor:
+        """Attention over tokens ``(B, N, C)`` on ``grid_size``; by default the table's, or a square.
+
+        Raises:
+            ValueError: If there is a mask, or tokens form no grid.
+        """
+        if attn_mask is not None or is_causal:
+            raise ValueError("attention in integers takes no mask; quantize the model without one")
+        grid = resolve_grid(x.shape[1], grid_size, self.grid_size)
+        q, k, v = self.q(x).relu(), (self.k(x) + self._table(grid)).relu(), self.v(x)
+        local = self.dwc(v.unflatten(1, grid).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        scale = k.shape[1] ** -0.5  # on the small tensors
+        kv = (k.transpose(1, 2) @ v) * (self.mask * scale)  # (B, C, C)
+        sums = k.sum(1).unsqueeze(2) * (self.key_mask * scale)  # (B, C, num_heads)
+        normaliser = (q @ sums).abs() + EPS * scale  # (B, N, num_heads)
+        out = (q @ kv).unflatten(2, self.heads) / normaliser.unsqueeze(3) + local.unflatten(2, self.heads)
+        return self.proj(out.flatten(2))
+
+    def _table(self, grid: Grid) -> Tensor:
+        return self.table if grid == self.grid_size else resample_table(self.table, self.grid_size, grid)
+
+
+def _split(qkv: nn.Linear) -> list[nn.Linear]:
+    parts = []
+    biases = [None] * 3 if qkv.bias is None else qkv.bias.detach().chunk(3)
+    for weight, bias in zip(qkv.weight.detach().chunk(3), biases, strict=True):
+        part = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None).to(weight)
+        part.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+        parts.append(part)
+    return parts
+
+
+def _repeated(shared: nn.Conv2d, times: int) -> nn.Conv2d:
+    """The depthwise convolution ``shared`` by ``times`` heads as one over all their channels."""
+    dim, size = times * shared.in_channels, shared.kernel_size[0]
+    conv = nn.Conv2d(dim, dim, size, padding=size // 2, groups=dim, bias=shared.bias is not None).to(shared.weight)
+    repeats = {name: value.repeat(times, *[1] * (value.ndim - 1)) for name, value in shared.state_dict().items()}
+    conv.load_state_dict(repeats)
+    return conv
