@@ -70,7 +70,7 @@ def somebody_elses(architecture: str, seed: int = 0, **changes: Any) -> PreTrain
     torch.manual_seed(seed)
     sizes = {**SIZES, "num_key_value_heads": 1, "vocab_size": 300, "max_position_embeddings": 64}
     others = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False}
-    config = AutoConfig.for_model(architecture, **sizes, **others | changes)
+    config = AutoConfig.for_model(architecture, **sizes | others | changes)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     sf.convert_norms_(model, eps=1e-3)
     sf.testing.randomize_norms_(model, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import subprocess
@@ -186,6 +187,14 @@ def test_the_published_folder_is_imported(fuse: bool, tmp_path: Path, capsys: py
         (["eval", "MODEL", "--data", "pydoc", "--stride", 64], "stride must be in [1, 63]"),
         (["fuse", "FADING", "--output", "out"], "still holds its RMSNorms (gamma is 0.5)"),
         (["import", "nowhere", "--output", "out"], "no config.json in 'nowhere'"),
+        (["fuse", "MODEL", "--output", "BYTES"], "is a file; give a folder to write"),
+        (["generate", "MODEL", "--file", "BYTES"], "is no text in UTF-8 (invalid start byte at byte 0)"),
+        (["eval", "MODEL", "--tasks", "BYTES"], "is no text in UTF-8"),
+        (["eval", "MODEL", "--data", "pydoc", "--batch-size", 0], "batch_size"),
+        (["bench", "MODEL", "--batch-sizes", 0], "batch_sizes"),
+        (["bench", "MODEL", "--threads", 0], "threads"),
+        (["bench", "MODEL", "--output", "BYTES"], "is a file; give a folder to write"),
+        (["bench", "BAD.yaml"], "BAD.yaml is no recipe"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -198,7 +207,9 @@ def test_mistakes_cost_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    known: dict[object, object] = {"MODEL": folder}
+    known: dict[object, object] = {"MODEL": folder, "BYTES": tmp_path / "bytes.jsonl"}
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "BAD.yaml").write_text("steps: many\n")
     if "FADING" in arguments:
         known["FADING"] = saved(tmp_path / "fading", gamma=0.5)
     assert lm(*(known.get(argument, argument) for argument in arguments)) == 2
@@ -219,6 +230,17 @@ def test_bench_prints_every_form_of_a_folder_and_of_a_recipe(
         printed = capsys.readouterr().out
         assert all(name in printed for name in ("RMSNorm twin", "as given", "fused", "ceiling", model.stem))
     assert (tmp_path / "out" / "decode.csv").exists()
+
+
+def test_bench_gives_somebody_elses_converted_model_its_twin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model_folder(somebody_elses("mistral", max_position_embeddings=80), None, tmp_path)
+    options = ("--batch-sizes", 1, "--prompt-tokens", 4, "--seconds", 0, "--no-compile", "--threads", 1)
+    assert lm("bench", tmp_path, *options, "--output", tmp_path / "out") == 0
+    with (tmp_path / "out" / "decode.csv").open() as file:
+        parameters = {row["variant"]: int(row["parameters"]) for row in csv.DictReader(file)}
+    assert parameters["LayerNorm twin"] < parameters["as given"]
 
 
 def test_bench_refuses_a_fused_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,12 +72,16 @@ def test_every_form_has_a_row_and_ratios_hang_together(report: DecodeReport) -> 
 
 
 def test_files_and_table_hold_the_rows(report: DecodeReport, tmp_path: Path) -> None:
-    table, values = report.write(tmp_path)
+    table, values, page = report.write(tmp_path)
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["variant"] for row in rows] == [row.variant for row in report.rows]
     assert json.loads(values.read_text())["machine"]["threads"] == report.machine.threads
     assert report.table().row_count == len(report.rows)
+    lines = page.read_text().splitlines()
+    assert sum(line.startswith(("| 1 |", "| 3 |")) for line in lines) == len(report.rows)
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert any("torch" in line and "transformers" in line for line in lines)
 
 
 def test_the_ceiling_has_no_norm_and_the_model_keeps_its_own() -> None:
@@ -85,6 +89,7 @@ def test_the_ceiling_has_no_norm_and_the_model_keeps_its_own() -> None:
     ceiling = without_norms(given)
     assert not repbn_modules(ceiling)
     assert len(repbn_modules(given)) == 5
+    assert ceiling.lm_head.weight is given.lm_head.weight
     assert not [
         name for name, module in without_norms(model("rmsnorm")).named_modules() if "RMSNorm" in str(type(module))
     ]

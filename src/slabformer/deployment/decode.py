@@ -62,7 +62,7 @@ def compare_decoding(
         prompt_tokens: Length of the prompt.
         threads: torch's, on a CPU; all cores by default.
         compiled: Also measure ``torch.compile``.
-        seconds: Of measuring for each batch size, for prompts and for tokens each.
+        seconds: Of measuring for each batch size, for prompts and for tokens each; 8 rounds are taken in any case.
         name: What the report calls the model.
         progress: Told what is being done.
 
@@ -81,17 +81,16 @@ def compare_decoding(
         equality = verify_fused(Logits(given), Logits(variants["fused"]), [(ids[:2],)]) if "fused" in variants else None
         rows: list[Decoding] = []
         for batch_size in batch_sizes:
-            writers = _writers(variants, ids[:batch_size], compiled, progress)
-            progress(f"batch size {batch_size}: {', '.join(' '.join(key) for key in writers)}")
-            rows += _measure(variants, writers, seconds)
+            rows += _measure(variants, _writers(variants, ids[:batch_size], compiled, progress), seconds, progress)
+            torch.compiler.reset()  # a program holds weights of its own
     return DecodeReport(
         model=name, machine=Machine.here(given.device), prompt_tokens=prompt_tokens, rows=rows, equality=equality
     )
 
 
 def without_norms(model: PreTrainedModel) -> PreTrainedModel:
-    """The ceiling: a copy of ``model`` with every norm deleted."""
-    ceiling = copy.deepcopy(model)
+    """The ceiling: ``model`` with every norm deleted, a copy that shares the weights of all else."""
+    ceiling = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     kinds = (PRepBN, RepBN, Affine, Folded, nn.LayerNorm, nn.RMSNorm)
     for name, module in list(ceiling.named_modules()):
         if isinstance(module, kinds) or type(module).__name__.endswith("RMSNorm"):
@@ -211,9 +210,14 @@ class _Written(nn.Module):
 
 
 def _measure(
-    variants: Mapping[Variant, PreTrainedModel], writers: Mapping[Key, Writer], seconds: float
+    variants: Mapping[Variant, PreTrainedModel],
+    writers: Mapping[Key, Writer],
+    seconds: float,
+    progress: Callable[[str], None],
 ) -> list[Decoding]:
-    device = next(iter(writers.values())).prompt.device
+    prompt = next(iter(writers.values())).prompt
+    device = prompt.device
+    progress(f"batch size {len(prompt)}: {', '.join(' '.join(key) for key in writers)}")
     reading = time_interleaved({key: writer.read for key, writer in writers.items()}, seconds=seconds, device=device)
     writing = time_interleaved({key: writer.write for key, writer in writers.items()}, seconds=seconds, device=device)
     rows = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,10 @@ HEADINGS = (
     *("first token ms", "prompt tokens/s", "p50 ms", "p90 ms", "tokens/s"),
     *("x twin", "x given", "of ceiling", "peak MiB", "params"),
 )
+
+
+#: what a language model's variants are called, where it is not what others' are
+VARIANT_NAMES: dict[str, str] = {"LayerNorm twin": "RMSNorm twin", "ceiling": "ceiling (norms deleted)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,7 @@ class Decoding:
     over_given: float | None
     of_ceiling: float | None
 
-    def cells(self, names: dict[str, str]) -> tuple[str, ...]:
+    def cells(self, names: Mapping[str, str]) -> tuple[str, ...]:
         """The row as text, in the table's order."""
 
         def times(value: float | None) -> str:
@@ -107,7 +112,7 @@ class DecodeReport:
             if before not in (None, (row.batch_size, row.mode)):
                 table.add_section()
             before = (row.batch_size, row.mode)
-            table.add_row(*row.cells({"LayerNorm twin": "RMSNorm twin"}))
+            table.add_row(*row.cells(VARIANT_NAMES))
         return table
 
     def caption(self) -> str:
@@ -119,14 +124,25 @@ class DecodeReport:
         """For JSON."""
         return asdict(self)
 
+    def markdown(self) -> str:
+        """The table as a page, with what must stand beside the figures."""
+        names = ("batch", "mode", "variant", *HEADINGS)
+        rows = [names, ("---:", "---", "---", *["---:"] * len(HEADINGS))]
+        rows += [row.cells(VARIANT_NAMES) for row in self.rows]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        title = f"# Writing speed of {self.model} after {self.prompt_tokens} tokens"
+        notes = "\n".join(f"- {line}" for line in self.caption().splitlines())
+        return f"{title}\n\n{table}\n\n{notes}\n"
+
     def write(self, folder: Path) -> list[Path]:
-        """Write ``decode.csv`` and ``decode.json`` into ``folder``; returns their paths."""
+        """Write ``decode.csv``, ``decode.json`` and ``decode.md`` into ``folder``; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / "decode.csv", folder / "decode.json"]
+        paths = [folder / f"decode.{suffix}" for suffix in ("csv", "json", "md")]
         rows = [{"model": self.model, "prompt_tokens": self.prompt_tokens, **asdict(row)} for row in self.rows]
         with paths[0].open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         paths[1].write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        paths[2].write_text(self.markdown(), encoding="utf-8")
         return paths

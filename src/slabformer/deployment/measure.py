@@ -217,6 +217,6 @@ def _processor() -> str:
 
 def _versions() -> dict[str, str]:
     versions = {"slabformer": importlib.metadata.version("slabformer"), "torch": str(torch.__version__)}
-    if "timm" in sys.modules:
-        versions["timm"] = importlib.metadata.version("timm")
+    used = [name for name in ("timm", "transformers") if name in sys.modules]
+    versions |= {name: importlib.metadata.version(name) for name in used}
     return versions | {"python": platform.python_version()}

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
 import slabformer as sf
 from slabformer.cli.common import console
 from slabformer.cli.data import ExamplesFormatter
-from slabformer.cli.lm.common import available_accelerator, quiet_transformers
+from slabformer.cli.lm.common import available_accelerator, check_no_file, quiet_transformers
 from slabformer.deployment.report import Variant
+from slabformer.nn.affine import Folded
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   slab lm bench runs/llama_micro_prepbn
-  slab lm bench recipes/llama_350m_prepbn.yaml --threads 1 --no-compile
+  slab lm bench recipes/llama_350m_prepbn.yaml --threads 1 --prompt-tokens 16 --output results
   slab lm bench recipes/llama_350m_prepbn.yaml --device cuda --bf16
 """
 RECIPE = (".yaml", ".yml")
@@ -40,14 +42,16 @@ def parser() -> ArgumentParser:
     made.add_argument("model", type=str, help="a folder or hub name, or a recipe (.yaml): random weights of its sizes")
     made.add_argument("--device", type=str, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
     made.add_argument("--bf16", action="store_true", help="weights and arithmetic in bfloat16")
-    made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="texts at once")
-    made.add_argument("--prompt-tokens", type=int, default=128, help="length of the prompt")
-    made.add_argument("--threads", type=int | None, help="torch's threads on a CPU; all cores by default")
+    made.add_argument("--batch-sizes", type=PositiveInt, nargs="+", default=[1, 8], help="texts at once")
+    made.add_argument("--prompt-tokens", type=PositiveInt, default=128, help="length of the prompt")
+    made.add_argument("--threads", type=PositiveInt | None, help="torch's threads on a CPU; all cores by default")
     made.add_argument(
         "--compile", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="also under torch.compile"
     )
-    made.add_argument("--seconds", type=float, default=20.0, help="of measuring, for prompts and for tokens each")
-    made.add_argument("--output", type=Path | None, help="folder for decode.csv and decode.json")
+    made.add_argument(
+        "--seconds", type=float, default=20.0, help="of measuring at each batch size, for prompts and tokens each"
+    )
+    made.add_argument("--output", type=Path | None, help="folder for decode.csv, decode.json and decode.md")
     return made
 
 
@@ -56,6 +60,8 @@ def run(config: Namespace) -> None:
     from slabformer.deployment.decode import compare_decoding
 
     quiet_transformers()
+    if config.output is not None:
+        check_no_file(config.output)
     device = available_accelerator(config.device)
     with Console(stderr=True).status("loading") as status:
         report = compare_decoding(
@@ -87,7 +93,12 @@ def _model(given: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMo
     from slabformer.tasks.language.build import config_of_model
     from slabformer.tasks.language.fusing import tokens_for
 
-    recipe = to_train_config(recipe_options().parse_args(["--config", given]))
+    options = recipe_options()
+    options.exit_on_error = False
+    try:
+        recipe = to_train_config(options.parse_args(["--config", given]))
+    except ArgumentError as error:
+        raise ValueError(f"{given} is no recipe: {' '.join(str(error).split())}") from error
     vocab_size = recipe.model.vocab_size or recipe.tokenizer.vocab_size
     model: Any = SlabLlamaForCausalLM(config_of_model(recipe.model, vocab_size, norm_start="zeros"))
     model.to(device).eval()
@@ -116,11 +127,14 @@ def _variants(model: PreTrainedModel) -> dict[Variant, PreTrainedModel]:
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
     from slabformer.models.llama import SlabLlamaConfig
+    from slabformer.tasks.language.foreign import fresh_model
 
-    if not isinstance(model.config, SlabLlamaConfig):
-        return model
-    if model.config.norm == "folded":
+    ours = isinstance(model.config, SlabLlamaConfig)
+    if any(isinstance(module, Folded) for module in model.modules()):
         raise ValueError("this model is fused already; give the one it was fused from")
-    settings = {**model.config.to_dict(), "norm": "rmsnorm"}
-    twin: Any = type(model)(SlabLlamaConfig(**settings))
-    return twin.to(model.device, model.dtype).eval()
+    if not ours and not repbn_modules(model):
+        return model
+    # random weights take the time that any others do
+    config = SlabLlamaConfig(**{**model.config.to_dict(), "norm": "rmsnorm"}) if ours else model.config
+    twin: Any = fresh_model(config, model.dtype)
+    return twin.to(model.device).eval()

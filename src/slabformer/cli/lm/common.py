@@ -71,14 +71,26 @@ def load_model(config: Namespace) -> PreTrainedModel:
     return load_model_folder(config.model, dtype, available_accelerator(config.device))
 
 
+def check_no_file(path: Path) -> None:
+    """Refuse a file where a folder is to be written, before the work.
+
+    Raises:
+        NotADirectoryError: If there is one.
+    """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; give a folder to write")
+
+
 def folder_to_write(path: Path, overwrite: bool) -> Path:
     """``path``, which holds no model yet: asked before the work, not after it.
 
     Raises:
         ValueError: If it holds one, and ``overwrite`` is not given.
+        NotADirectoryError: If it is a file.
     """
     from slabformer.tasks.language.folders import holds_model
 
+    check_no_file(path)
     if not overwrite and holds_model(path):
         raise ValueError(f"{path} holds a model already; give another folder, or --overwrite")
     return path

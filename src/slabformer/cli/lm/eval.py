@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 from rich.table import Table
 
 import slabformer as sf
@@ -39,13 +40,13 @@ def parser() -> ArgumentParser:
     made.add_argument("--document", type=str, default="file", help="what a document is in text: file, paragraph, line")
     made.add_argument("--split", type=str, default="test", help="split of a data set of the hub")
     made.add_argument("--text-field", type=str, default="text", help="where the text lies in JSON lines and columns")
-    made.add_argument("--max-documents", type=int | None, help="read no more of the text")
+    made.add_argument("--max-documents", type=PositiveInt | None, help="read no more of the text")
     made.add_argument("--stride", type=int | None, help="tokens from window to window; half the context by default")
     made.add_argument(
         "--tasks", type=str, nargs="+", default=[], help="'published', names of the harness, .jsonl files"
     )
-    made.add_argument("--limit", type=int | None, help="questions of each task")
-    made.add_argument("--batch-size", type=int, default=8, help="texts at once")
+    made.add_argument("--limit", type=PositiveInt | None, help="questions of each task")
+    made.add_argument("--batch-size", type=PositiveInt, default=8, help="texts at once")
     made.add_argument("--fused", action="store_true", help="fold the norms before evaluating")
     made.add_argument("--json", type=Path | None, help="also write the figures as JSON; - for standard output alone")
     return made

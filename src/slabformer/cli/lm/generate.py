@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.lm.common import add_model_options, load
+from slabformer.tasks.engine.files import read_text
 
 EXAMPLES = """examples:
   slab lm generate runs/llama_micro_prepbn "The import statement"
@@ -66,8 +67,5 @@ def _prompt(config: Namespace) -> str:
     if (config.prompt is None) == (config.file is None):
         raise ValueError("give a prompt, or --file, and only one of them; - reads standard input")
     if config.file is not None:
-        try:
-            return config.file.read_text(encoding="utf-8").rstrip("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{config.file} is no text in UTF-8 ({error.reason})") from error
+        return read_text(config.file).rstrip("\n")
     return sys.stdin.read().rstrip("\n") if config.prompt == STDIN else config.prompt

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from slabformer.models.llama import keep_padding_out
+from slabformer.models.llama import SlabLlamaPreTrainedModel, keep_padding_out
 from slabformer.progressive import ProgressiveSchedule, Shape
 from slabformer.tasks.language.foreign import note_norms_
 
@@ -80,7 +80,8 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
         )
         if isinstance(model, PreTrainedModel):
             note_norms_(model)
-        if keep_padding_out not in model._forward_pre_hooks.values():
+        ours = isinstance(model, SlabLlamaPreTrainedModel)  # which keeps it out by itself
+        if not ours and keep_padding_out not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(keep_padding_out, with_kwargs=True)
         if state.global_step:
             self.schedule.load_state_dict({**self.schedule.state_dict(), "step": state.global_step})

@@ -77,12 +77,13 @@ def holds_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in WEIGHTS)
 
 
-def save_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def save_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
     """Write safetensors, configuration and tokenizer for :func:`load_model_folder`; the weights appear last.
 
     transformers' ``from_pretrained`` reads the folder too, after ``import slabformer.models.llama``, unless it is of a
     fused model that transformers has no class for.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".model-", dir=folder) as temporary:
         save_foreign(model, Path(temporary))

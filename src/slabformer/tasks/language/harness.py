@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slabformer._extras import require
+from slabformer.tasks.engine.files import read_text
 
 #: task in the harness -> its name in the paper, and percent right there with RMSNorm and with PRepBN
 PUBLISHED = {
@@ -101,7 +102,7 @@ def choices_task(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If a line is no question with choices and the index of the right one.
     """
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path} holds no questions")
     for number, line in enumerate(lines, 1):
@@ -137,7 +138,7 @@ def _task(name: str, manager: Any) -> str | dict[str, Any]:
 
 def _harness_name(path: Path) -> str:
     """What a YAML file in the harness's format calls its task."""
-    found = re.search(r"^task:\s*['\"]?([^'\"\s]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(r"^task:\s*['\"]?([^'\"\s]+)", read_text(path), re.MULTILINE)
     if found is None:
         raise ValueError(f"{path} names no task; it needs a line 'task: NAME'")
     return found[1]
