@@ -80,11 +80,11 @@ def _linear(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     k, v = (k * scale).contiguous(), v.contiguous()
     kv = k.transpose(2, 3) @ v  # (B, num_heads, D, E)
     normaliser = (q * k.sum(2, keepdim=True, dtype=wide)).sum(3, keepdim=True, dtype=wide) + eps * scale
-    # dividing before the product keeps it within the range of v
-    q = q / normaliser
-    if kv.dtype == torch.float16:  # keys that are all 0 leave a normaliser of eps, and infinity times 0
-        q = q.clamp(max=torch.finfo(torch.float16).max)
-    return (q.to(kv.dtype).contiguous() @ kv).to(dtype)
+    if kv.dtype == torch.float16:  # dividing first keeps the product in range; keys all 0 would give infinity times 0
+        q = (q / normaliser).clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
+        return (q.contiguous() @ kv).to(dtype)
+    # dividing last, in the pass that reads the product anyway: the queries are written once and need no second look
+    return (q.to(kv.dtype).contiguous() @ kv / normaliser).to(dtype)
 
 
 def _quadratic(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
