@@ -62,13 +62,15 @@ def measure(subject: Subject, speed_limit: int = 0) -> Row:
     row = Row(subject.library, subject.family, subject.name)
     torch.manual_seed(0)
     model, args, kwargs = subject.build()
-    cases = [_call(args, kwargs), _call(*_changed(args, kwargs))]
+    inputs = [(args, kwargs), _changed(args, kwargs)]
+    cases = [_call(*given) for given in inputs]
     if not convert(model, cases):
         return row
     start = time.perf_counter()
     fused, report = fuse(model, args, kwargs)
     seconds = time.perf_counter() - start
-    result = verify(model, fused, cases, rtol=max(FUSED, OWN_ERROR_ALLOWED * own_error(model, args, kwargs)))
+    allowed = max(FUSED, *(OWN_ERROR_ALLOWED * own_error(model, *given) for given in inputs))
+    result = verify(model, fused, cases, rtol=allowed)
     need_varied(model, cases)
     count, early = Counter(outcome.action for outcome in report), pre_norms(model, args, kwargs)
     row = replace(
