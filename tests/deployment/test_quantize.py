@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import slabformer as sf
-from slabformer.deployment.quantize import Int8Model, quantize, to_openvino
+from slabformer.deployment.quantize import MAX_BATCH_SIZES, Int8Model, quantize, to_openvino
 from small_models import images, trained_looking
 
 
@@ -46,6 +46,14 @@ def test_files_give_the_same_integers(integers: Int8Model, tmp_path: Path) -> No
     (tmp_path / "model.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"the \.bin beside it"):
         Int8Model(tmp_path / "model.xml")
+
+
+@torch.no_grad()
+def test_few_batch_sizes_stay_compiled(integers: Int8Model) -> None:
+    outputs = {n: integers(images(n)) for n in range(1, MAX_BATCH_SIZES + 2)}
+    assert list(integers.requests) == list(outputs)[-MAX_BATCH_SIZES:]
+    for batch_size, output in outputs.items():
+        torch.testing.assert_close(integers(images(batch_size)), output)
 
 
 def test_a_model_with_norms_to_fold_is_refused() -> None:
