@@ -77,14 +77,14 @@ def _linear(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     # sums over tokens grow with M, or with its root where signs cancel: scaled by the root, float16 holds either
     scale = k.shape[2] ** -0.5
     dtype, wide = q.dtype, accumulation_dtype(q.dtype)
-    k, v = (k * scale).contiguous(), v.contiguous()
+    q, k, v = q.contiguous(), (k * scale).contiguous(), v.contiguous()
     kv = k.transpose(2, 3) @ v  # (B, num_heads, D, E)
     normaliser = (q * k.sum(2, keepdim=True, dtype=wide)).sum(3, keepdim=True, dtype=wide) + eps * scale
     if kv.dtype == torch.float16:  # dividing first keeps the product in range; keys all 0 would give infinity times 0
         q = (q / normaliser).clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
-        return (q.contiguous() @ kv).to(dtype)
-    # dividing last, in the pass that reads the product anyway: the queries are written once and need no second look
-    return (q.to(kv.dtype).contiguous() @ kv / normaliser).to(dtype)
+        return (q @ kv).to(dtype)
+    # dividing last, in the pass that reads the product anyway: the queries are written without waiting for the keys
+    return (q.to(kv.dtype) @ kv / normaliser).to(dtype)
 
 
 def _quadratic(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
