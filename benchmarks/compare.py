@@ -27,6 +27,7 @@ from published_style import published_style
 from torch import Tensor, nn
 
 import slabformer as sf
+from slabformer.deployment.allocator import keep_memory
 from slabformer.deployment.equality import RUNTIME_RTOL, verify_fused
 from slabformer.deployment.measure import (
     MEBIBYTE,
@@ -141,6 +142,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    keep_memory()  # for all forms alike: else pages of large activations are faulted in anew in every forward
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "compare.csv"
     with num_threads(options.threads if options.device == "cpu" else None):

@@ -17,6 +17,7 @@ import slabformer as sf
 from slabformer.cli.common import add_model_options, available_device, console, example_images, load, needs_weights
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.list import chosen
+from slabformer.deployment.allocator import keep_memory
 from slabformer.deployment.bench import compare
 from slabformer.deployment.deploy import DeployReport
 from slabformer.deployment.measure import Machine, num_threads
@@ -82,6 +83,7 @@ def run(config: Namespace) -> None:
     if config.deploy and config.models:
         raise ValueError("--deploy is for one model; leave --models out")
     device = available_device(config.device)
+    keep_memory()  # for all forms alike, as sf.deploy does
     output = console()
     shown: RenderableType
     with Console(stderr=True).status("loading") as status:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slabformer.deployment import allocator
 from slabformer.deployment.equality import FUSED_RTOL, RUNTIME_RTOL, verify_fused
 from slabformer.deployment.measure import Machine, quantile, ratio, time_interleaved
 from slabformer.deployment.variants import Compiled
@@ -131,6 +132,7 @@ def deploy(
     dtype: torch.dtype | None = None,
     compile: bool = True,
     fixed_size: bool = False,
+    keep_memory: bool = True,
     seconds: float = 5.0,
 ) -> Deployed:
     """The fastest verified form of ``model``, on a copy: fused, in half precision where asked, laid out, compiled.
@@ -146,6 +148,8 @@ def deploy(
         dtype: ``torch.bfloat16`` or ``torch.float16`` for half precision; the model's own by default.
         compile: Whether to go through ``torch.compile``: weights frozen into the program on a CPU, graphs on a GPU.
         fixed_size: As for :func:`slabformer.fuse`: folds more where windows would be padded at other sizes.
+        keep_memory: On a CPU, let the C library keep freed memory for the next forward; holds for the whole process,
+            see :func:`slabformer.deployment.allocator.keep_memory`.
         seconds: Of measuring; 0 takes the last form unmeasured.
 
     Raises:
@@ -163,6 +167,8 @@ def deploy(
     notes: list[str] = []
     if batches is not None:
         notes.append(f"recalibrated on {recalibrate_(reference, batches)} batches")
+    if keep_memory and device.type == "cpu" and allocator.keep_memory():
+        notes.append("the C library keeps freed memory for the next forward")
     inputs = _place(inputs, device, None)
     with torch.no_grad():
         forms = _forms(reference, inputs, dtype, compile, fixed_size, notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib.metadata
 import math
@@ -22,6 +21,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from slabformer.deployment.allocator import give_back
 
 K = TypeVar("K")
 MEBIBYTE = 2**20
@@ -194,10 +195,10 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _reset_peak_resident() -> bool:
     """Hand freed pages back, then let the peak start again from here; false where the system has no such thing."""
+    give_back()
     try:
-        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
+    except OSError:
         return False
     return True
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slabformer.cli.common import available_device, console, is_file
 from slabformer.cli.data import ExamplesFormatter
+from slabformer.deployment.allocator import keep_memory
 from slabformer.deployment.detector_latency import as_if_trained_, measure_latency
 from slabformer.models.detection.backbones import create_backbone
 from slabformer.models.detection.config import DetectorConfig
@@ -53,6 +54,7 @@ def parser() -> ArgumentParser:
 def run(config: Namespace) -> None:
     """Measure, print, write."""
     device = available_device(config.device)
+    keep_memory()  # for all forms alike, as sf.deploy does
     image = torch.rand(3, *config.size, generator=torch.Generator().manual_seed(0)).to(device)
     with Console(stderr=True).status("building") as status:
         info = _info(config)
