@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import slabformer as sf
+from slabformer.deployment import allocator
 from slabformer.deployment import deploy as deployment
 from slabformer.nn.controls import repbn_modules
 from small_models import images, trained_looking
@@ -58,9 +59,16 @@ def test_half_precision_goes_through_the_whole_life():
 
 def test_statistics_are_recalibrated_first_where_data_is_given():
     model = trained_looking()
-    deployed = sf.deploy(model, images(), batches=[images(4, seed=1), images(4, seed=2)], compile=False, seconds=0)
+    batches = [images(4, seed=1), images(4, seed=2)]
+    deployed = sf.deploy(model, images(), batches=batches, compile=False, keep_memory=False, seconds=0)
     assert deployed.report.notes == ("recalibrated on 2 batches",)
     assert not torch.allclose(deployed(images()), model(images()), rtol=1e-3)
+
+
+def test_freed_memory_is_kept_and_said_so(monkeypatch):
+    monkeypatch.setattr(allocator, "keep_memory", lambda: True)
+    deployed = sf.deploy(trained_looking(), images(), compile=False, seconds=0)
+    assert deployed.report.notes == ("the C library keeps freed memory for the next forward",)
 
 
 def test_a_model_without_our_norms_is_only_laid_out():
