@@ -14,7 +14,7 @@ help:
 	@echo 'make quickstart  the main job: train, fuse, verify, benchmark on handwritten digits; writes runs/quickstart'
 	@echo 'make test        the test suite without its slow tests; make test-all runs those too'
 	@echo 'make check       formatting, lint, types'
-	@echo 'make coverage    docs/coverage.md: convert and fuse a model of every family; half an hour, goes on where it stopped'
+	@echo 'make coverage    docs/coverage.md: convert and fuse a model of every family; about an hour, goes on where it stopped'
 	@echo 'make clean       remove caches and build products (.venv and runs stay)'
 
 install: $(VENV)/installed.stamp
