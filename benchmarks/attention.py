@@ -26,6 +26,7 @@ from attention_table import Row, draw, markdown
 from torch import Tensor
 from torch.nn import functional as F
 
+from slabformer.deployment.allocator import keep_memory
 from slabformer.deployment.measure import Machine, memory_of, num_threads, quantile, time_interleaved
 from slabformer.deployment.roofline import Ceilings, Work, measure_ceilings
 from slabformer.ops.dispatch import has_kernel
@@ -104,6 +105,7 @@ def call_of(form: Form, tensors: tuple[Tensor, Tensor, Tensor], backward: bool) 
 
 def measure(N: int, forms: dict[str, Form], ceilings: Ceilings, options: argparse.Namespace) -> list[Row]:
     """One row a form, all timed in turns."""
+    torch._dynamo.reset()  # it compiles one function for 8 lengths, and runs it uncompiled for the ninth
     device = torch.device(options.device)
     tensors = packed(N, options)
     calls = {name: call_of(form, tensors, options.backward) for name, form in forms.items()}
@@ -162,6 +164,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    keep_memory()  # for all forms alike
     device = torch.device(options.device)
     forms = forms_for(device)
     with num_threads(options.threads if options.device == "cpu" else None):
