@@ -74,11 +74,20 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> list[Path]:
     batch = max(int(row["batch_size"]) for row in rows)
     paths = [folder / "compare.png"]
     save(_bars([row for row in rows if int(row["batch_size"]) == batch]), paths[0])
-    swept = [row for row in rows if len({other["size"] for other in rows if other["model"] == row["model"]}) > 1]
+    swept = _swept(rows)
     if swept:
         paths.append(folder / "resolution.png")
         save(_resolutions(swept), paths[1])
     return paths
+
+
+def _swept(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of a model at a batch size that was measured at several image sizes."""
+
+    def subject(row: dict[str, str]) -> tuple[str, str]:
+        return row["model"], row["batch_size"]
+
+    return [row for row in rows if len({other["size"] for other in rows if subject(other) == subject(row)}) > 1]
 
 
 def _bars(rows: Sequence[dict[str, str]]):
@@ -100,15 +109,18 @@ def _bars(rows: Sequence[dict[str, str]]):
 
 
 def _resolutions(rows: Sequence[dict[str, str]]):
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    with styled_figure(width=4.6 * len(models), height=3.4) as figure:
-        for number, model in enumerate(models):
-            axes = figure.add_subplot(1, len(models), number + 1)
+    subjects = list(dict.fromkeys((row["model"], row["batch_size"]) for row in rows))
+    with styled_figure(width=4.6 * len(subjects), height=3.4) as figure:
+        for number, (model, batch_size) in enumerate(subjects):
+            axes = figure.add_subplot(1, len(subjects), number + 1)
+            own = [row for row in rows if (row["model"], row["batch_size"]) == (model, batch_size)]
             for form in ("twin compiled", "published style", "deployed", "ceiling"):
-                own = sorted(
-                    (int(r["size"]), float(r["p50_ms"])) for r in rows if (r["model"], r["form"]) == (model, form)
-                )
-                axes.plot(*zip(*own, strict=True), marker="o", color=COLOURS[form], label=form)
-            axes.set(xscale="log", yscale="log", title=model, xlabel="image side (px)", ylabel="ms a batch")
+                curve = sorted((int(row["size"]), float(row["p50_ms"])) for row in own if row["form"] == form)
+                axes.plot(*zip(*curve, strict=True), marker="o", color=COLOURS[form], label=form)
+            axes.set(xscale="log", yscale="log", title=f"{model}, batch {batch_size}", xlabel="image side (px)")
+            axes.set_ylabel("ms a batch")
+            sizes = sorted({int(row["size"]) for row in own})
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.set_xticks([], minor=True)
             axes.legend()
     return figure
