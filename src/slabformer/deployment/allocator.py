@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 
 # of mallopt, <malloc.h>
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -20,7 +21,7 @@ def keep_memory() -> bool:
         Whether the C library could be told; false where it is not glibc.
     """
     library = _glibc()
-    return library is not None and bool(library.mallopt(M_MMAP_MAX, 0) & library.mallopt(M_TRIM_THRESHOLD, NEVER))
+    return library is not None and _tell(library, {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER})
 
 
 def give_back() -> None:
@@ -28,6 +29,10 @@ def give_back() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def _tell(library: ctypes.CDLL, settings: Mapping[int, int]) -> bool:
+    return all([library.mallopt(*setting) for setting in settings.items()])
 
 
 def _glibc() -> ctypes.CDLL | None:
