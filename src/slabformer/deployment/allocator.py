@@ -32,7 +32,7 @@ def give_back() -> None:
 
 
 def _tell(library: ctypes.CDLL, settings: Mapping[int, int]) -> bool:
-    return all([library.mallopt(*setting) for setting in settings.items()])
+    return all(library.mallopt(*setting) for setting in settings.items())
 
 
 def _glibc() -> ctypes.CDLL | None:
