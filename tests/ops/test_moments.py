@@ -75,7 +75,7 @@ def test_accumulating_any_split_gives_the_moments_of_the_whole(sizes: list[int],
     assert merged.count == len(x)
     assert_close(merged.mean, mean, ALGEBRA)
     # the data itself carries offset / std digits less
-    assert (merged.var - var).abs().max() <= 1e-15 * max(1.0, offset**2)
+    assert (merged.var - var).abs().max() <= 1e-14 * max(1.0, offset**2)
 
 
 def running() -> tuple[Tensor, Tensor, Tensor]:
