@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from slabformer.deployment.measure import Machine
-from slabformer.deployment.report import BenchReport, Measurement, Mode, Variant
+from slabformer.deployment.measurement import Measurement, Mode, Variant
+from slabformer.deployment.report import BenchReport
 
 MACHINE = Machine(device="abacus", threads=1, cores=2, load=0.0, versions={"torch": "9.9"}, command="slab", date="now")
 

@@ -11,8 +11,6 @@ from slabformer.deployment import allocator
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # loaders fork: before other libraries have started threads, which a fork does not survive for sure
-    items.sort(key=lambda item: "worker" not in item.name)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -10,8 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from slabformer.deployment.measure import Machine
-from slabformer.deployment.plots import curves, gamma_over_time, norm_map, save, speed_bars, to_svg
-from slabformer.deployment.report import BenchReport, Measurement, Mode, Variant
+from slabformer.deployment.measurement import Measurement, Mode, Variant
+from slabformer.deployment.plots import curves, gamma_over_time, norm_map, save, to_svg
+from slabformer.deployment.report import BenchReport
 from slabformer.surgery.fuse.report import NormOutcome
 from slabformer.surgery.verify import VerifyResult
 
@@ -61,13 +62,13 @@ def test_figures_are_written_as_png_and_as_inline_svg(draw: object, tmp_path: Pa
 
 
 def test_speed_bars_carry_figures_machine_versions_and_command(report: BenchReport) -> None:
-    svg = to_svg(speed_bars(report))
+    svg = to_svg(report.picture())
     for text in ("1,234  x1.25", "abacus", "torch 9.9", "slab bench x", "compiled, batch 8", "2.0e-07"):
         assert text in svg
 
 
 def test_speed_bars_have_a_panel_for_each_mode_and_batch_size(report: BenchReport) -> None:
-    figure = speed_bars(report)
+    figure = report.picture()
     assert [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()] == [
         "eager, batch 1",
         "compiled, batch 1",
@@ -78,7 +79,7 @@ def test_speed_bars_have_a_panel_for_each_mode_and_batch_size(report: BenchRepor
 
 def test_speed_bars_leave_out_what_was_not_measured(report: BenchReport) -> None:
     fewer = replace(report, measurements=[row for row in report if (row.mode, row.batch_size) != ("compiled", 1)])
-    titles = [axes.get_title(loc="left") for axes in speed_bars(fewer).axes if axes.get_visible()]
+    titles = [axes.get_title(loc="left") for axes in fewer.picture().axes if axes.get_visible()]
     assert "compiled, batch 1" not in titles
     assert len(titles) == 3
 

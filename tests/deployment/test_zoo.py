@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from slabformer.deployment.measure import Machine
-from slabformer.deployment.report import BenchReport, Measurement, Variant
+from slabformer.deployment.measurement import Measurement, Variant
+from slabformer.deployment.report import BenchReport
 from slabformer.deployment.zoo import ZooTable
 
 MACHINE = Machine(

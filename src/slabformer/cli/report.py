@@ -12,8 +12,8 @@ from slabformer.cli.common import console, writable_figure
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.deployment.comparison import Comparison, compare_files
 from slabformer.deployment.comparison_picture import accuracy_over_speed
+from slabformer.deployment.measurement import Mode
 from slabformer.deployment.plots import save
-from slabformer.deployment.report import Mode
 
 logger = logging.getLogger(__name__)
 EXAMPLES = """examples:

@@ -30,7 +30,8 @@ from slabformer.deployment.measure import (
     ratio,
     time_interleaved,
 )
-from slabformer.deployment.report import BenchReport, Measurement, Mode, Variant
+from slabformer.deployment.measurement import Measurement, Mode, Variant
+from slabformer.deployment.report import BenchReport
 from slabformer.deployment.roofline import Ceilings, measure_ceilings, work_of
 from slabformer.deployment.variants import Compiled, ceiling_of
 from slabformer.nn import PRepBN, RepBN

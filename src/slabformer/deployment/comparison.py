@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from slabformer.deployment.report import Mode
+from slabformer.deployment.measurement import Mode
 from slabformer.models.published import BY_MODEL, TWIN_TOP1
 from slabformer.models.registry import twin_of
 

@@ -30,7 +30,7 @@ from slabformer.deployment.measure import (
     ratio,
     time_interleaved,
 )
-from slabformer.deployment.report import Mode, Variant
+from slabformer.deployment.measurement import Mode, Variant
 from slabformer.deployment.variants import Compiled
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from slabformer._extras import require
 from slabformer.deployment.measure import Machine
-from slabformer.deployment.report import Mode, Variant
+from slabformer.deployment.measurement import Mode, Variant
 from slabformer.surgery.verify import VerifyResult
 
 if TYPE_CHECKING:

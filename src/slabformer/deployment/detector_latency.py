@@ -30,7 +30,7 @@ from slabformer.deployment.measure import (
     ratio,
     time_interleaved,
 )
-from slabformer.deployment.report import Mode
+from slabformer.deployment.measurement import Mode
 from slabformer.deployment.variants import Compiled
 from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.nn.controls import prepbn_modules

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from slabformer._extras import require
 from slabformer.deployment.detections import DetectionAgreement
 from slabformer.deployment.measure import Machine
-from slabformer.deployment.report import Mode
+from slabformer.deployment.measurement import Mode
 
 if TYPE_CHECKING:
     from rich.table import Table

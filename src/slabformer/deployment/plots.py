@@ -1,6 +1,6 @@
 """The project's figures: data in, a matplotlib ``Figure`` out, one style for benchmark, quickstart and documentation.
 
-    save(speed_bars(report), Path("bench.png"))
+    save(gamma_over_time(steps, gamma), Path("gamma.png"))
     html = to_svg(curves({"loss": {"SLAB": (epochs, losses)}, "accuracy": {...}}))
 
 No window is opened and no global state of matplotlib changes.
@@ -17,7 +17,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from slabformer._extras import require
-from slabformer.deployment.report import BenchReport, Mode, Variant
+from slabformer.deployment.measurement import Measurement, Variant
 from slabformer.surgery.fuse.report import Action, NormOutcome
 
 if TYPE_CHECKING:
@@ -119,31 +119,28 @@ def _legend_of_actions(figure: Figure, count: Mapping[Action, int]) -> None:
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8)
 
 
-def speed_bars(report: BenchReport) -> Figure:
+def speed_bars(rows: Sequence[Measurement], *, model: str, caption: str) -> Figure:
     """Images per second of each variant, with what it gains over the twin: a row a batch size, a column a mode."""
-    batch_sizes = list(dict.fromkeys(row.batch_size for row in report))
-    modes = list(dict.fromkeys(row.mode for row in report))
+    batch_sizes = list(dict.fromkeys(row.batch_size for row in rows))
+    modes = list(dict.fromkeys(row.mode for row in rows))
     with styled_figure(width=1.2 + 3.8 * len(modes), height=0.9 + 2.5 * len(batch_sizes)) as figure:
         panels = figure.subplots(len(batch_sizes), len(modes), squeeze=False, sharey="row")
         for batch_size, panels_of_row in zip(batch_sizes, panels, strict=True):
             for mode, axes in zip(modes, panels_of_row, strict=True):
-                _speed_panel(axes, report, mode, batch_size)
+                _speed_panel(axes, [row for row in rows if (row.mode, row.batch_size) == (mode, batch_size)])
+                axes.set_title(f"{mode}, batch {batch_size}", fontsize=9.5)
         figure.suptitle(
-            f"{report.model}: images per second, and times the twin's",
-            x=0.01,
-            ha="left",
-            fontsize=11,
-            fontweight="bold",
+            f"{model}: images per second, and times the twin's", x=0.01, ha="left", fontsize=11, fontweight="bold"
         )
-        footnote = "\n".join(fill(line, int(17 * figure.get_figwidth())) for line in report.caption().splitlines())
+        footnote = "\n".join(fill(line, int(17 * figure.get_figwidth())) for line in caption.splitlines())
         figure.supxlabel(footnote, x=0.01, ha="left", fontsize=6.5, color=GREY)
     return figure
 
 
-def _speed_panel(axes: Axes, report: BenchReport, mode: Mode, batch_size: int) -> None:
-    rows = [row for variant in VARIANT_COLOURS if (row := report.find(variant, mode, batch_size))]
+def _speed_panel(axes: Axes, rows: Sequence[Measurement]) -> None:
     axes.set_visible(bool(rows))
-    for index, row in enumerate(rows):
+    ordered = sorted(rows, key=lambda row: list(VARIANT_COLOURS).index(row.variant))
+    for index, row in enumerate(ordered):
         hatch, edge = ("///", GREY) if row.variant == "ceiling" else (None, VARIANT_COLOURS[row.variant])
         axes.bar(index, row.images_per_second, 0.72, color=VARIANT_COLOURS[row.variant], hatch=hatch, edgecolor=edge)
         gain = "" if row.over_twin is None or row.variant == "LayerNorm twin" else f"  x{row.over_twin:.2f}"
@@ -151,8 +148,7 @@ def _speed_panel(axes: Axes, report: BenchReport, mode: Mode, batch_size: int) -
             f"{row.images_per_second:,.0f}{gain}", (index, row.images_per_second), (0, 3),
             textcoords="offset points", ha="center", va="bottom", fontsize=8.5,
         )  # fmt: skip
-    axes.set_title(f"{mode}, batch {batch_size}", fontsize=9.5)
-    axes.set_xticks(range(len(rows)), [row.variant.replace(" ", "\n") for row in rows])
+    axes.set_xticks(range(len(ordered)), [row.variant.replace(" ", "\n") for row in ordered])
     axes.margins(y=0.15)
     axes.grid(axis="y")
 

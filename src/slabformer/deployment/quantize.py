@@ -23,6 +23,7 @@ from slabformer._extras import require
 from slabformer.deployment.equality import verify_fused
 from slabformer.deployment.export import export
 from slabformer.deployment.integer_form import integer_form
+from slabformer.deployment.signal_stack import signal_stack_kept
 from slabformer.nn import PRepBN, RepBN
 
 EXTRA = "int8"
@@ -80,7 +81,8 @@ class Int8Model(nn.Module):
             shape[0] = batch_size
             graph.reshape(shape)
             core = require("openvino", extra=EXTRA).Core()
-            self.requests[batch_size] = core.compile_model(graph, "CPU", self.options).create_infer_request()
+            with signal_stack_kept():
+                self.requests[batch_size] = core.compile_model(graph, "CPU", self.options).create_infer_request()
         return self.requests[batch_size]
 
 
@@ -123,7 +125,7 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], threads: int | None = 
     form = integer_form(model)
     verify_fused(model, form, example)
     graph = to_openvino(form, example).graph
-    with _quiet(nncf):
+    with _quiet(nncf), signal_stack_kept():
         quantized = nncf.quantize(
             graph,
             nncf.Dataset(arrays),

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 import slabformer as sf
-from slabformer.deployment.plots import curves, gamma_over_time, norm_map, speed_bars, to_svg
-from slabformer.deployment.report import Measurement
+from slabformer.deployment.measurement import Measurement
+from slabformer.deployment.plots import curves, gamma_over_time, norm_map, to_svg
 from slabformer.quickstart.result import QuickstartResult
 from slabformer.tasks.engine.files import write_text
 
@@ -62,7 +62,7 @@ def _values(result: QuickstartResult) -> dict[str, str]:
         "norm_rows": "\n".join(
             _row(o.name, o.action, ", ".join(_listed(o.into)), o.reason or "") for o in result.fuse_report
         ),
-        "speed": to_svg(speed_bars(result.bench)),
+        "speed": to_svg(result.bench.picture()),
         "speed_rows": "\n".join(_row(*row.cells()[:SPEED_COLUMNS]) for row in result.bench),
         "gallery": _gallery(result),
         "machine": escape(str(result.bench.machine)),

@@ -15,7 +15,7 @@ import slabformer as sf
 from slabformer.cli.common import console
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.lm.common import available_accelerator, check_no_file, quiet_transformers
-from slabformer.deployment.report import Variant
+from slabformer.deployment.measurement import Variant
 from slabformer.nn.affine import Folded
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 
