@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import re
 import subprocess
@@ -28,7 +29,7 @@ ARROWS = {
     "testing": {"_extras", "ops", "nn"},
     "models": {"_extras", "ops", "nn"},
     "tasks": ON_CORE,
-    "deployment": ON_CORE,
+    "deployment": ON_CORE - {"__init__"},
     "quickstart": ON_CORE | {"tasks", "deployment"},
     "cli": ON_CORE | {"tasks", "deployment", "quickstart"},
     "__init__": ON_CORE | {"deployment"},
@@ -95,6 +96,25 @@ def test_imports_point_down(path: Path) -> None:
     room = room_of(path)
     assert room in ARROWS, f"{room} is a new room: give it a row in ARROWS"
     assert misplaced_arrows(room, path.read_text()) == set()
+
+
+def files_imported(source: str, names: set[str]) -> set[str]:
+    """Those of our ``names``, dotted from the package on, that ``source`` imports, wherever in it and if only types."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & names or {str(node.module)}
+    return found & names
+
+
+def test_files_do_not_import_each_other_in_circles() -> None:
+    sources = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path.read_text() for path in FILES}
+    sources = {name.removesuffix(".__init__"): source for name, source in sources.items()}
+    imports = {name: files_imported(source, set(sources)) - {name} for name, source in sources.items()}
+    assert len(imports["slabformer.cli.bench"]) > 3
+    graphlib.TopologicalSorter(imports).prepare()
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in CORE], ids=lambda p: str(p.relative_to(SOURCE)))

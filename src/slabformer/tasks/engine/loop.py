@@ -6,92 +6,50 @@ import itertools
 import math
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from slabformer.progressive import ProgressiveSchedule
-from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.diagnose import describe_nonfinite
-from slabformer.tasks.engine.ema import ModelEma
 from slabformer.tasks.engine.folder import refuse_difference
-from slabformer.tasks.engine.meter import EpochMeter
 from slabformer.tasks.engine.nonfinite import NonFiniteError, NonFiniteGuard, first_nonfinite_tensor
 from slabformer.tasks.engine.observers import Observer, RunStart, StepReport
-from slabformer.tasks.engine.parts import Loader, LoopConfig, Position, StepFn, num_samples, windows
+from slabformer.tasks.engine.parts import Position, num_samples, windows
 from slabformer.tasks.engine.signals import StoppedError, StopSignals
 from slabformer.tasks.engine.state import capture, restore
+from slabformer.tasks.engine.training import Training
 from slabformer.tasks.engine.update import TOTAL, Update
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @dataclass(kw_only=True, eq=False)
-class Trainer:
-    """Trains a model; whatever the rest of training depends on is in the checkpoint or follows from the position.
+class Trainer(Training):
+    """Trains a model, evaluates it, keeps checkpoints.
 
     Raises:
         NonFiniteError: Out of :meth:`fit`, if the loss, a gradient or a weight is NaN or infinite.
         StoppedError: Out of :meth:`fit`, after SIGTERM or SIGINT, when a checkpoint is written.
     """
 
-    accelerator: Accelerator
-    """Device, precision and ranks."""
-    model: nn.Module
-    """On the accelerator's device, not wrapped."""
-    optimizer: Optimizer
-    """Of the model's parameters."""
-    loader: Loader
-    """This rank's training batches."""
-    step_fn: StepFn
-    """``step_fn(model, batch) -> loss``, the mean over the batch's samples, or the losses that it is the sum of."""
-    config: LoopConfig
-    """Of the loop."""
-    store: CheckpointStore | None = None
-    """Where checkpoints go; None keeps none."""
-    lr_schedule: Any = None
-    """One of timm's that counts updates; None keeps the rate."""
-    gamma_schedule: ProgressiveSchedule | None = None
-    """None if no norm fades."""
-    ema: ModelEma | None = None
-    """None for no average."""
     evaluate: Callable[[Trainer], dict[str, float]] | None = None
     """Metrics after an epoch; must leave the model and its modes as they were."""
     best_metric: str | None = None
     """Key of ``evaluate``'s metrics; a new highest one, once gamma is 0, is handed to ``on_best``."""
     on_best: Callable[[Trainer], None] | None = None
     """Called on the main process."""
-    batch_names: Callable[[int], list[str]] | None = None
-    """Names of the samples in a batch of the current epoch, for the message about a non-finite one."""
     observers: Sequence[Observer] = ()
     """Told about everything, on the main process."""
-    fingerprint: dict[str, Any] = field(default_factory=dict)
-    """Plain values; a checkpoint with others is not gone on from."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         device = self.accelerator.device
         if not self.accelerator.is_main_process:
             self.observers = ()
-        self.position, self.best, self._saved_step = Position(), -math.inf, 0
-        self.meter, self.signals, self._guard = EpochMeter(device), StopSignals(), NonFiniteGuard(device)
-        self.batches_per_epoch = len(self.loader)
+        self.signals, self._guard, self._saved_step = StopSignals(), NonFiniteGuard(device), 0
         self._check_every = 1 if device.type == "cpu" else self.config.log_every
         self._update = Update(self.accelerator, self.model, self.optimizer, self.step_fn, self.config)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch; the last one may have fewer batches."""
-        return math.ceil(self.batches_per_epoch / self.config.accumulate)
-
-    @property
-    def gamma(self) -> float:
-        """Share of LayerNorm in the step to come; 0 where nothing fades."""
-        return self.gamma_schedule.gamma if self.gamma_schedule is not None else 0.0
 
     def resume(self) -> Path | None:
         """Go on from the newest undamaged checkpoint; None if there is none.
