@@ -57,12 +57,7 @@ class ProgressiveSchedule:
             raise ValueError("the model has no PRepBN to fade; call convert_norms_(model) first")
         if total_steps < 1 or total_steps != int(total_steps):
             raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps}")
-        if not (warmup >= 0 and fade > 0):
-            raise ValueError(f"warmup must be at least 0 and fade above 0, got warmup={warmup}, fade={fade}")
-        if warmup + fade > 1 + 1e-9:
-            raise ValueError(
-                f"the schedule would end after training: warmup {warmup} + fade {fade} is above 1; LayerNorm would stay"
-            )
+        check_fractions(warmup, fade)
         if shape not in ("linear", "cosine"):
             raise ValueError(f"shape must be 'linear' or 'cosine', got {shape!r}")
         self.total_steps, self.shape, self.warm_statistics = total_steps, shape, warm_statistics
@@ -173,3 +168,17 @@ class _OptimizerWatch:
 
     def close(self) -> None:
         self._handle.remove()
+
+
+def check_fractions(warmup: float, fade: float) -> None:
+    """Of training, before LayerNorm starts to fade and while it does.
+
+    Raises:
+        ValueError: If one is out of range, or LayerNorm would not be gone when training ends.
+    """
+    if not (warmup >= 0 and fade > 0):
+        raise ValueError(f"warmup must be at least 0 and fade above 0, got warmup={warmup}, fade={fade}")
+    if warmup + fade > 1 + 1e-9:
+        raise ValueError(
+            f"the schedule would end after training: warmup {warmup} + fade {fade} is above 1; LayerNorm would stay"
+        )

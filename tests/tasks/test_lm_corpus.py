@@ -112,12 +112,13 @@ def test_the_digest_sees_where_documents_end() -> None:
         ({"path": "mixed"}, r"mixes json and text files"),
         ({"path": "mixed/a.jsonl", "text_field": "body"}, r"no field 'body' in .*, which has text, id"),
         ({"path": "mixed/a.jsonl", "text_field": "id"}, r"holds int, not text"),
+        ({"path": "broken.jsonl"}, r"broken\.jsonl cannot be read: JSON parse error"),
         ({"validation": 0.0}, r"above 0, got 0\.0"),
         ({"validation": 2.5}, r"whole number from 1 on, got 2\.5"),
         ({"path": "mixed", "stream": True}, r"cannot hold out a share of its documents \(0\.1\)"),
         ({"validation": 3, "stream": True}, r"embedded corpus fits into memory"),
     ],
-    ids=["no-file", "kind", "mixed", "field", "not-text", "zero", "part", "stream-share", "stream-embedded"],
+    ids=["no-file", "kind", "mixed", "field", "not-text", "broken", "zero", "part", "stream-share", "stream-embedded"],
 )
 def test_mistakes_are_told(
     given: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -127,6 +128,7 @@ def test_mistakes_are_told(
     write_jsonl(Path("mixed/a.jsonl"))
     Path("mixed/b.txt").write_text("text")
     Path("a.csv").write_text("text")
+    Path("broken.jsonl").write_text('{"text": "whole"}\n{"text": "cut off')
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         list(Corpus(DataConfig(**given)))
 

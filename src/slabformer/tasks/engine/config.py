@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from slabformer.progressive import check_fractions
+
 #: may differ when a run goes on: nothing that is trained depends on it
 HARMLESS = {"harmless": True}
 
@@ -57,6 +59,9 @@ class FadeConfig:
     """Of gamma's way from 1 to 0; linear as published."""
     warm_statistics: bool = True
     """Let RepBN's statistics follow the data from the first step on; false is the published rule."""
+
+    def __post_init__(self) -> None:
+        check_fractions(self.warmup, self.fade)
 
 
 @dataclass(kw_only=True)

@@ -58,7 +58,7 @@ class DataConfig:
 class Corpus:
     """The documents of ``config.path``, in their order, again at every iteration; empty ones are left out.
 
-    Iterating raises ``ValueError`` where the text field is missing or is no text.
+    Iterating raises ``ValueError`` where a file cannot be read, or the text field is missing or is no text.
 
     Args:
         config: Which text.
@@ -94,7 +94,7 @@ class Corpus:
 
     def _texts(self, rows: Any) -> Iterator[str]:
         field = self.config.text_field
-        for row in rows:
+        for row in self._read(rows):
             if field not in row:
                 raise ValueError(
                     f"no field {field!r} in {self.config.path}, which has {', '.join(row)}; set data.text_field"
@@ -102,6 +102,12 @@ class Corpus:
             if not isinstance(row[field], str):
                 raise ValueError(f"field {field!r} of {self.config.path} holds {type(row[field]).__name__}, not text")
             yield row[field]
+
+    def _read(self, rows: Any) -> Iterator[dict[str, Any]]:
+        try:
+            yield from rows
+        except ValueError as error:  # a reader's own, which names neither file nor folder
+            raise ValueError(f"{self.config.path} cannot be read: {error}") from error
 
 
 def split_documents(config: DataConfig, documents: Sequence[str]) -> tuple[list[str], list[str]]:
