@@ -74,7 +74,9 @@ def test_windows_are_cut_as_published_and_joined_again(cut):
     x = tokens(cut[0][0] * cut[0][1])
     expected = [values for image in x for values, _, _ in windows_by_hand(image, windows)]
     assert_close(windows.cut(x, pad), torch.stack(expected), EXACT)
-    assert_close(windows.join(windows.cut(x, pad)), x, EXACT)
+    for num_heads in (1, C // 2):
+        heads = windows.cut(x, pad).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        assert_close(windows.join(heads), x, EXACT)
 
 
 @each_cut

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.nn.padding import PadTokens
-from slabformer.nn.resample import Grid, resample_table, window_merge, window_partition
+from slabformer.nn.resample import Grid, resample_table, window_partition
 
 #: added to the logits of tokens that only a shift has brought into one window, as published
 APART = -100.0
@@ -49,9 +49,12 @@ class Windows(NamedTuple):
             x = x.roll((-self.shift[0], -self.shift[1]), (1, 2))
         return window_partition(x.flatten(1, 2), self.padded, self.window)
 
-    def join(self, windows: Tensor) -> Tensor:
-        """Back from :meth:`cut` to ``(B, N, C)``."""
-        x = window_merge(windows, self.padded, self.window).unflatten(1, self.padded)
+    def join(self, heads: Tensor) -> Tensor:
+        """Back from :meth:`cut`, heads too: ``(B * num_windows, num_heads, h * w, D)`` to ``(B, N, num_heads * D)``."""
+        (h, w), (rows, columns) = self.window, self.padded
+        num_heads, D = heads.shape[1], heads.shape[3]
+        x = heads.reshape(-1, columns // w, num_heads, h, w, D).permute(0, 3, 1, 4, 2, 5)  # one copy for both
+        x = x.reshape(-1, rows, columns, num_heads * D)
         if any(self.shift):
             x = x.roll(self.shift, (1, 2))
         return x[:, : self.grid[0], : self.grid[1]].flatten(1, 2)
@@ -156,8 +159,9 @@ class ShiftedWindowAttention(nn.Module):
         q, k, v = (t.unflatten(0, (-1, len(bias))).flatten(1, 2) for t in (q, k, v))
         drop = self.attn_drop if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None].to(q.dtype), dropout_p=drop)
-        out = out.unflatten(1, (len(bias), -1)).flatten(0, 1).transpose(1, 2).flatten(2)
-        return self.proj_drop(windows.join(self.proj(out)))
+        out = windows.join(out.unflatten(1, (len(bias), -1)).flatten(0, 1))
+        # on tokens in their places: the residual is added as the projection writes
+        return self.proj_drop(self.proj(out))
 
     def set_grid_size(self, grid_size: Grid) -> None:
         """Keep index and mask of maps of another size; the bias table holds for every size."""
@@ -210,7 +214,8 @@ class ShiftedWindowLinearAttention(SimplifiedLinearAttention):
     def forward(self, x: Tensor, grid_size: Grid) -> Tensor:  # type: ignore[override]  # its own tokens alone
         """Attention over tokens ``(B, N, C)`` on ``grid_size``."""
         windows = Windows(grid_size, self.grid_size, self.shift)
-        return windows.join(super().forward(windows.cut(x, self.pad), grid_size=self.grid_size))
+        out = super().forward(windows.cut(x, self.pad), grid_size=self.grid_size)
+        return windows.join(out.unsqueeze(1))
 
     def set_grid_size(self, grid_size: Grid) -> None:
         """Nothing to do: windows and their table are constants."""
