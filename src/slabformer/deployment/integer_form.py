@@ -10,9 +10,11 @@ import copy
 from torch import Tensor, nn
 
 from slabformer.deployment.integer_attention import IntegerLinearAttention
+from slabformer.deployment.integer_windows import GatheredWindowAttention
 from slabformer.models.stages import Block
 from slabformer.models.swin import PatchMerging
 from slabformer.nn.attention import SimplifiedLinearAttention
+from slabformer.nn.windows import ShiftedWindowAttention
 
 
 class TokenBlock(nn.Module):
@@ -63,13 +65,15 @@ class TokenLinear(nn.Module):
 def integer_form(model: nn.Module) -> nn.Module:
     """A copy of ``model``, in eval mode, that computes the same and loses least time in integers.
 
-    Linear attention in shifted windows or with spatial reduction, and all other attention, stays as it is.
+    Linear attention in shifted windows or with spatial reduction, and other softmax attention, stays as it is.
     """
     form = copy.deepcopy(model)
     for name, module in list(form.named_modules()):
         # subclasses do more
         if type(module) is SimplifiedLinearAttention:
             form.set_submodule(name, IntegerLinearAttention(module))
+        elif type(module) is ShiftedWindowAttention:
+            form.set_submodule(name, GatheredWindowAttention(module))
         elif type(module) is PatchMerging:
             module.reduction = TokenLinear(module.reduction)  # type: ignore[assignment]
     for name, module in list(form.named_modules()):

@@ -152,16 +152,19 @@ class ShiftedWindowAttention(nn.Module):
     def forward(self, x: Tensor, grid_size: Grid | None = None) -> Tensor:
         """Attention over tokens ``(B, N, C)`` on ``grid_size``; by default the one that tables are kept for."""
         windows = self.windows if grid_size is None else self._windows(grid_size)
+        out = windows.join(self.attend(windows.cut(x, self.pad), windows))
+        # on tokens in their places: the residual is added as the projection writes
+        return self.proj_drop(self.proj(out))
+
+    def attend(self, x: Tensor, windows: Windows) -> Tensor:
+        """Tokens of windows ``(B * num_windows, N, C)`` to heads ``(B * num_windows, num_heads, N, D)``."""
         bias = self._bias(windows)
-        qkv = self.qkv(windows.cut(x, self.pad))
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (windows, num_heads, N, D)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         # heads of the windows that a mask tells apart share an axis, so that one bias serves every image
         q, k, v = (t.unflatten(0, (-1, len(bias))).flatten(1, 2) for t in (q, k, v))
         drop = self.attn_drop if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None].to(q.dtype), dropout_p=drop)
-        out = windows.join(out.unflatten(1, (len(bias), -1)).flatten(0, 1))
-        # on tokens in their places: the residual is added as the projection writes
-        return self.proj_drop(self.proj(out))
+        return out.unflatten(1, (len(bias), -1)).flatten(0, 1)
 
     def set_grid_size(self, grid_size: Grid) -> None:
         """Keep index and mask of maps of another size; the bias table holds for every size."""
