@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from recipes_of import RECIPES
 from saved_digits import save_digits_model
 from slabformer.cli.main import main
 
@@ -20,6 +22,19 @@ def test_a_model_is_folded_quantised_compared_and_written(tmp_path: Path, capsys
         assert text in printed
     assert output.is_file()
     assert output.with_suffix(".bin").is_file()
+
+
+@pytest.mark.slow
+def test_integers_of_a_trained_model_call_99_of_100_digits_as_its_floats_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--config", str(RECIPES / "digits.yaml"), "--output", str(tmp_path / "run")]) == 0
+    command = ["quantize", str(tmp_path / "run" / "model.safetensors"), "--data", "digits", "--threads", "1"]
+    assert main([*command, "--output", str(tmp_path / "int8.xml"), "--seconds", "0.1"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"top-1 class alike on ([\d.]+)%", printed)
+    assert found is not None
+    assert float(found[1]) >= 99
 
 
 @pytest.mark.parametrize(
