@@ -90,12 +90,14 @@ class Plan:
         reasons: Why each other norm is kept.
         untouchable: Norms that cannot even become an Affine.
         tied: Parameters that stood in the way because several modules hold them.
+        shared: Those that did because their module has several names and is called on several inputs.
     """
 
     edits: list[Edit] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
     untouchable: set[int] = field(default_factory=set)
     tied: set[str] = field(default_factory=set)
+    shared: set[str] = field(default_factory=set)
 
 
 def outcomes(norms: Iterable[Norm], plan: Plan) -> tuple[NormOutcome, ...]:
