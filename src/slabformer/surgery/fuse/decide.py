@@ -103,11 +103,11 @@ class _Decider:
         for trace in self.traces:
             calls = trace.calls.get(norm.index, [])
             seeds = {call: self.labels_of(norm, call) for call in calls}
-            ends = downstream(trace, seeds, self.gone, self.fixed_size, scale_only=role == "scale")
+            ends = downstream(trace, seeds, self.gone, self.fixed_size, scale_only=role == "scale", scaled=True)
             for end in ends:
                 try:
                     for target in self.takers(norm, end, trace, role):
-                        found.add(target, trace, end.node)
+                        found.add(replace(target, factor=end.factor), trace, end.node)
                 except RefusalError as error:
                     refusals.append(str(error))
             if any(written_between(trace, call, ends) for call in calls):
