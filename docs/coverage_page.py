@@ -97,7 +97,8 @@ gains at least 0.25: norms drawn without regard to each other make deep streams 
 EXCEPTIONS = """
 ## Pre-norm and kept all the same
 
-Every one of them; what it would take stands in the reason. One that is *tied* folds with `untie=True`.
+Every one of them; what it would take stands in the reason. One that is *tied*, or *one layer with* others,
+folds with `untie=True`, which gives each place weights of its own.
 
 | family | norms | | reason |
 |---|---|---|---|

@@ -60,7 +60,7 @@ PIECES: st.SearchStrategy[tuple[Step, ...]] = st.one_of(
 )
 NORMS: tuple[Callable[[int], nn.Module], ...] = (RepBN, PRepBN, Affine, nn.BatchNorm1d)
 MOVES: tuple[Callable[[Tensor], Tensor], ...] = (
-    lambda x: x.roll((1, -1), (1, 2)),
+    lambda x: x.roll((1, -1), (1, 2)) * 0.5,
     lambda x: x.unflatten(2, (2, -1)).unflatten(1, (2, -1)).permute(0, 1, 3, 2, 4, 5).reshape(x.shape),
     lambda x: x.unflatten(-1, (2, 3)).transpose(-1, -2).flatten(-2),
     lambda x: x.transpose(1, 2).contiguous(),

@@ -16,6 +16,22 @@ def factory() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3), nn.LayerNorm(3)), torch.randn(2, 4, 6)
 
 
+class Shared(nn.Module):
+    """One Linear under two names, behind two norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.one = self.two = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(self.norm1(x)) + self.two(self.norm2(x.tanh()))
+
+
+def shared() -> tuple[nn.Module, Tensor]:
+    return Shared(), torch.randn(2, 4, 6)
+
+
 def wrong() -> int:
     return 3
 
@@ -36,6 +52,16 @@ def test_a_factory_is_audited(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "2 of 2 norms would fold (1 forward, 1 backward)" in printed
     assert "norms take" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "found"), [([], "0 of 2 norms"), (["--untie"], "2 of 2 norms")], ids=["", "untied"]
+)
+def test_a_factory_is_audited_with_its_layers_untied(
+    options: list[str], found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", f"{__name__}:shared", "--no-time", *options]) == 0
+    assert f"{found} would fold" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [["--no-time", "--input-size", "48"], ["--meta"]], ids=["resized", "meta"])

@@ -69,6 +69,19 @@ def test_a_fused_model_that_differs_is_not_saved(
     assert not (tmp_path / "fused.safetensors").exists()
 
 
+def test_layers_are_untied_where_asked(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def spied(*args: object, **options: object) -> tuple[nn.Module, sf.FuseReport]:
+        asked.append(options["untie"])
+        return fuse(*args, **options)
+
+    monkeypatch.setattr(sf, "fuse", spied)
+    for options in ([], ["--untie"]):
+        assert main(["fuse", str(model), "--output", str(tmp_path / "fused.safetensors"), *options]) == 0
+    assert asked == [False, True]
+
+
 def test_a_missing_folder_is_told_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,28 @@ def test_gpt2s_transposed_weights_take_a_norm_over() -> None:
     assert outcomes(model) == [("norm", "forward", ("c_attn",), "")]
 
 
+NUMBERS = {
+    "product": (lambda m, x: m.linear(m.norm(x) * 0.3), ("linear",)),
+    "quotient": (lambda m, x: m.linear((2 * m.norm(x)).flip(1) / 3), ("linear",)),
+    "two of them": (lambda m, x: m.linear(m.norm(x) * 2) - m.other(m.norm(x)), ("linear", "other")),
+    "another norm": (lambda m, x: m.next(-3 * m.norm(x)).tanh(), ("next",)),
+}
+
+
+@pytest.mark.parametrize(("forward", "into"), NUMBERS.values(), ids=NUMBERS)
+def test_a_norm_folds_through_a_product_with_a_number(forward: Any, into: tuple[str, ...]) -> None:
+    linears = {name: nn.Linear(6, 3) for name in ("linear", "other")}
+    _, report = fused(net(forward, norm=norm(), next=norm(), **linears), X)
+    assert report["norm"].into == into
+
+
+def test_products_with_several_numbers_that_meet_keep_the_norm() -> None:
+    model = net(
+        lambda m, x: m.linear(torch.cat([(y := m.norm(x.sin())) * 2, y], 1)), norm=norm(), linear=nn.Linear(6, 3)
+    )
+    assert "its output is multiplied by several numbers in front of a cat" in reason(model)
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 6), (4, 6)], ids=["matmul", "mm"])
 def test_a_linear_written_as_a_product_takes_a_norm_over(shape: tuple[int, ...]) -> None:
     class Product(nn.Linear):

@@ -25,6 +25,10 @@ KEPT = {
     "raw matmul": (lambda m, x: m.norm(x) @ m.linear.weight, "linear has no bias to take the shift"),
     "factor of a matmul": (lambda m, x: m.linear.weight @ m.norm(x).mT, "its output feeds a matmul"),
     "tokens mixed": (lambda m, x: m.mix(m.norm(x).mT), "a Linear mixes another axis than its channels"),
+    "some tokens mixed": (
+        lambda m, x: m.mix(torch.cat([m.norm(x)[:, :1], x[:, 1:]], 1).mT),
+        "a Linear mixes another axis than its channels",
+    ),
     "weight computed": (lambda m, x: F.linear(m.norm(x), m.linear.weight * 2), "computed in the forward"),
     "bias computed": (
         lambda m, x: F.linear(m.norm(x), m.linear.weight, m.linear.bias * 2),

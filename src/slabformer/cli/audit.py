@@ -38,6 +38,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--input-size", type=int | None, help="height and width of images, if not the model's own")
     made.add_argument("--batch-size", type=int, default=1)
     made.add_argument("--fixed-size", action="store_true", help="as in slab fuse")
+    made.add_argument("--untie", action="store_true", help="as in slab fuse")
     made.add_argument("--meta", action="store_true", help="allocate no weights, for models too large to build")
     time_help = "time the norms of today, eager; not with --meta"
     made.add_argument("--time", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help=time_help)
@@ -51,7 +52,7 @@ def run(config: Namespace) -> None:
         writable(config.json)
     with torch.device("meta") if config.meta else nullcontext():
         model, args, kwargs = build(config.model, config.input_size, config.batch_size)
-    report = audit(model, args, kwargs, fixed_size=config.fixed_size)
+    report = audit(model, args, kwargs, fixed_size=config.fixed_size, untie=config.untie)
     output = console()
     output.print(fuse_table(report))
     output.print(report.summary().replace(" folded", " would fold", 1))

@@ -32,6 +32,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--output", type=Path, required=True, help="the fused model, a .safetensors file")
     made.add_argument("--json", type=Path | None, help="also write where each norm went, as JSON")
     made.add_argument("--fixed-size", action="store_true", help="fold for this input size alone; others are refused")
+    made.add_argument("--untie", action="store_true", help="give a layer that stands under several names one for each")
     made.add_argument(
         "--plain", action="store_true", help="only if timm's own model, built without norms, can hold the weights"
     )
@@ -43,7 +44,8 @@ def run(config: Namespace) -> None:
     """Fuse, verify, print, save; nothing is saved that differs."""
     files = [writable(path) for path in (config.output, config.json) if path is not None]
     model, info = load(config)
-    fused, report = sf.fuse(model, example_images(info, batch_size=2), fixed_size=config.fixed_size)
+    images = example_images(info, batch_size=2)
+    fused, report = sf.fuse(model, images, fixed_size=config.fixed_size, untie=config.untie)
     result = verify_fused(model, fused, [example_images(info, batch_size=4, seed=seed) for seed in (1, 2)], config.rtol)
     recipe = plain_recipe(fused, info, config.rtol) if config.plain else ""
     output = console()

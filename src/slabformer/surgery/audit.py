@@ -15,12 +15,12 @@ from slabformer.nn.affine import Affine
 from slabformer.surgery.batches import eval_mode
 from slabformer.surgery.convert import HOOKS, convert_norms_
 from slabformer.surgery.fuse.check import check_examples, shapes_of
-from slabformer.surgery.fuse.decide import decide
 from slabformer.surgery.fuse.fold import set_module
-from slabformer.surgery.fuse.graph import trace, why_untraceable
 from slabformer.surgery.fuse.norms import Norm, find_norms, tail_of
-from slabformer.surgery.fuse.plan import Plan, outcomes
+from slabformer.surgery.fuse.plan import outcomes
+from slabformer.surgery.fuse.propose import propose
 from slabformer.surgery.fuse.report import FuseReport
+from slabformer.surgery.fuse.ties import Untied
 from slabformer.surgery.fuse.twin import Example, deployed_twin
 
 #: runs that are timed; the first is not counted
@@ -51,6 +51,7 @@ def audit(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     fixed_size: bool = False,
+    untie: bool = False,
 ) -> FuseReport:
     """What :func:`slabformer.fuse` would do with every norm once it is converted and trained; nothing is changed.
 
@@ -62,6 +63,7 @@ def audit(
         example_inputs: As for :func:`slabformer.fuse`.
         example_kwargs: The same.
         fixed_size: The same.
+        untie: The same.
 
     Returns:
         One outcome per norm.
@@ -78,12 +80,7 @@ def audit(
             parameter.shape, default=1
         ):  # a fresh LayerScale is next to 0, a trained one is not
             parameter.data = torch.ones_like(parameter)
-    try:
-        traces = [trace(deployed_twin(copied), norms, example) for example in examples]
-        plan = decide(copied, norms, traces, fixed_size)
-    except Exception as error:
-        reason = f"torch.export cannot trace the model ({why_untraceable(error)})"
-        plan = Plan(reasons={norm.index: reason for norm in norms})
+    plan = propose(copied, norms, examples, fixed_size, Untied(copied) if untie else None)
     return FuseReport(outcomes(norms, plan), shapes_of(examples))
 
 

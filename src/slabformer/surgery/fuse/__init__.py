@@ -9,17 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from slabformer.surgery.fuse.check import check_examples, check_model, check_not_compiled, shapes_of
-from slabformer.surgery.fuse.decide import decide
 from slabformer.surgery.fuse.files import load_fused, save_fused
 from slabformer.surgery.fuse.fold import commit
-from slabformer.surgery.fuse.graph import trace, why_untraceable
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.plan import Plan, outcomes
+from slabformer.surgery.fuse.propose import propose
 from slabformer.surgery.fuse.report import FuseReport, NormOutcome
 from slabformer.surgery.fuse.size import at_another_size, fix_size_, sizes_of
-from slabformer.surgery.fuse.ties import tie_, untie_
+from slabformer.surgery.fuse.ties import Untied
 from slabformer.surgery.fuse.trial import Trial
-from slabformer.surgery.fuse.twin import Example, deployed_twin, twin
+from slabformer.surgery.fuse.twin import Example, twin
 
 __all__ = ["FuseReport", "NormOutcome", "fuse", "fuse_", "load_fused", "save_fused"]
 
@@ -51,7 +50,8 @@ def fuse(
         example_inputs: A tensor, a tuple of positional arguments, or a list of such: a fold must hold for each of them.
         example_kwargs: Keyword arguments of every example.
         fixed_size: Take a pad by 0 at these sizes as none, try no other, and let the fused model refuse them.
-        untie: Give a head that shares its weight with an embedding one of its own, where a fold needs that.
+        untie: Where a fold needs that, give a head that shares its weight with an embedding one of its own, and a layer
+            that stands under several names, each called behind another norm, one under each; the rest stays shared.
         allow_gamma: Fuse PRepBNs that still hold their norm, as they run in eval mode: as RepBN.
 
     Returns:
@@ -88,17 +88,16 @@ def _fuse(
 ) -> FuseReport:
     norms = check_model(model, allow_gamma)
     trial = Trial(model, norms, examples)
-    plan = _plan(model, norms, examples, fixed_size)
-    untied = untie_(model, plan.tied) if untie else {}
-    if untied:
-        plan = _plan(model, norms, examples, fixed_size)
+    untied = Untied(model) if untie else None
+    plan = propose(model, norms, examples, fixed_size, untied)
     solution = trial.settle(plan)
     other = None if fixed_size or len(examples) > 1 else _refuting(model, norms, examples[0], plan)
     if other is not None:
         examples = [*examples, other]
-        plan = _plan(model, norms, examples, fixed_size)
+        plan = propose(model, norms, examples, fixed_size, untied)
         solution = Trial(model, norms, examples).settle(plan)
-    tie_(model, {first: names for first, names in untied.items() if not solution.tensors.keys() & set(names)})
+    if untied is not None:
+        untied.put_together(solution.tensors)
     commit(model, solution, plan.untouchable)
     if fixed_size:
         fix_size_(model, [sizes_of(example) for example in examples])
@@ -120,12 +119,3 @@ def _refuting(model: nn.Module, norms: Sequence[Norm], example: Example, plan: P
     except ValueError:  # a model for one size
         return None
     return None if trial.holds(plan) else other
-
-
-def _plan(model: nn.Module, norms: Sequence[Norm], examples: Sequence[Example], fixed_size: bool) -> Plan:
-    try:
-        traces = [trace(deployed_twin(model), norms, example) for example in examples]
-    except Exception as error:
-        reason = f"torch.export cannot trace the model ({why_untraceable(error)})"
-        return Plan(reasons={norm.index: reason for norm in norms})
-    return decide(model, norms, traces, fixed_size)

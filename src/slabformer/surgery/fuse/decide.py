@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
 from slabformer.surgery.fuse.flow import End, downstream, producers, written_between
+from slabformer.surgery.fuse.found import Found
 from slabformer.surgery.fuse.graph import Trace
 from slabformer.surgery.fuse.labels import RefusalError, describe
 from slabformer.surgery.fuse.marks import NORM, PAD
 from slabformer.surgery.fuse.norms import Norm
-from slabformer.surgery.fuse.owners import Owners, display
+from slabformer.surgery.fuse.owners import Owners
 from slabformer.surgery.fuse.pads import find_pads
-from slabformer.surgery.fuse.parts import Part, bias_parts, weight_part
+from slabformer.surgery.fuse.parts import Part, bias_parts, name_of, weight_part
 from slabformer.surgery.fuse.plan import Edit, Plan, Role, Side, Target
 from slabformer.surgery.fuse.ranges import need_range
 from slabformer.surgery.fuse.report import Action
 from slabformer.surgery.fuse.sites import Site, along, channel_labels, readers_of_input
 from slabformer.surgery.fuse.stream import pair, stream_targets
-
-
-@dataclass
-class _Found:
-    """A target and the operations, per trace, at which it was found."""
-
-    target: Target
-    nodes: dict[Trace, set[Node]]
 
 
 def decide(model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fixed_size: bool) -> Plan:
@@ -52,7 +44,7 @@ def decide(model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fix
                 progress = True
             except RefusalError as error:
                 plan.reasons[norm.index] = str(error)
-    plan.tied = decider.owners.tied
+    plan.tied, plan.shared = decider.owners.tied, decider.owners.shared
     return plan
 
 
@@ -91,7 +83,7 @@ class _Decider:
 
     def forward(self, norm: Norm) -> tuple[Target, ...]:
         """All consumers, each able to take the norm over."""
-        return self.finish(self.consumers(norm, "map"))
+        return self.consumers(norm, "map").exclusive()
 
     def through_stream(self, norm: Norm) -> tuple[Target, ...]:
         """All consumers, for the scale, and all that has to do with the stream in front."""
@@ -101,21 +93,21 @@ class _Decider:
             if len(calls) > 1:
                 raise RefusalError("it is called more than once")
             for target, node in stream_targets(self, norm, calls[0], trace) if calls else ():
-                self.add(found, target, trace, node)
-        return self.finish(found)
+                found.add(target, trace, node)
+        return found.exclusive()
 
-    def consumers(self, norm: Norm, role: Role) -> dict[str, _Found]:
+    def consumers(self, norm: Norm, role: Role) -> Found:
         """All that reads the norm."""
-        found: dict[str, _Found] = {}
+        found = Found(self.owners, self.traces)
         refusals: list[str] = []
         for trace in self.traces:
             calls = trace.calls.get(norm.index, [])
             seeds = {call: self.labels_of(norm, call) for call in calls}
-            ends = downstream(trace, seeds, self.gone, self.fixed_size, scale_only=role == "scale")
+            ends = downstream(trace, seeds, self.gone, self.fixed_size, scale_only=role == "scale", scaled=True)
             for end in ends:
                 try:
                     for target in self.takers(norm, end, trace, role):
-                        self.add(found, target, trace, end.node)
+                        found.add(replace(target, factor=end.factor), trace, end.node)
                 except RefusalError as error:
                     refusals.append(str(error))
             if any(written_between(trace, call, ends) for call in calls):
@@ -150,7 +142,7 @@ class _Decider:
             raise RefusalError(f"its output serves as a weight or state of {describe(end.node)}")
         index = along(end.labels, site.axis, site.num_in, site.words)
         if site.padded and role == "map":
-            raise RefusalError(f"it is followed by a padded convolution ({self.name_of(site, trace)})")
+            raise RefusalError(f"it is followed by a padded convolution ({name_of(site, trace)})")
         return self.at_site(site, index, trace, role, "next")
 
     def at_norm(self, node: Node, labels: Tensor, role: Role, side: Side) -> Target:
@@ -170,18 +162,18 @@ class _Decider:
 
     def backward(self, norm: Norm) -> tuple[Target, ...]:
         """All producers, each read by nothing else."""
-        found: dict[str, _Found] = {}
+        found = Found(self.owners, self.traces)
         for trace in self.traces:
             for call in trace.calls.get(norm.index, []):
                 sites, pads, between = producers(trace, call, self.gone, self.fixed_size)
                 for node in pads:
                     index = self.matching(norm, node, channel_labels(node, -1), trace, "a pad", between)
-                    self.add(found, self.at_pad(node, index, "map", "previous"), trace, node)
+                    found.add(self.at_pad(node, index, "map", "previous"), trace, node)
                 for site in sites:
-                    labels, name = channel_labels(site.node, site.axis), self.name_of(site, trace)
+                    labels, name = channel_labels(site.node, site.axis), name_of(site, trace)
                     index = self.matching(norm, site.node, labels, trace, name, between)
-                    self.add(found, self.at_site(site, index, trace, "map", "previous"), trace, site.node)
-        return self.finish(found)
+                    found.add(self.at_site(site, index, trace, "map", "previous"), trace, site.node)
+        return found.exclusive()
 
     def matching(
         self, norm: Norm, node: Node, labels: Tensor, trace: Trace, name: str, between: Collection[Node]
@@ -214,7 +206,7 @@ class _Decider:
 
     def at_site(self, site: Site, index: Tensor, trace: Trace, role: Role, side: Side) -> Target:
         """``site`` as a target, with a bias to hold the shift."""
-        weight, name = weight_part(site, trace), self.name_of(site, trace)
+        weight, name = weight_part(site, trace), name_of(site, trace)
         self.owners.need_single(weight.name)
         if site.bias is None:
             bias: tuple[Part, ...] = (replace(weight, name=self.owners.new_bias(weight.name), axis=0),)
@@ -228,51 +220,6 @@ class _Decider:
         if side == "previous" and module._forward_hooks:
             raise RefusalError(f"{name} has forward hooks, which see its output")
         return Target(name, role, side, index, weight, bias, site.bias is None, groups=site.groups)
-
-    @staticmethod
-    def name_of(site: Site, trace: Trace) -> str:
-        """The module of ``site``; which rows of its weight, where it is not all of them."""
-        weight = weight_part(site, trace)
-        num_rows = trace.sources(weight.name)[0].meta["val"].shape[weight.axis]
-        whole = len(weight.rows) == num_rows
-        rows = "" if whole else f"[{int(weight.rows.min())}:{int(weight.rows.max()) + 1}]"
-        return display(weight.name) + rows
-
-    def add(self, found: dict[str, _Found], target: Target, trace: Trace, node: Node) -> None:
-        """Note that ``target`` was found at ``node``."""
-        entry = found.setdefault(f"{target.name} {target.role} {target.side}", _Found(target, {}))
-        if not entry.target.agrees(target):
-            raise RefusalError(f"{target.name} is called on differently laid out channels")
-        entry.nodes.setdefault(trace, set()).add(node)
-
-    def finish(self, found: dict[str, _Found]) -> tuple[Target, ...]:
-        """The targets, each used by nothing but this norm."""
-        for entry in found.values():
-            for trace in self.traces:
-                self.need_exclusive(entry.target, trace, entry.nodes.get(trace, set()))
-        return tuple(entry.target for entry in found.values())
-
-    def readers(self, part: Part, trace: Trace) -> list[Node]:
-        """What computes with these elements of a parameter."""
-        seeds = {}
-        for source in trace.sources(part.name):
-            labels = channel_labels(source, part.axis)
-            seeds[source] = labels.where(torch.isin(labels, part.rows), -1)
-        return [end.node for end in downstream(trace, seeds, (), fixed_size=True)]
-
-    def need_exclusive(self, target: Target, trace: Trace, nodes: set[Node]) -> None:
-        """Refuse a neighbour that also works on something else."""
-        if target.norm is not None:
-            users = trace.calls.get(target.norm, [])
-        elif target.pad is not None:
-            users = trace.pad_calls.get(target.pad, [])
-        else:
-            parts = [target.weight, *(() if target.new_bias else target.bias)]
-            users = [user for part in parts for user in self.readers(part, trace)]  # type: ignore[arg-type]
-        for user in users:
-            if user not in nodes:
-                use = "used on another input" if user.target in (NORM, PAD) or readers_of_input(user) else "read raw"
-                raise RefusalError(f"{target.name} is also {use} by {describe(user)}")
 
 
 #: what to try, in this order, and what the report calls it

@@ -104,13 +104,13 @@ def load_fused(skeleton: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     _check_fit(skeleton, path, tensors, changes)
     for row in changes["norms"]:
         _put_norm(skeleton, row)
+    untie_as_in_file_(skeleton, changes["tied"])
     for name in changes["new_biases"]:
         create_bias(skeleton, name, _weight_beside(name), len(tensors[name]))
     for name, dim in changes["filled_pads"].items():
         skeleton.get_submodule(name).pad_with(torch.zeros(dim))  # type: ignore[operator]
     for name in changes["kept_buffers"]:
         keep_buffer(skeleton, name)
-    untie_as_in_file_(skeleton, changes["tied"])
     tensors |= {name: tensors[first] for name, first in changes["tied"].items()}
     on_meta = any(tensor.is_meta for tensor in skeleton.parameters())
     skeleton.load_state_dict(tensors, assign=on_meta)

@@ -13,7 +13,7 @@ from torch.fx import Node
 from slabformer.surgery.fuse.graph import Trace
 from slabformer.surgery.fuse.labels import Call, Labels, RefusalError, describe, unread
 from slabformer.surgery.fuse.marks import NORM, PAD
-from slabformer.surgery.fuse.rules import CHECKS, FOLLOW
+from slabformer.surgery.fuse.rules import CHECKS, FOLLOW, NUMBERS
 from slabformer.surgery.fuse.sites import Site, site_of
 
 
@@ -26,19 +26,30 @@ class End:
         source: The labelled tensor that it reads.
         labels: Of that tensor.
         refusal: The rule's reason, if there is a rule.
+        factor: The number that the tensor was multiplied by on the way.
     """
 
     node: Node
     source: Node
     labels: Tensor
     refusal: str | None = None
+    factor: float = 1.0
 
 
 def downstream(
-    trace: Trace, seeds: Mapping[Node, Tensor], gone: Collection[int], fixed_size: bool, scale_only: bool = False
+    trace: Trace,
+    seeds: Mapping[Node, Tensor],
+    gone: Collection[int],
+    fixed_size: bool,
+    scale_only: bool = False,
+    scaled: bool = False,
 ) -> list[End]:
-    """Everything that the labels of ``seeds`` reach, norms in ``gone`` taken as the identity."""
+    """Everything that the labels of ``seeds`` reach, norms in ``gone`` taken as the identity.
+
+    With ``scaled`` they pass products with a number, too.
+    """
     labels: dict[Node, Labels] = dict(seeds)
+    factors = dict.fromkeys(seeds, 1.0)
     queue: list[tuple[int, Node]] = []
     queued: set[Node] = set()
 
@@ -57,9 +68,13 @@ def downstream(
         if node in seeds:
             pass
         elif node.target is NORM and node.args[1] in gone:
+            labels[node], factors[node] = labels[node.args[0]], factors[node.args[0]]  # type: ignore[index]
+        elif scaled and node.target in NUMBERS and isinstance(node.args[1], (int, float)):
             labels[node] = labels[node.args[0]]  # type: ignore[index]
+            factors[node] = factors[node.args[0]] * NUMBERS[node.target](node.args[1])  # type: ignore[index]
         elif node.target in FOLLOW:
             try:
+                factors[node] = _common(node, labels, factors)
                 labels[node] = FOLLOW[node.target](Call(node, labels, fixed_size, scale_only))
             except RefusalError as error:
                 refusal = str(error)
@@ -72,8 +87,16 @@ def downstream(
             for source in node.all_input_nodes:
                 found = labels.get(source)
                 if isinstance(found, Tensor):
-                    ends.append(End(node, source, found, refusal))
+                    ends.append(End(node, source, found, refusal, factors[source]))
     return ends
+
+
+def _common(node: Node, labels: Collection[Node], factors: Mapping[Node, float]) -> float:
+    """The number by which all that ``node`` reads of the norm was multiplied."""
+    found = {factors[source] for source in node.all_input_nodes if source in labels}
+    if len(found) > 1:
+        raise RefusalError(f"its output is multiplied by several numbers in front of {describe(node)}")
+    return found.pop()
 
 
 def _any(labels: Labels) -> bool:

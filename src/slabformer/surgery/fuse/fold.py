@@ -81,7 +81,7 @@ def maps_after(
 
 def _share(scale_shift: ScaleShift, target: Target) -> ScaleShift:
     scale, shift = share(target.role, *scale_shift)
-    return spread(scale, shift, target.index.to(scale.device))
+    return spread(scale, shift * target.factor, target.index.to(scale.device))
 
 
 def _take_over(model: nn.Module, solution: Solution, scale_shift: ScaleShift, target: Target, part: Part) -> None:

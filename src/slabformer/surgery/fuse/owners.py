@@ -12,10 +12,12 @@ class Owners:
 
     Attributes:
         tied: First names of those that were refused because two modules hold them.
+        shared: First names of those that other calls of their module bar, where that has several names.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.tied: set[str] = set()
+        self.shared: set[str] = set()
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._first: dict[Tensor, str] = {}
         first = self._first
@@ -45,6 +47,16 @@ class Owners:
         if len(holders) > 1:
             self.tied.add(parameter)
             raise RefusalError(f"{holders[0]} is tied with {holders[1]}")
+
+    def other_names(self, parameter: str) -> str:
+        """A clause that names the other places of the module that holds ``parameter``; empty where it has none."""
+        module = self.module(parameter)
+        others = [name for name, other in self._modules.items() if other is module][1:]
+        if not others:
+            return ""
+        self.shared |= {self._first[own] for own in module._parameters.values() if own is not None}
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        return f", one layer with {others[0]}{more},"
 
     def new_bias(self, weight: str) -> str:
         """Name of the bias to create beside ``weight``.

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from slabformer.surgery.fuse.graph import Trace
 from slabformer.surgery.fuse.labels import Call, Labels, RefusalError, chosen, moved, same
+from slabformer.surgery.fuse.owners import display
 from slabformer.surgery.fuse.rules import FOLLOW
 from slabformer.surgery.fuse.sites import Site, along, channel_labels, located
 
@@ -57,6 +58,15 @@ def weight_part(site: Site, trace: Trace) -> Part:
     if len(columns) != 1 or not torch.equal(columns[0].rows, torch.arange(size)):
         raise refusal
     return parts[0]
+
+
+def name_of(site: Site, trace: Trace) -> str:
+    """The module of ``site``; which rows of its weight, where it is not all of them."""
+    weight = weight_part(site, trace)
+    num_rows = trace.sources(weight.name)[0].meta["val"].shape[weight.axis]
+    whole = len(weight.rows) == num_rows
+    rows = "" if whole else f"[{int(weight.rows.min())}:{int(weight.rows.max()) + 1}]"
+    return display(weight.name) + rows
 
 
 def bias_parts(site: Site, trace: Trace, name: str) -> tuple[Part, ...]:

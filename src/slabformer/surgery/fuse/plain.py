@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
 
 from slabformer.nn import PadTokens
 from slabformer.nn.affine import Affine
 from slabformer.surgery.fuse.fold import KEPT_BUFFERS, NEW_BIASES
+from slabformer.surgery.fuse.ties import names_of_shared
 
 
 def plain_(stock: nn.Module, fused: nn.Module) -> nn.Module:
@@ -21,12 +25,14 @@ def plain_(stock: nn.Module, fused: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: If ``fused`` holds what ``stock`` has no place for: norms that were kept, biases that folding added,
-            fills of pads; ``stock`` is then unchanged.
+            fills of pads, weights of their own for layers that are one there; ``stock`` is then unchanged.
     """
     barred = _additions(fused)
     expected, found = stock.state_dict(), fused.state_dict()
     barred += [f"{name} has no place" for name in found if name not in expected]
     barred += [f"{name} has no value" for name in expected if name not in found]
+    for first, *others in names_of_shared(stock):
+        barred += [f"{first} and {name} are one there" for name in others if _differ(found, first, name)]
     if barred:
         more = f" (and {len(barred) - 1} more)" if len(barred) > 1 else ""
         raise ValueError(
@@ -35,6 +41,10 @@ def plain_(stock: nn.Module, fused: nn.Module) -> nn.Module:
         )
     stock.load_state_dict(found, strict=True)
     return stock.eval()
+
+
+def _differ(found: Mapping[str, Tensor], one: str, other: str) -> bool:
+    return one in found and other in found and not torch.equal(found[one], found[other])
 
 
 def _additions(fused: nn.Module) -> list[str]:

@@ -44,6 +44,7 @@ class Target:
         new_bias: Whether that bias must be created.
         groups: Of a Conv.
         gain: What its output is multiplied by before it meets the stream (LayerScale), if anything.
+        factor: What the output of the norm is multiplied by before it gets here.
         norm: Index of the norm that takes it over instead, or None.
         pad: Index of the pad whose fill changes, or None.
     """
@@ -57,6 +58,7 @@ class Target:
     new_bias: bool = False
     groups: int = 1
     gain: Part | None = None
+    factor: float = 1.0
     norm: int | None = None
     pad: int | None = None
 
@@ -66,7 +68,8 @@ class Target:
             [part for part in (own.weight, own.gain, *own.bias) if part is not None] for own in (self, other)
         )
         return (
-            (self.groups, self.role, self.side, len(mine)) == (other.groups, other.role, other.side, len(others))
+            (self.groups, self.role, self.side, self.factor) == (other.groups, other.role, other.side, other.factor)
+            and len(mine) == len(others)
             and all(one.agrees(two) for one, two in zip(mine, others, strict=True))
             and torch.equal(self.index, other.index)
         )
@@ -90,12 +93,14 @@ class Plan:
         reasons: Why each other norm is kept.
         untouchable: Norms that cannot even become an Affine.
         tied: Parameters that stood in the way because several modules hold them.
+        shared: Those that did because their module has several names and is called on several inputs.
     """
 
     edits: list[Edit] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
     untouchable: set[int] = field(default_factory=set)
     tied: set[str] = field(default_factory=set)
+    shared: set[str] = field(default_factory=set)
 
 
 def outcomes(norms: Iterable[Norm], plan: Plan) -> tuple[NormOutcome, ...]:

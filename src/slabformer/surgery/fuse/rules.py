@@ -191,5 +191,10 @@ RULES: tuple[Rule, ...] = (
     Rule((PAD,), filled),
 )
 FOLLOW: dict[Any, Callable[[Call], Labels]] = {op: rule.follow for rule in RULES for op in rule.ops}
+#: products with a number, and by what they multiply: passed only where that is noted, since a shift scales with it
+NUMBERS: dict[Any, Callable[[float], float]] = {
+    aten.mul.Tensor: lambda number: number,
+    aten.div.Tensor: lambda number: 1 / number,
+}
 #: checks on shape and dtype that the tracer inserts; they hold after folding as before
 CHECKS = {aten._assert_tensor_metadata.default}

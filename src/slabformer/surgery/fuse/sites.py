@@ -123,7 +123,8 @@ def along(labels: Tensor, axis: int, num_channels: int, words: str) -> Tensor:
     """
     axis %= labels.ndim
     others = [other for other, size in enumerate(labels.shape) if size > 1 and other != axis]
-    if others and labels.shape[axis] == 1:
+    # one channel at most along the axis, and elements that are not the norm's (class tokens stacked, CoaT)
+    if others and bool(((labels < 0) | (labels == labels.amax(axis, keepdim=True))).all()):
         raise RefusalError(f"a {words} mixes another axis than its channels")
     if others:
         raise RefusalError(f"its channels are spread over several axes of the input of a {words}")

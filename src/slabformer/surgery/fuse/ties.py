@@ -1,45 +1,95 @@
-"""Parameters that two modules hold, such as an embedding and a head: given to each of them where a fold needs it."""
+"""Parameters and layers that stand in several places, such as an embedding that is the head: one for each place."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from itertools import accumulate
 
-from torch import nn
+from torch import Tensor, nn
+
+from slabformer.surgery.fuse.fold import set_module
 
 
-def holders(model: nn.Module) -> dict[str, list[str]]:
-    """First name of every parameter that several modules hold, and its name in each of them."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[nn.Parameter, dict[tuple[nn.Module, str], str]] = {}
+def names_of_shared(model: nn.Module) -> list[list[str]]:
+    """All names of every parameter that has several: it is in several modules, or its module has several names."""
+    found: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        prefix, _, leaf = name.rpartition(".")
-        found.setdefault(parameter, {}).setdefault((modules[prefix], leaf), name)
-    rows = [list(names.values()) for names in found.values()]
-    return {names[0]: names for names in rows if len(names) > 1}
+        found.setdefault(parameter, []).append(name)
+    return [names for names in found.values() if len(names) > 1]
 
 
-def untie_(model: nn.Module, tied: Collection[str]) -> dict[str, list[str]]:
-    """Give every holder of the parameters called ``tied`` a copy of its own; returns their names, to tie them again."""
-    rows = {first: names for first, names in holders(model).items() if first in tied}
-    for names in rows.values():
-        for name in names[1:]:
-            _put(model, name, nn.Parameter(model.get_parameter(name).detach().clone()))
-    return rows
+class Untied:
+    """What was taken apart in a model, so that what stayed equal can be put together again.
 
+    Attributes:
+        modules: Those that had several names, outer ones first; the first name keeps the module, the others got copies.
+        parameters: The same for parameters.
+    """
 
-def tie_(model: nn.Module, rows: Mapping[str, list[str]]) -> None:
-    """Undo :func:`untie_`."""
-    for first, names in rows.items():
-        for name in names[1:]:
-            _put(model, name, model.get_parameter(first))
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[nn.Module, list[str]] = {}
+        self.parameters: list[list[str]] = []
+
+    def take_apart(self, shared: Collection[str]) -> bool:
+        """Let the parameters of these first names be others under each name; False where all were so already."""
+        rows = [names for names in names_of_shared(self.model) if names[0] in shared]
+        kept: dict[nn.Module, str] = {}
+        for name in (name for names in rows for name in names):
+            for place in _modules_above(name):
+                self._need_own(place, kept)
+        for first, *others in rows:
+            for name in others:
+                _put(self.model, name, nn.Parameter(self.model.get_parameter(first).detach().clone()))
+        self.parameters += rows
+        return bool(rows)
+
+    def _need_own(self, place: str, kept: dict[nn.Module, str]) -> None:
+        """Put a copy at ``place`` if its module was ``kept`` for another; children and tensors stay shared."""
+        module = self.model.get_submodule(place)
+        if kept.setdefault(module, place) != place:
+            set_module(self.model, [place], _copy_alone(module, self.model))
+            self.modules.setdefault(module, [kept[module]]).append(place)
+
+    def put_together(self, changed: Collection[str]) -> None:
+        """Share again what holds none of the ``changed`` parameters."""
+        for places in self.modules.values():
+            same = [place for place in places if not any(name.startswith(f"{place}.") for name in changed)]
+            if same:
+                set_module(self.model, same, self.model.get_submodule(same[0]))
+        for names in self.parameters:
+            _share(self.model, [name for name in names if name not in changed])
 
 
 def untie_as_in_file_(model: nn.Module, tied: Mapping[str, str]) -> None:
-    """Give holders copies of their own where a file holds a tensor for each; ``tied``: those that it leaves out."""
-    untie_(model, [first for first, names in holders(model).items() if len({tied.get(n, n) for n in names}) > 1])
+    """Let parameters be shared as in a file that holds one tensor for those that ``tied`` maps to the same name."""
+    rows = [names for names in names_of_shared(model) if len({tied.get(name, name) for name in names}) > 1]
+    Untied(model).take_apart([names[0] for names in rows])
+    for names in rows:
+        for source in {tied.get(name, name) for name in names}:
+            _share(model, [name for name in names if tied.get(name, name) == source])
+
+
+def _modules_above(name: str) -> Iterator[str]:
+    return accumulate(name.split(".")[:-1], "{}.{}".format)
+
+
+def _copy_alone(module: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy of ``module`` that holds the same children and tensors."""
+    memo: dict[int, object] = {}
+    for other in model.modules():
+        held = (other, *vars(other).values(), *other._parameters.values(), *other._buffers.values())
+        memo |= {id(item): item for item in held if isinstance(item, (Tensor, nn.Module)) and item is not module}
+    return copy.deepcopy(module, memo)
+
+
+def _share(model: nn.Module, names: list[str]) -> None:
+    for name in names[1:]:
+        _put(model, name, model.get_parameter(names[0]))
 
 
 def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     prefix, _, leaf = name.rpartition(".")
     parameter.requires_grad_(model.get_parameter(name).requires_grad)
-    model.get_submodule(prefix)._parameters[leaf] = parameter
+    setattr(model.get_submodule(prefix), leaf, parameter)  # an LSTM notes that

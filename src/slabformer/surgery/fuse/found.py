@@ -1,0 +1,81 @@
+"""The neighbours that were found for one norm, and whether they work for it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from slabformer.surgery.fuse.flow import downstream
+from slabformer.surgery.fuse.graph import Trace
+from slabformer.surgery.fuse.labels import RefusalError, describe
+from slabformer.surgery.fuse.marks import NORM, PAD
+from slabformer.surgery.fuse.owners import Owners
+from slabformer.surgery.fuse.parts import Part
+from slabformer.surgery.fuse.plan import Target
+from slabformer.surgery.fuse.sites import channel_labels, readers_of_input
+
+
+@dataclass
+class _Entry:
+    """A target and the operations, per trace, at which it was found."""
+
+    target: Target
+    nodes: dict[Trace, set[Node]]
+
+
+class Found:
+    """Targets by name, role and side."""
+
+    def __init__(self, owners: Owners, traces: Sequence[Trace]) -> None:
+        self.owners, self.traces = owners, traces
+        self._entries: dict[str, _Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, target: Target, trace: Trace, node: Node) -> None:
+        """Note that ``target`` was found at ``node``."""
+        entry = self._entries.setdefault(f"{target.name} {target.role} {target.side}", _Entry(target, {}))
+        if not entry.target.agrees(target):
+            raise RefusalError(f"{self._in_full(target)} is called on differently laid out channels")
+        entry.nodes.setdefault(trace, set()).add(node)
+
+    def exclusive(self) -> tuple[Target, ...]:
+        """The targets.
+
+        Raises:
+            RefusalError: If one of them also works on something else.
+        """
+        for entry in self._entries.values():
+            for trace in self.traces:
+                self._need_exclusive(entry.target, trace, entry.nodes.get(trace, set()))
+        return tuple(entry.target for entry in self._entries.values())
+
+    def _need_exclusive(self, target: Target, trace: Trace, nodes: set[Node]) -> None:
+        if target.norm is not None:
+            users = trace.calls.get(target.norm, [])
+        elif target.pad is not None:
+            users = trace.pad_calls.get(target.pad, [])
+        else:
+            parts = [target.weight, *(() if target.new_bias else target.bias)]
+            users = [user for part in parts for user in _readers(part, trace)]  # type: ignore[arg-type]
+        for user in users:
+            if user not in nodes:
+                use = "used on another input" if user.target in (NORM, PAD) or readers_of_input(user) else "read raw"
+                raise RefusalError(f"{self._in_full(target)} is also {use} by {describe(user)}")
+
+    def _in_full(self, target: Target) -> str:
+        """A target that another call bars: its name, and what else it is called."""
+        return target.name + ("" if target.weight is None else self.owners.other_names(target.weight.name))
+
+
+def _readers(part: Part, trace: Trace) -> list[Node]:
+    """What computes with these elements of a parameter."""
+    seeds = {}
+    for source in trace.sources(part.name):
+        labels = channel_labels(source, part.axis)
+        seeds[source] = labels.where(torch.isin(labels, part.rows), -1)
+    return [end.node for end in downstream(trace, seeds, (), fixed_size=True)]
