@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import slabformer as sf
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules
+from slabformer.tasks.engine.config import RecalibrateConfig
 from slabformer.tasks.language.config import AdamWConfig, ModelConfig, TrainConfig
 from slabformer.tasks.language.corpus import DataConfig
 from slabformer.tasks.language.tokens import TokenizerConfig
@@ -52,6 +53,17 @@ def tiny_config(output: Path, **changes: Any) -> TrainConfig:
         "save_every": 5,
     }
     return TrainConfig(**settings | changes)
+
+
+def streamed(output: Path, **changes: Any) -> TrainConfig:
+    """:func:`tiny_config`, whose text is read as a stream."""
+    return tiny_config(
+        output,
+        data=DataConfig(path=str(output.parent / "text.txt"), document="line", stream=True, validation=10),
+        tokenizer=TokenizerConfig(vocab_size=300, documents=50),
+        recalibrate=RecalibrateConfig(batches=2),
+        **changes,
+    )
 
 
 def trained_looking(norm: str = "prepbn", seed: int = 0, **changes: Any) -> SlabLlamaForCausalLM:

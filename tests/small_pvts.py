@@ -1,9 +1,10 @@
-"""PVTs and PVTv2s small enough for tests, with random norms and tables."""
+"""PVTs and PVTv2s small enough for tests, with random norms and tables, and what they are tried with."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,19 @@ SMALL: dict[str, Any] = {
     "mlp_ratios": (2, 2, 2, 2),
     "num_classes": 5,
 }
+V1, V2 = "slab_pvt_tiny", "slab_pvt_v2_b0"
+#: a model of every kind: its name and arguments
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "slab_pvt": (V1, {}),
+    "pvt_prepbn": ("pvt_tiny_prepbn", {}),
+    "pvt": ("pvt_tiny", {}),
+    "mixed": (V1, {"attention": "LSLS", "norm": "repbn"}),
+    "reduced": (V1, {"linear_sr_ratios": (8, 4, 2, 1)}),
+    "slab_pvt_v2": (V2, {}),
+    "pvt_v2_mixed": (V2, {"attention": "SSLL"}),
+}
+kinds = pytest.mark.parametrize(("name", "kwargs"), KINDS.values(), ids=KINDS)
+families = pytest.mark.parametrize("name", [V1, V2])
 
 
 def small(name: str, **kwargs: Any) -> nn.Module:
@@ -30,3 +44,8 @@ def images(height: int = 64, width: int = 64, seed: int = 0) -> Tensor:
     """Two random images, float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, 3, height, width, generator=generator, dtype=torch.float64)
+
+
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """Of every block, in order."""
+    return [block.attn for stage in model.stages for block in stage.blocks]

@@ -1,9 +1,6 @@
-"""PVT, and what PVTv2 has in common with it."""
+"""PVT, and what PVTv2 has in common with it: sizes, plans, training, fusing, and settings that cannot be."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -11,40 +8,20 @@ import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import nn
-from torch.nn import functional as F
 
 from fusing import assert_same_outputs, fused
 from slabformer import PRepBN, RepBN
-from slabformer.models.official import load_published, to_published
 from slabformer.models.published import PUBLISHED
 from slabformer.models.registry import twin_of
 from slabformer.nn.attention_variants import PyramidAttention, PyramidLinearAttention
-from slabformer.nn.resample import resample_table
-from small_pvts import SMALL, images, small
+from small_pvts import KINDS, V1, V2, attentions, families, images, kinds, small
 from tolerances import ALGEBRA, EXACT, assert_close
 
-V1, V2 = "slab_pvt_tiny", "slab_pvt_v2_b0"
-#: a model of every kind: its name and arguments
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "slab_pvt": (V1, {}),
-    "pvt_prepbn": ("pvt_tiny_prepbn", {}),
-    "pvt": ("pvt_tiny", {}),
-    "mixed": (V1, {"attention": "LSLS", "norm": "repbn"}),
-    "reduced": (V1, {"linear_sr_ratios": (8, 4, 2, 1)}),
-    "slab_pvt_v2": (V2, {}),
-    "pvt_v2_mixed": (V2, {"attention": "SSLL"}),
-}
-kinds = pytest.mark.parametrize(("name", "kwargs"), KINDS.values(), ids=KINDS)
 PVTS = [
     pytest.param(row, id=row.config, marks=[pytest.mark.slow] if row.config.endswith(("b4", "b5")) else [])
     for row in PUBLISHED.values()
     if "pvt" in row.config
 ]
-families = pytest.mark.parametrize("name", [V1, V2])
-
-
-def attentions(model: nn.Module) -> list[nn.Module]:
-    return [block.attn for stage in model.stages for block in stage.blocks]
 
 
 @pytest.mark.parametrize("row", PVTS)
@@ -82,75 +59,6 @@ def test_a_plan_gives_each_stage_its_attention_and_reduction():
     types = [type(stage.blocks[0].attn) for stage in model.stages]
     assert types == [PyramidLinearAttention, PyramidAttention] * 2
     assert [stage.blocks[0].attn.sr_ratio for stage in model.stages] == [1, 4, 1, 1]
-
-
-@kinds
-def test_features_are_what_stages_return(name, kwargs):
-    model, backbone = small(name, **kwargs), small(name, features_only=True, out_indices=(1, 3), **kwargs)
-    backbone.model.load_state_dict(model.state_dict(), strict=False)  # it has no head
-    assert backbone.feature_info.channels() == [16, 32]
-    assert backbone.feature_info.reduction() == [8, 32]
-    outputs = []
-    for index in (1, 3):
-        model.stages[index].register_forward_hook(lambda _, __, out: outputs.append(out.permute(0, 3, 1, 2)))
-    model(images())
-    features = backbone(images())
-    assert [tuple(f.shape[1:]) for f in features] == [(16, 8, 8), (32, 2, 2)]
-    for feature, expected in zip(features, outputs, strict=True):
-        assert_close(feature, expected, EXACT)
-
-
-@families
-def test_intermediates_end_in_the_forward_features(name):
-    model, x = small(name), images()
-    final, maps = model.forward_intermediates(x, indices=2, norm=True, output_fmt="NHWC")
-    assert [m.shape for m in maps] == [(2, 4, 4, 24), (2, 2, 2, 32)]
-    assert_close(final, model.forward_features(x), EXACT)
-    assert_close(maps[-1], final, EXACT)
-    early = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
-    assert_close(early[0], model.forward_intermediates(x, indices=[0])[1][0], EXACT)
-
-
-@kinds
-@pytest.mark.parametrize("size", [(64, 64), (96, 32), (40, 72), (7, 33)], ids=str)
-def test_any_size_gives_what_set_input_size_gives(name, kwargs, size):
-    model, x = small(name, **kwargs), images(*size)
-    expected = model(x)
-    features = model.forward_intermediates(x, intermediates_only=True)
-    height, width = (side + -side % 32 for side in size)
-    assert [tuple(f.shape[2:]) for f in features] == [(height // s, width // s) for s in (4, 8, 16, 32)]
-    model.set_input_size(size)
-    assert_close(model(x), expected, EXACT)
-
-
-@families
-def test_images_are_padded_with_zeros_on_the_right_and_at_the_bottom(name):
-    model, x = small(name), images(40, 50)
-    assert_close(model(x), model(F.pad(x, (0, 14, 0, 24))), EXACT)
-
-
-@families
-def test_tables_can_be_made_for_another_size_from_the_start(name):
-    model = small(name, img_size=(40, 96))
-    assert [attn.grid_size for attn in attentions(model)] == [(16, 24), (8, 12), (8, 12), (4, 6), (2, 3)]
-    assert model(images(40, 96)).shape == (2, 5)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "multiple"),
-    [({"sr_ratios": (3, 2, 1, 1), "attention": "SSSS"}, 96), ({"linear_sr_ratios": (1, 1, 1, 2)}, 64)],
-    ids=["softmax", "linear"],
-)
-def test_every_reduction_divides_its_map(kwargs, multiple):
-    model = small(V1, **kwargs)
-    assert model.pad_to == multiple
-    x = images(40, 72)
-    assert_close(model(x), model(F.pad(x, (0, -72 % multiple, 0, -40 % multiple))), EXACT)
-
-
-def test_the_published_way_of_stretching_values_is_an_argument():
-    published, ours = (small(V1, linear_sr_ratios=(8, 4, 2, 1), resize=how) for how in ("1d", "2d"))
-    assert (published(images()) - ours(images())).abs().max() > 1e-4
 
 
 @families
@@ -233,87 +141,6 @@ def test_models_compile_in_one_piece(name):
     assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x), ALGEBRA)
 
 
-@kinds
-def test_maps_stay_token_major(name, kwargs):
-    model = small(name, **kwargs)
-    strides = []
-    for stage in model.stages:
-        for module in (stage.downsample, *stage.blocks):
-            module.register_forward_hook(lambda _, __, out: strides.append(out.is_contiguous()))
-    model(images())
-    assert strides == [True] * len(strides)
-
-
-# --- weights ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=[V1, "pvt_tiny_prepbn", V2])
-def release(request, tmp_path) -> tuple[str, Path, dict[str, torch.Tensor]]:
-    """A model's name, a published file of it for 224 px, and what is in there."""
-    state = to_published(small(request.param, img_size=224).float())
-    torch.save({"model": state}, tmp_path / "model.pth")
-    return request.param, tmp_path / "model.pth", state
-
-
-def pretrained(name: str, path: Path, **kwargs: Any) -> nn.Module:
-    overlay = {"file": str(path), "custom_load": True}
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **{**SMALL, **kwargs})
-
-
-def test_a_file_comes_back_name_by_name(release):
-    name, path, state = release
-    back = to_published(pretrained(name, path, img_size=224))
-    assert list(back) == list(state)
-    for key, value in state.items():
-        assert_close(back[key], value, EXACT)
-
-
-def test_tables_of_a_file_follow_the_image_size(release):
-    name, path, state = release
-    model = pretrained(name, path, img_size=(64, 90))
-    if name != V2:
-        assert_close(model.stages[1].pos_embed, resample_table(state["pos_embed2"], (28, 28), (8, 12)), EXACT)
-    if name != "pvt_tiny_prepbn":
-        table = state["block1.0.attn.positional_encoding"]
-        expected = resample_table(table, (56, 56), (16, 24))
-        assert_close(model.stages[0].blocks[0].attn.positional_encoding, expected, EXACT)
-    at_once = pretrained(name, path, img_size=224).eval()
-    x = images(64, 90).float()
-    assert_close(model.eval()(x), at_once(x), EXACT)
-
-
-def test_grey_images_see_the_sum_of_the_colour_channels(release):
-    name, path, state = release
-    expected = state["patch_embed1.proj.weight"].sum(1, keepdim=True)
-    assert_close(pretrained(name, path, in_chans=1).patch_embed.proj.weight, expected, EXACT)
-
-
-@pytest.mark.parametrize("num_classes", [0, 7])
-def test_another_number_of_classes_asks_for_a_new_head(release, num_classes):
-    name, path, state = release
-    model = pretrained(name, path, num_classes=num_classes, img_size=224)
-    assert model.num_classes == num_classes
-    assert_close(model.stages[3].blocks[0].mlp.fc2.weight, state["block4.0.mlp.fc2.weight"], EXACT)
-
-
-def test_features_come_pretrained(release):
-    name, path, state = release
-    backbone = pretrained(name, path, img_size=224, features_only=True)
-    assert_close(backbone.model.stages[3].blocks[0].mlp.fc2.weight, state["block4.0.mlp.fc2.weight"], EXACT)
-
-
-def test_a_file_of_another_plan_is_refused_in_one_line(release):
-    name, path, _ = release
-    other = "SSSS" if name != "pvt_tiny_prepbn" else "LLLL"
-    model = small(name, attention=other, img_size=224)
-    with pytest.raises(ValueError, match=f"checkpoint does not fit {name}: .* missing .*unexpected") as error:
-        load_published(model, path)
-    assert "\n" not in str(error.value)
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -333,9 +160,6 @@ def test_settings_that_cannot_be_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message) as error:
         small(V1, **kwargs)
     assert "\n" not in str(error.value)
-
-
-# --- fusing ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""PVTv2 beside timm's; what it has in common with PVT is held in test_pvt.py."""
+"""PVTv2 beside timm's; what it has in common with PVT is held in test_pvt*.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts `test_triton_kernels.py` in Triton's interpreter, which takes kernels apart on a CPU."""
+"""Starts the tests of the Triton kernels in Triton's interpreter, which takes kernels apart on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-KERNEL_TESTS = Path(__file__).with_name("test_triton_kernels.py")
+KERNEL_TESTS = [str(Path(__file__).with_name(f"test_triton_{name}.py")) for name in ("kernels", "operator")]
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ KERNEL_TESTS = Path(__file__).with_name("test_triton_kernels.py")
     ids=["fast", "slow"],
 )
 def test_kernels_pass_in_the_interpreter(markers: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", markers, str(KERNEL_TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", markers, *KERNEL_TESTS]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -1,0 +1,63 @@
+"""Compiled training: a graph for each phase, and what eager training computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.testing import CompileCounter
+
+from fading import MASKS, C, Net, assert_all_close, train
+from slabformer import ProgressiveSchedule, token_mask
+from tolerances import FLOAT32
+
+
+@pytest.fixture
+def _fresh_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no_mask", "mask"])
+def test_compiles_once_a_phase(masked: bool) -> None:
+    model, counter = Net(), CompileCounter()
+    schedule = ProgressiveSchedule(model, 9, warmup=1 / 3, fade=1 / 3)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    frames = []
+    for step in range(9):
+        mask = torch.rand(2, 5) > 0.2 if masked else None
+        with token_mask(model, mask):
+            compiled(1 + torch.randn(2, 5, C, dtype=torch.float64)).mean().backward()
+        schedule.step()
+        frames.append(counter.frame_count)
+        assert model.blocks[0][0].rep.num_batches_tracked == step + 1
+    assert frames == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "checkpoint_inside"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TF32.*:UserWarning")  # of torch's own compiler
+def test_compiled_training_equals_eager(backend: str, reentrant: bool | None) -> None:
+    model = Net(reentrant, dtype=torch.float32)
+    expected = train(Net(dtype=torch.float32), steps=3, mask=MASKS["mask"])
+    model.compile(backend=backend, fullgraph=True)
+    assert_all_close(train(model, steps=3, mask=MASKS["mask"]), expected, FLOAT32)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False], ids=["reentrant", "not"])
+@pytest.mark.parametrize("backend", ["eager", INDUCTOR])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TF32.*:UserWarning")
+def test_compiled_blocks_inside_checkpoints_count_once(backend: str, reentrant: bool) -> None:
+    expected = train(Net(dtype=torch.float32), steps=3)
+    actual = train(Net(reentrant, compiled=backend, dtype=torch.float32), steps=3)
+    assert_all_close(actual, expected, FLOAT32)
