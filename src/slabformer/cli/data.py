@@ -9,24 +9,29 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+import slabformer as sf
 from slabformer.cli.common import load, needs_weights
 from slabformer.models.registry import check_model_name
+from slabformer.nn.controls import prepbn_modules
 from slabformer.tasks.classification.predict import data_config
 from slabformer.tasks.classification.sources import DataConfig, Split
 from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.files import write_text
+from slabformer.tasks.engine.order import OrderedLoader
 from slabformer.tasks.saved_model import ModelInfo
 
 MOST_WORKERS = 4
 STDOUT = Path("-")
+Result = TypeVar("Result")
 
 
 class ExamplesFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -94,15 +99,21 @@ def load_trained(config: Namespace) -> tuple[nn.Module, ModelInfo]:
     return model.to(device_called(config.device)), info
 
 
-def launched_accelerator(config: Namespace) -> Any:
-    """accelerate's, where torchrun started several processes; they then run on its devices."""
+@contextmanager
+def launched_accelerator(config: Namespace) -> Iterator[Any]:
+    """accelerate's, where torchrun started several processes, which then run on its devices; else None."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
+        yield None
+        return
     if config.device not in ("auto", "cpu"):
         raise ValueError(f"several processes take a device each; use --device auto or cpu, not {config.device!r}")
     accelerator = create_accelerator(device=config.device)
     config.device = str(accelerator.device)
-    return accelerator
+    try:
+        yield accelerator
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def device_called(name: str) -> torch.device:
@@ -138,3 +149,17 @@ def progress_bar(title: str, total: int | None) -> Iterator[Callable[..., None]]
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done=1: progress.advance(task, done)
+
+
+def each_form(
+    model: nn.Module, form: str, loader: OrderedLoader, measure: Callable[..., Result]
+) -> Iterator[tuple[str, Result]]:
+    """What ``measure(progress=...)`` makes of ``model``, called ``form``, and of the blend while gamma is above 0."""
+    total = -(-loader.order.count // loader.order.world_size)
+    with progress_bar("evaluate", total) as advance:
+        yield form, measure(progress=advance)
+    norms = list(prepbn_modules(model).values())
+    if any(norm.phase != "done" for norm in norms):
+        gamma = max(float(norm.gamma) for norm in norms)
+        with sf.blended(model), progress_bar("blend", total) as advance:
+            yield f"blend, gamma {gamma:.2f}", measure(progress=advance)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
-from torch import nn
 
 import slabformer as sf
 from slabformer.cli.common import add_model_options, console, example_images
@@ -21,12 +19,11 @@ from slabformer.cli.data import (
     add_data_options,
     add_device_option,
     data_of,
+    each_form,
     launched_accelerator,
     load_trained,
-    progress_bar,
     write_json,
 )
-from slabformer.nn.controls import prepbn_modules
 from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.data import Loader, create_loader
 from slabformer.tasks.classification.evaluate import ClassResult, EvalResult, evaluate
@@ -71,12 +68,8 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Evaluate and print a table; under torchrun every process takes its share, and the first one prints."""
-    accelerator = launched_accelerator(config)
-    try:
+    with launched_accelerator(config) as accelerator:
         _run(config, accelerator)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _run(config: Namespace, accelerator: Any) -> None:
@@ -103,20 +96,9 @@ def _run(config: Namespace, accelerator: Any) -> None:
         model, _ = sf.fuse(model, images)
     form = "fused" if config.fused or info.fused else "deployed"
     options = {"per_class": config.per_class is not None, "real": real, "accelerator": accelerator}
-    results = dict(_evaluate(model, loader, form, options))
+    results = dict(each_form(model, form, loader, partial(evaluate, model, loader, **options)))
     if is_main:
         _tell(config, f"{info.model} on {config.data}", results)
-
-
-def _evaluate(model: nn.Module, loader: Loader, form: str, options: dict[str, Any]) -> Iterator[tuple[str, EvalResult]]:
-    total = -(-loader.order.count // loader.order.world_size)
-    with progress_bar("evaluate", total) as advance:
-        yield form, evaluate(model, loader, progress=advance, **options)
-    norms = list(prepbn_modules(model).values())
-    if any(norm.phase != "done" for norm in norms):
-        gamma = max(float(norm.gamma) for norm in norms)
-        with sf.blended(model), progress_bar("blend", total) as advance:
-            yield f"blend, gamma {gamma:.2f}", evaluate(model, loader, progress=advance, **options)
 
 
 def _tell(config: Namespace, title: str, results: dict[str, EvalResult]) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
+import torch.distributed as dist
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from slabformer.tasks.engine.signals import StoppedError
 
 C = TypeVar("C")
 
@@ -43,6 +47,30 @@ def config_of(parser: ArgumentParser, parsed: Namespace, config: type[C]) -> C:
     # its name before jsonargparse 4.49 was another
     instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
     return config(**{key: value for key, value in vars(instantiate(parsed)).items() if key != "config"})
+
+
+@contextmanager
+def ending_well() -> Iterator[None]:
+    """Around training: a signal that stopped it is one line and its exit code, and processes take leave of each other.
+
+    Raises:
+        SystemExit: With 143 after SIGTERM, 130 after SIGINT.
+    """
+    try:
+        yield
+    except StoppedError as stopped:
+        write_once(sys.stderr, f"slab: {stopped}\n")
+        raise SystemExit(stopped.exit_code) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def write_outcome(result: Any, figures: Mapping[str, float], spec: str = ".4g") -> None:
+    """One line: whether anything was trained, where it is, and ``figures`` formatted by ``spec``."""
+    verdict = "already finished" if result.already_finished else "finished"
+    shown = "  ".join(f"{name} {value:{spec}}" for name, value in figures.items())
+    write_once(sys.stdout, f"{verdict}: {result.output}  {shown}\n")
 
 
 def write_once(stream: TextIO, line: str) -> None:

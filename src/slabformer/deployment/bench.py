@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from slabformer.deployment.equality import RUNTIME_RTOL, verify_fused
 from slabformer.deployment.measure import (
-    MEBIBYTE,
     Machine,
     count_parameters,
-    memory_of,
+    mebibytes_of,
     num_threads,
     quantile,
     ratio,
@@ -183,7 +182,7 @@ def _measure(
                 p50_ms=p50 * 1e3,
                 p90_ms=quantile(turns[variant, mode], 0.9) * 1e3,
                 images_per_second=images / p50,
-                memory_mib=_mebibytes(calls[variant, mode], device),
+                memory_mib=mebibytes_of(calls[variant, mode], device, times=5),
                 parameters=count_parameters(variants[variant]),
                 macs=work[variant].flops // 2 // images,
                 over_twin=_over(turns, "LayerNorm twin", variant, mode),
@@ -201,11 +200,6 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
 
 def _over(turns: Turns, other: Variant, variant: Variant, mode: Mode) -> float | None:
     return ratio(turns[other, mode], turns[variant, mode]) if (other, mode) in turns else None
-
-
-def _mebibytes(call: Callable[[], object], device: torch.device) -> float | None:
-    peaks = [peak for peak in (memory_of(call, device) for _ in range(5)) if peak is not None]
-    return min(peaks) / MEBIBYTE if peaks else None
 
 
 def _cut(inputs: Inputs, batch_size: int) -> Inputs:

@@ -21,10 +21,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from slabformer.deployment.decode_report import DecodeReport, Decoding
 from slabformer.deployment.equality import RUNTIME_RTOL, verify_fused
 from slabformer.deployment.measure import (
-    MEBIBYTE,
     Machine,
     count_parameters,
-    memory_of,
+    mebibytes_of,
     num_threads,
     quantile,
     ratio,
@@ -225,7 +224,6 @@ def _measure(
         writer, turns = writers[variant, mode], writing[variant, mode]
         texts, tokens = writer.prompt.shape
         first, p50 = quantile(reading[variant, mode], 0.5), quantile(turns, 0.5)
-        peak = memory_of(writer.write, device)
 
         def over(other: Variant, mode: Mode = mode, turns: list[list[float]] = turns) -> float | None:
             return ratio(writing[other, mode], turns) if (other, mode) in writing else None
@@ -240,7 +238,7 @@ def _measure(
                 p50_ms=p50 * 1e3,
                 p90_ms=quantile(turns, 0.9) * 1e3,
                 tokens_per_second=texts / p50,
-                memory_mib=None if peak is None else peak / MEBIBYTE,
+                memory_mib=mebibytes_of(writer.write, device),
                 parameters=count_parameters(variants[variant]),
                 over_twin=over("LayerNorm twin"),
                 over_given=over("as given"),

@@ -21,10 +21,9 @@ from slabformer.deployment.detector_report import Latency, LatencyReport, Part
 from slabformer.deployment.equality import RUNTIME_RTOL
 from slabformer.deployment.fuse_detector import fuse_detector, verify_detections
 from slabformer.deployment.measure import (
-    MEBIBYTE,
     Machine,
     count_parameters,
-    memory_of,
+    mebibytes_of,
     num_threads,
     quantile,
     ratio,
@@ -148,8 +147,6 @@ def _row(
     device: torch.device,
 ) -> Latency:
     variant, part, mode = key
-    peaks = [memory_of(call, device) for _ in range(3)]
-    peak = min((peak for peak in peaks if peak is not None), default=None)
     return Latency(
         variant=variant,
         part=part,
@@ -157,7 +154,7 @@ def _row(
         p50_ms=quantile(turns[key], 0.5) * 1e3,
         p90_ms=quantile(turns[key], 0.9) * 1e3,
         speed_up=ratio(turns[first, part, mode], turns[key]),
-        memory_mib=None if peak is None else peak / MEBIBYTE,
+        memory_mib=mebibytes_of(call, device, times=3),
         parameters=count_parameters(detector.backbone if part == "backbone" else detector),
         num_detections=num_detections,
     )

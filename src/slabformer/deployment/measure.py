@@ -158,6 +158,12 @@ def memory_of(call: Callable[[], object], device: torch.device) -> float | None:
     return float(max(0, _resident("VmHWM") - before))
 
 
+def mebibytes_of(call: Callable[[], object], device: torch.device, times: int = 1) -> float | None:
+    """The least :func:`memory_of` of several calls, in MiB."""
+    peaks = [peak for peak in (memory_of(call, device) for _ in range(times)) if peak is not None]
+    return min(peaks) / MEBIBYTE if peaks else None
+
+
 @torch.no_grad()
 def count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     """Multiply-adds of matrix products, convolutions and attention in one eager forward."""

@@ -40,8 +40,7 @@ class LinearAttentionCore(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        refuse_uneven_heads(dim, num_heads)
         self.dim, self.num_heads, self.grid_size = dim, num_heads, (grid_size[0], grid_size[1])
         table = torch.zeros(1, grid_size[0] * grid_size[1], dim, device=device, dtype=dtype)
         self.positional_encoding = nn.Parameter(table)
@@ -222,6 +221,12 @@ def key_mask(attn_mask: Tensor | None) -> Tensor | None:
             f"got {attn_mask.dtype} {tuple(attn_mask.shape)}"
         )
     return mask
+
+
+def refuse_uneven_heads(dim: int, num_heads: int) -> None:
+    """Heads are of the same width."""
+    if dim % num_heads:
+        raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
 
 
 def refuse_attn_drop(attn_drop: float) -> None:

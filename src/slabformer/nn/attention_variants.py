@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slabformer.nn.attention import LinearAttentionCore, refuse_attn_drop, shared_depthwise
+from slabformer.nn.attention import LinearAttentionCore, refuse_attn_drop, refuse_uneven_heads, shared_depthwise
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.resample import Grid, resize_tokens_1d, resolve_grid
 from slabformer.ops.dispatch import has_kernel
@@ -53,8 +53,7 @@ class PyramidAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        refuse_uneven_heads(dim, num_heads)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.sr_ratio, self.attn_drop = dim, num_heads, sr_ratio, attn_drop
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slabformer.nn.attention import LinearAttentionCore, shared_depthwise
+from slabformer.nn.attention import LinearAttentionCore, refuse_uneven_heads, shared_depthwise
 from slabformer.nn.resample import Grid, window_merge, window_partition
 from slabformer.ops.depthwise import depthwise_tokens
 from slabformer.ops.dispatch import has_kernel
@@ -102,8 +102,7 @@ class StripeAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        refuse_uneven_heads(dim, num_heads)
         if width is not None and width < 1:
             raise ValueError(f"stripes need a width of 1 or more, or None for the whole map, got {width}")
         if direction not in get_args(Direction):

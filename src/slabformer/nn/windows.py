@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slabformer.nn.attention import SimplifiedLinearAttention
+from slabformer.nn.attention import SimplifiedLinearAttention, refuse_uneven_heads
 from slabformer.nn.padding import PadTokens
 from slabformer.nn.resample import Grid, resample_table, window_partition
 
@@ -137,8 +137,7 @@ class ShiftedWindowAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        refuse_uneven_heads(dim, num_heads)
         self.dim, self.num_heads, self.window_size, self.shift = dim, num_heads, window_size, shift
         self.fixed, self.attn_drop = fixed, attn_drop
         table = torch.empty((2 * window_size[0] - 1) * (2 * window_size[1] - 1), num_heads)

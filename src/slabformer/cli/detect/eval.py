@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 
-import slabformer as sf
 from slabformer.cli.common import console, writable
 from slabformer.cli.data import (
     STDOUT,
     ExamplesFormatter,
     add_device_option,
     device_called,
+    each_form,
     launched_accelerator,
-    progress_bar,
     write_json,
 )
 from slabformer.deployment.fuse_detector import fuse_detector
-from slabformer.models.detection.mask_rcnn import Detector
-from slabformer.nn.controls import prepbn_modules
 from slabformer.tasks.detection.dataset import DetectionData
 from slabformer.tasks.detection.evaluate import collect
 from slabformer.tasks.detection.loader import DetectionLoader, create_loader
-from slabformer.tasks.detection.metrics import NAMES, ClassResult, CocoMetrics, DetectionResult, shown
+from slabformer.tasks.detection.metrics import NAMES, ClassResult, DetectionResult, shown
 from slabformer.tasks.detection.saved import DetectorInfo, compare_classes, load_detector
 from slabformer.tasks.detection.transforms import DetectionAugment
 from slabformer.tasks.engine.files import replaced, write_text
@@ -75,12 +71,8 @@ def run(config: Namespace) -> None:
     for path in (config.classes, config.results, config.json):
         if path is not None and path != STDOUT:
             writable(path)
-    accelerator = launched_accelerator(config)
-    try:
+    with launched_accelerator(config) as accelerator:
         _run(config, accelerator)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _run(config: Namespace, accelerator: Any) -> None:
@@ -92,7 +84,8 @@ def _run(config: Namespace, accelerator: Any) -> None:
     form = "fused" if config.fused or info.fused else "deployed"
     results: dict[str, DetectionResult] = {}
     detections: list[dict[str, Any]] = []
-    for name, metrics in _forms(detector, form, loader, config.backend, accelerator):
+    measure = partial(collect, detector, loader, backend=config.backend, accelerator=accelerator)
+    for name, metrics in each_form(detector, form, loader, measure):
         if not results and config.results is not None:
             detections = metrics.results()  # every rank must ask
         results[name] = metrics.compute()
@@ -121,21 +114,6 @@ def _loader(config: Namespace, info: DetectorInfo, accelerator: Any) -> Detectio
         world_size=1 if accelerator is None else accelerator.num_processes,
         num_workers=config.num_workers,
     )
-
-
-def _forms(
-    detector: Detector, form: str, loader: DetectionLoader, backend: Any, accelerator: Any
-) -> Iterator[tuple[str, CocoMetrics]]:
-    """What the deployed form found, and what the blend did where there is one."""
-    total = -(-loader.order.count // loader.order.world_size)
-    options = {"backend": backend, "accelerator": accelerator}
-    with progress_bar("evaluate", total) as advance:
-        yield form, collect(detector, loader, progress=advance, **options)
-    norms = list(prepbn_modules(detector).values())
-    if any(norm.phase != "done" for norm in norms):
-        gamma = max(float(norm.gamma) for norm in norms)
-        with sf.blended(detector), progress_bar("blend", total) as advance:
-            yield f"blend, gamma {gamma:.2f}", collect(detector, loader, progress=advance, **options)
 
 
 def _tell(config: Namespace, results: dict[str, DetectionResult]) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
-import torch.distributed as dist
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 
 from slabformer.cli.common import console
-from slabformer.cli.recipe import config_of, recipe_parser, write_once
+from slabformer.cli.recipe import config_of, ending_well, recipe_parser, write_outcome
 from slabformer.tasks.detection.config import TrainConfig
 
 
@@ -33,22 +30,13 @@ def run(config: Namespace) -> None:
     from slabformer.tasks.detection.train import train
     from slabformer.tasks.detection.twin import train_twin
     from slabformer.tasks.engine.console import ConsoleObserver
-    from slabformer.tasks.engine.signals import StoppedError
 
     settings = to_train_config(config)
-    try:
+    with ending_well():
         result = train(settings, observers=[ConsoleObserver()])
         twin = train_twin(settings, observers=[ConsoleObserver()]) if settings.twin else None
-    except StoppedError as stopped:
-        write_once(sys.stderr, f"slab: {stopped}\n")
-        raise SystemExit(stopped.exit_code) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     shown = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")
-    figures = "  ".join(f"{name} {result.metrics[name]:.1f}" for name in shown if name in result.metrics)
-    verdict = "already finished" if result.already_finished else "finished"
-    write_once(sys.stdout, f"{verdict}: {result.output}  {figures}\n")
+    write_outcome(result, {name: result.metrics[name] for name in shown if name in result.metrics}, ".1f")
     if twin is not None:
         _print_beside(settings.model.backbone, result.metrics, twin.metrics)
 

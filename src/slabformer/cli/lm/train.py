@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
-import torch.distributed as dist
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer.cli.lm.common import quiet_transformers
-from slabformer.cli.recipe import config_of, recipe_parser, write_once
+from slabformer.cli.recipe import config_of, ending_well, recipe_parser, write_outcome
 from slabformer.tasks.language.config import TrainConfig
 
 
@@ -25,19 +22,10 @@ def to_train_config(config: Namespace) -> TrainConfig:
 
 def run(config: Namespace) -> None:
     """Train as the options say; exit code 143 after SIGTERM, 130 after SIGINT, 1 if training fails."""
-    from slabformer.tasks.engine.signals import StoppedError
     from slabformer.tasks.language.train import train
 
     quiet_transformers()
-    try:
+    with ending_well():
         result = train(to_train_config(config))
-    except StoppedError as stopped:
-        write_once(sys.stderr, f"slab: {stopped}\n")
-        raise SystemExit(stopped.exit_code) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     shown = ("perplexity", "perplexity_before_recalibration", "bigram_perplexity", "gamma", "seconds")
-    figures = "  ".join(f"{name} {result.summary[name]:.4g}" for name in shown if name in result.summary)
-    verdict = "already finished" if result.already_finished else "finished"
-    write_once(sys.stdout, f"{verdict}: {result.output}  {figures}\n")
+    write_outcome(result, {name: result.summary[name] for name in shown if name in result.summary})

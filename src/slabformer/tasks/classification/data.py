@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from slabformer.tasks.classification.augment import (
     AugmentConfig,
@@ -19,7 +19,7 @@ from slabformer.tasks.classification.augment import (
     train_transform,
 )
 from slabformer.tasks.classification.sources import DataConfig, Source, Split, open_source
-from slabformer.tasks.engine.order import BatchOrder, OrderedLoader
+from slabformer.tasks.engine.order import BatchOrder, OrderedLoader, decoding_loader
 from slabformer.tasks.engine.seeds import draws_from
 from slabformer.tasks.images import Failure, Unreadable, candidates, first_readable, most_unreadable
 
@@ -202,15 +202,7 @@ class ImageLoader(Loader):
 
     def __init__(self, samples: Samples, order: BatchOrder, num_workers: int, max_unreadable: float) -> None:
         super().__init__(order, samples.source.class_names)
-        self.loader = DataLoader(
-            samples,
-            batch_sampler=order,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own, so that the global one does not move
-        )
+        self.loader = decoding_loader(samples, order, num_workers, _collate)
         self.unreadable = Unreadable(most_unreadable(max_unreadable, len(samples)))
 
     def __iter__(self) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 import slabformer as sf
 from slabformer.nn.controls import repbn_modules
@@ -15,16 +15,21 @@ from slabformer.tasks.classification.data import Loader, create_loader
 from slabformer.tasks.classification.evaluate import evaluate
 from slabformer.tasks.classification.mixup import MixedStep
 from slabformer.tasks.classification.result import COLUMNS, TrainResult, finished_before, read_history
-from slabformer.tasks.engine.build import build_gamma_schedule, build_lr_schedule, build_optimizer, rate_scale
+from slabformer.tasks.engine.build import (
+    build_gamma_schedule,
+    build_loop_config,
+    build_lr_schedule,
+    build_optimizer,
+    rate_scale,
+)
 from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.ema import ModelEma
 from slabformer.tasks.engine.folder import RunFolder, fingerprint
 from slabformer.tasks.engine.loop import Trainer
 from slabformer.tasks.engine.observers import CsvObserver, Observer
-from slabformer.tasks.engine.parts import LoopConfig
 from slabformer.tasks.engine.seeds import reseed
-from slabformer.tasks.engine.session import open_folder, train_and_finish
+from slabformer.tasks.engine.session import open_folder, recalibrate_after, train_and_finish
 from slabformer.tasks.saved_model import ModelInfo, save_model
 
 logger = logging.getLogger(__name__)
@@ -105,15 +110,8 @@ class _Run:
             optimizer=optimizer,
             loader=self.train_loader,
             step_fn=MixedStep(config.augment, len(self.class_names), config.batch_size),
-            config=LoopConfig(
-                epochs=epochs,
-                seed=config.seed,
-                accumulate=config.accumulate,
-                clip_norm=config.optimizer.clip_norm,
-                log_every=config.log_every,
-                save_every=config.save_every,
-                eval_every=config.eval_every,
-                compile=config.compile,
+            config=build_loop_config(
+                config, epochs=epochs, clip_norm=config.optimizer.clip_norm, compile=config.compile
             ),
             store=CheckpointStore(self.folder.path, config.keep),
             lr_schedule=lr_schedule,
@@ -158,7 +156,7 @@ class _Run:
         models = {"model": trainer.model, **({"ema": trainer.ema.module} if trainer.ema is not None else {})}
         for name, model in models.items():
             if self.config.recalibrate.enabled and repbn_modules(model):
-                self._recalibrate(trainer, model)
+                recalibrate_after(trainer, model, self.config.recalibrate, lambda model, batch: model(batch[0]))
             metrics |= self._metrics(trainer, model, "" if name == "model" else f"{name}_")
             if self.accelerator.is_main_process:
                 self._save(model, name)
@@ -173,19 +171,6 @@ class _Run:
             metrics=metrics,
             output=self.folder.path,
         )
-
-    def _recalibrate(self, trainer: Trainer, model: nn.Module) -> None:
-        """On the training data of one more epoch, augmented as in training, as published."""
-        self.train_loader.set_epoch(trainer.config.epochs)
-        self.train_loader.set_start(0)
-        batches = self.config.recalibrate.batches
-        progress = trainer.progress("recalibrate", min(batches or len(self.train_loader), len(self.train_loader)))
-
-        def forward(model: nn.Module, batch: list[Tensor]) -> None:
-            model(batch[0])
-            progress()
-
-        sf.recalibrate_(model, self.train_loader, batches, forward)
 
     def _save(self, model: nn.Module, name: str) -> None:
         data = self.config.data

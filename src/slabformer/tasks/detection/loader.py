@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from slabformer.tasks.detection.dataset import DetectionData, DetectionDataset, Sample, open_source
 from slabformer.tasks.detection.digits import Split
 from slabformer.tasks.detection.grouping import AspectOrder
 from slabformer.tasks.detection.transforms import DetectionAugment, eval_transform, train_transform
-from slabformer.tasks.engine.order import BatchOrder, OrderedLoader
+from slabformer.tasks.engine.order import BatchOrder, OrderedLoader, decoding_loader
 from slabformer.tasks.images import Failure, Unreadable
 
 
@@ -114,15 +113,7 @@ class DetectionLoader(OrderedLoader):
         self.category_ids = self.annotations.category_ids
         self.dataset, self.has_masks = dataset, dataset.masks
         self.unreadable = Unreadable(limit)
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=order,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own, so that the global one does not move
-        )
+        self.loader = decoding_loader(dataset, order, num_workers, _collate)
 
     def __iter__(self) -> Iterator[DetectionBatch]:
         for batch, failures in self.loader:

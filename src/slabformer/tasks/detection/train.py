@@ -26,15 +26,14 @@ from slabformer.tasks.detection.result import (
     read_history,
 )
 from slabformer.tasks.detection.saved import DetectorInfo, save_detector
-from slabformer.tasks.engine.build import build_optimizer
+from slabformer.tasks.engine.build import build_loop_config, build_optimizer
 from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.devices import create_accelerator, to_device
 from slabformer.tasks.engine.folder import RunFolder, fingerprint
 from slabformer.tasks.engine.loop import Trainer
 from slabformer.tasks.engine.observers import CsvObserver, Observer
-from slabformer.tasks.engine.parts import LoopConfig
 from slabformer.tasks.engine.seeds import reseed
-from slabformer.tasks.engine.session import open_folder, train_and_finish
+from slabformer.tasks.engine.session import open_folder, recalibrate_after, train_and_finish
 
 logger = logging.getLogger(__name__)
 
@@ -153,15 +152,7 @@ class _Run:
             optimizer=optimizer,
             loader=self.train_loader,
             step_fn=detection_losses,
-            config=LoopConfig(
-                epochs=config.epochs,
-                seed=config.seed,
-                accumulate=config.accumulate,
-                clip_norm=config.optimizer.clip_norm,
-                log_every=config.log_every,
-                save_every=config.save_every,
-                eval_every=config.eval_every,
-            ),
+            config=build_loop_config(config, epochs=config.epochs, clip_norm=config.optimizer.clip_norm),
             store=CheckpointStore(self.folder.path, config.keep),
             lr_schedule=RateSchedule(optimizer, config.lr_schedule, epochs=config.epochs, steps_per_epoch=steps),
             gamma_schedule=build_fading(config.gamma, self.detector, optimizer, config.epochs * steps),
@@ -207,19 +198,14 @@ class _Run:
         )
 
     def _recalibrate(self, trainer: Trainer, norms: nn.ModuleList) -> None:
-        """Over the training images of one more epoch, through the backbone alone."""
-        self.train_loader.set_epoch(trainer.config.epochs)
-        self.train_loader.set_start(0)
-        batches = self.config.recalibrate.batches
-        progress = trainer.progress("recalibrate", min(batches or len(self.train_loader), len(self.train_loader)))
+        """Through the backbone alone."""
         detector = self.detector.eval()
 
         def forward(_: nn.Module, batch: DetectionBatch) -> None:
             images, _ = detector.transform(to_device(batch.images, self.accelerator.device))
             detector.backbone(images.tensors)
-            progress()
 
-        sf.recalibrate_(norms, self.train_loader, batches, forward)
+        recalibrate_after(trainer, norms, self.config.recalibrate, forward)
 
     def _save(self, name: str) -> None:
         save_detector(self.detector, self.folder.path / f"{name}.safetensors", self.info)

@@ -1,4 +1,4 @@
-"""From the recipes that tasks share to optimizer and schedules."""
+"""From the recipes that tasks share to the loop's settings, optimizer and schedules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ from torch.optim import Optimizer
 from slabformer._extras import require
 from slabformer.nn.controls import prepbn_modules
 from slabformer.progressive import ProgressiveSchedule
-from slabformer.tasks.engine.config import FadeConfig, LrConfig, OptimizerConfig
+from slabformer.tasks.engine.config import FadeConfig, LrConfig, OptimizerConfig, RunConfig
+from slabformer.tasks.engine.parts import LoopConfig
+
+
+def build_loop_config(config: RunConfig, *, epochs: int, clip_norm: float | None, compile: bool = False) -> LoopConfig:
+    """The loop's settings in a recipe; ``compile`` lets it compile the training step."""
+    return LoopConfig(
+        epochs=epochs,
+        seed=config.seed,
+        accumulate=config.accumulate,
+        clip_norm=clip_norm,
+        log_every=config.log_every,
+        save_every=config.save_every,
+        eval_every=config.eval_every,
+        compile=compile,
+    )
 
 
 def build_optimizer(

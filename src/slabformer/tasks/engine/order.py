@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class Stream(IntEnum):
@@ -100,3 +101,18 @@ class OrderedLoader(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[Any]: ...
+
+
+def decoding_loader(
+    dataset: Dataset[Any], order: BatchOrder, num_workers: int, collate: Callable[[list[Any]], Any]
+) -> DataLoader[Any]:
+    """Batches of ``order`` out of ``num_workers`` processes that live on from epoch to epoch, or out of this one."""
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, so that the global one does not move
+    )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from slabformer.tasks.engine.config import RunConfig
+from torch import nn
+
+from slabformer.surgery.recalibrate import recalibrate_
+from slabformer.tasks.engine.config import RecalibrateConfig, RunConfig
 from slabformer.tasks.engine.folder import Found, RunFolder
 from slabformer.tasks.engine.loop import Trainer
 from slabformer.tasks.engine.observers import CsvObserver, Observer, TensorBoardObserver
@@ -85,3 +88,26 @@ def train_and_finish(run: Run[Result], csv: CsvObserver, observers: Sequence[Obs
         stack.enter_context(trainer.signals)
         trainer.fit()
         return run.finish(trainer)
+
+
+def recalibrate_after(
+    trainer: Trainer, norms: nn.Module, config: RecalibrateConfig, forward: Callable[[nn.Module, Any], object]
+) -> None:
+    """Give ``norms`` the statistics of one more epoch's training batches, augmented as in training, as published.
+
+    Args:
+        trainer: At the end of training.
+        norms: A model, or those of its norms whose statistics move.
+        config: How many batches.
+        forward: Runs the norms on a batch.
+    """
+    loader = trainer.loader
+    loader.set_epoch(trainer.config.epochs)
+    loader.set_start(0)
+    progress = trainer.progress("recalibrate", min(config.batches or len(loader), len(loader)))
+
+    def step(norms: nn.Module, batch: Any) -> None:
+        forward(norms, batch)
+        progress()
+
+    recalibrate_(norms, loader, config.batches, step)
