@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+#: columns that hang on the clock
+CLOCK = ("images_per_second",)
+
 
 def csv_rows(path: Path, *without: str) -> list[dict[str, str]]:
     """The rows of a CSV file as written, but for the columns ``without``."""

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from distributed import run_ranks
+from fading import C, Net
 from slabformer import PRepBN, ProgressiveSchedule, set_token_mask, sync_norms_, token_mask
 from tolerances import ALGEBRA, EXACT, assert_close
 
-C, STEPS = 5, 6
+STEPS = 6
 #: images a rank holds, of four in all
 SHARES = {"even": [2, 2], "uneven": [3, 1], "one_image_each": [1, 1]}
 MASKS = {
@@ -21,19 +21,6 @@ MASKS = {
     "uneven_mask": [[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]],
     "rank_without_valid_tokens": [[1, 1, 1], [1, 1, 0], [0, 0, 0], [0, 0, 0]],
 }
-
-
-class Net(nn.Module):
-    def __init__(self, reentrant: bool | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(nn.Sequential(PRepBN(C), nn.Linear(C, C), nn.Tanh()) for _ in range(2)).double()
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = x + (block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant))
-        return x
 
 
 def train(net: nn.Module, wrapped: nn.Module, own: slice, num_ranks: int, mask: Tensor | None, total: int) -> list[Any]:

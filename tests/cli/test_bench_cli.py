@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
 import pytest
 
+from csv_files import csv_rows
 from slabformer.cli import bench as bench_cli
 from slabformer.cli.main import main
 from slabformer.deployment.comparison import compare_files
@@ -48,8 +48,7 @@ def test_the_twin_can_be_left_out(tmp_path: Path) -> None:
 
 def zoo(folder: Path, *arguments: str) -> list[dict[str, str]]:
     assert main(["bench", "--models", *arguments, *QUICK, "--output", str(folder)]) == 0
-    with (folder / "bench.csv").open() as file:
-        return list(csv.DictReader(file))
+    return csv_rows(folder / "bench.csv")
 
 
 def test_many_models_make_one_table_and_are_measured_once(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import yaml
 
 from coco_files import write_root
+from csv_files import csv_rows
 from detectors import saved
 from slabformer.cli.main import main
 from tiny_detection import NO_STEPS, tiny_config
@@ -113,10 +113,8 @@ def test_eval_prints_and_writes_figures_classes_and_detections(
     figures = json.loads(files["json"].read_text())
     assert figures["deployed"]["num_images"] == 3
     assert len(figures["deployed"]["box"]) == len(figures["deployed"]["mask"]) == 12
-    with files["classes"].open(newline="") as file:
-        assert [(row["name"], row["num_objects"]) for row in csv.DictReader(file)] == [
-            ("cat", "3"), ("dog", "0"), ("owl", "3")
-        ]  # fmt: skip
+    objects = [(row["name"], row["num_objects"]) for row in csv_rows(files["classes"])]
+    assert objects == [("cat", "3"), ("dog", "0"), ("owl", "3")]
     detections = json.loads(files["results"].read_text())
     assert detections
     assert {frozenset(row) for row in detections} == {

@@ -1,4 +1,3 @@
-import csv
 import json
 import os
 import socket
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from csv_files import csv_rows
 from image_folders import fill_classes, fill_splits, picture
 from saved_digits import digits_model, save_digits_model
 from slabformer.cli.main import main
@@ -41,8 +41,7 @@ def test_figures_go_to_json_and_classes_to_csv(
     assert main(["eval", model_file, "--data", "digits", "--json", "-", "--per-class", str(rows)]) == 0
     figures, expected = json.loads(capsys.readouterr().out)["deployed"], by_hand()
     assert (figures["top1"], figures["images"]) == (expected.top1, 360)
-    with rows.open() as file:
-        table = list(csv.DictReader(file))
+    table = csv_rows(rows)
     assert [row["class"] for row in table] == [str(digit) for digit in range(10)]
     hits = sum(round(float(row["top1"]) * int(row["images"])) for row in table)
     assert hits == round(expected.top1 * 360)

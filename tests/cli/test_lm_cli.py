@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import subprocess
@@ -14,6 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from csv_files import csv_rows
 from language_models import SIZES, sentences, somebody_elses, trained_looking, write_lines
 from reference_files import description, published_state
 from slabformer.cli.main import main
@@ -238,8 +238,7 @@ def test_bench_gives_somebody_elses_converted_model_its_twin(
     save_model_folder(somebody_elses("mistral", max_position_embeddings=80), None, tmp_path)
     options = ("--batch-sizes", 1, "--prompt-tokens", 4, "--seconds", 0, "--no-compile", "--threads", 1)
     assert lm("bench", tmp_path, *options, "--output", tmp_path / "out") == 0
-    with (tmp_path / "out" / "decode.csv").open() as file:
-        parameters = {row["variant"]: int(row["parameters"]) for row in csv.DictReader(file)}
+    parameters = {row["variant"]: int(row["parameters"]) for row in csv_rows(tmp_path / "out" / "decode.csv")}
     assert parameters["LayerNorm twin"] < parameters["as given"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 import slabformer as sf
+from csv_files import csv_rows
 from slabformer.deployment.bench import compare
 from slabformer.deployment.report import BenchReport
 from small_models import images, trained_looking
@@ -96,8 +96,7 @@ def test_a_model_with_nothing_to_fuse_is_still_measured() -> None:
 
 def test_files_hold_the_figures_and_where_they_were_taken(report: BenchReport, tmp_path: Path) -> None:
     table, data, plot = report.write(tmp_path / "new" / "folder")
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows(table)
     assert [row["variant"] for row in rows] == 2 * VARIANTS
     assert all(row["device"] and row["versions"] and row["command"] for row in rows)
     assert json.loads(data.read_text())["measurements"][0]["p50_ms"] == float(rows[0]["p50_ms"])

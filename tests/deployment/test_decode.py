@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from csv_files import csv_rows
 from language_models import tokens, trained_looking
 from slabformer.deployment.decode import ROOM, Logits, Writer, compare_decoding, without_norms
 from slabformer.deployment.decode_report import DecodeReport
@@ -73,8 +73,7 @@ def test_every_form_has_a_row_and_ratios_hang_together(report: DecodeReport) -> 
 
 def test_files_and_table_hold_the_rows(report: DecodeReport, tmp_path: Path) -> None:
     table, values, page = report.write(tmp_path)
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows(table)
     assert [row["variant"] for row in rows] == [row.variant for row in report.rows]
     assert json.loads(values.read_text())["machine"]["threads"] == report.machine.threads
     assert report.table().row_count == len(report.rows)

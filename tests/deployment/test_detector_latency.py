@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 import torch
 from torch import nn
 
 import slabformer as sf
+from csv_files import csv_rows
 from detectors import pictures, small_detector, without_folding
 from slabformer.deployment import detector_latency
 from slabformer.deployment.detector_latency import as_if_trained_, measure_latency
@@ -63,8 +62,7 @@ def test_backbone_and_detector_are_timed_unfused_and_fused(report):
 def test_figures_are_written_with_where_they_were_taken(report, tmp_path):
     paths = report.write(tmp_path)
     assert [path.name for path in paths] == ["latency.csv", "latency.md", "latency.json"]
-    with paths[0].open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows(paths[0])
     assert len(rows) == len(report.rows) == 6
     assert (rows[0]["height"], rows[0]["width"], rows[0]["threads"]) == ("64", "80", "1")
     page = paths[1].read_text()

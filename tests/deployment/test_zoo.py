@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from csv_files import csv_rows
 from slabformer.deployment.measure import Machine
 from slabformer.deployment.measurement import Measurement, Variant
 from slabformer.deployment.report import BenchReport
@@ -111,8 +111,7 @@ def test_the_files_grow_model_by_model(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         ZooTable(tmp_path, MACHINE, "").measure(["one", "two"], Interrupted())
-    with (tmp_path / "bench.csv").open() as file:
-        assert {row["model"] for row in csv.DictReader(file)} == {"one"}
+    assert {row["model"] for row in csv_rows(tmp_path / "bench.csv")} == {"one"}
 
 
 def test_markdown_holds_times_ratios_and_where(tmp_path: Path) -> None:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from example_files import load_example
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = Path(__file__).parents[2] / "examples" / "convert_trained.py"
-    spec = importlib.util.spec_from_file_location("convert_trained", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_example("convert_trained")
 
 
 def test_every_norm_goes_and_outputs_stay(example: ModuleType) -> None:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from example_files import load_example
 
 pytest.importorskip("transformers", reason="the Trainer is transformers'")
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = Path(__file__).parents[2] / "examples" / "language_model.py"
-    spec = importlib.util.spec_from_file_location("language_model", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_example("language_model")
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")

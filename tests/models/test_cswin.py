@@ -3,10 +3,14 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm.models import group_parameters
-from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from backbones import (
+    assert_checkpointing_changes_nothing,
+    assert_groups_cover_every_parameter_once,
+    decayed_names,
+    matrix_names,
+)
 from fusing import assert_same_outputs, fused, ready
 from reference_files import description
 from slabformer import PRepBN, testing
@@ -104,35 +108,19 @@ def test_the_head_is_reset_as_timms_users_expect():
 
 @pytest.mark.parametrize("attention", ["LLSS", "SSSS"])
 def test_activation_checkpointing_changes_neither_gradients_nor_statistics(attention):
-    results = []
-    for enable in (False, True):
-        model = create(attention=attention, drop_path_rate=0.0).train()
-        for module in model.modules():
-            if isinstance(module, PRepBN):
-                module.set_gamma(0.5)
-        model.set_grad_checkpointing(enable)
-        model(images()).square().sum().backward()
-        results.append(({n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())))
-    for plain, checkpointed in zip(*results, strict=True):
-        for key, value in plain.items():
-            assert_close(checkpointed[key], value, EXACT)
+    assert_checkpointing_changes_nothing(lambda: create(attention=attention, drop_path_rate=0.0), images())
 
 
 def test_position_tables_are_decayed():
     model = timm.create_model("slab_cswin_tiny", **SMALL)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
-    decayed = {names[p] for group in groups if group["weight_decay"] for p in group["params"]}
+    decayed = decayed_names(model)
     assert "stages.0.blocks.0.attn.attns.0.positional_encoding" in decayed
-    assert decayed == {name for name, p in model.named_parameters() if p.ndim > 1}
+    assert decayed == matrix_names(model)
 
 
 @pytest.mark.parametrize("coarse", [False, True])
 def test_layer_groups_cover_every_parameter_once(coarse):
-    model = timm.create_model("slab_cswin_tiny", **SMALL)
-    groups = group_parameters(model, model.group_matcher(coarse))
-    names = [name for group in groups.values() for name in group]
-    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert_groups_cover_every_parameter_once(timm.create_model("slab_cswin_tiny", **SMALL), coarse)
 
 
 def test_bfloat16_stays_near_float64():

@@ -3,10 +3,14 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm.models import group_parameters
-from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from backbones import (
+    assert_checkpointing_changes_nothing,
+    assert_groups_cover_every_parameter_once,
+    decayed_names,
+    matrix_names,
+)
 from reference_files import description
 from slabformer import PRepBN, RepBN, SimplifiedLinearAttention, testing
 from slabformer.models.published import PUBLISHED
@@ -110,36 +114,20 @@ def test_the_head_is_reset_as_timms_users_expect(name):
 
 @pytest.mark.parametrize("name", MICROS)
 def test_activation_checkpointing_changes_neither_gradients_nor_statistics(name):
-    results = []
-    for enable in (False, True):
-        model = create(name).train()
-        for module in model.modules():
-            if isinstance(module, PRepBN):
-                module.set_gamma(0.5)
-        model.set_grad_checkpointing(enable)
-        model(images()).square().sum().backward()
-        results.append(({n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())))
-    for plain, checkpointed in zip(*results, strict=True):
-        for key, value in plain.items():
-            assert_close(checkpointed[key], value, EXACT)
+    assert_checkpointing_changes_nothing(lambda: create(name), images())
 
 
 def test_position_tables_of_the_attention_are_decayed_and_the_models_is_not():
     model = timm.create_model("slab_deit_micro")
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
-    decayed = {names[p] for group in groups if group["weight_decay"] for p in group["params"]}
+    decayed = decayed_names(model)
     assert "blocks.0.attn.positional_encoding" in decayed
     assert "pos_embed" not in decayed
-    assert decayed == {n for n, p in model.named_parameters() if p.ndim > 1 and n != "pos_embed"}
+    assert decayed == matrix_names(model) - {"pos_embed"}
 
 
 @pytest.mark.parametrize("name", MICROS)
 def test_layer_groups_cover_every_parameter_once(name):
-    model = timm.create_model(name)
-    groups = group_parameters(model, model.group_matcher())
-    names = [name for group in groups.values() for name in group]
-    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    assert_groups_cover_every_parameter_once(timm.create_model(name))
 
 
 @pytest.mark.parametrize(("norm", "kind"), [("prepbn", PRepBN), ("repbn", RepBN), ("layernorm", nn.LayerNorm)])

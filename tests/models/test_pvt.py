@@ -5,17 +5,21 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm.models import group_parameters
-from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from backbones import (
+    assert_checkpointing_changes_nothing,
+    assert_groups_cover_every_parameter_once,
+    decayed_names,
+    matrix_names,
+)
 from fusing import assert_same_outputs, fused
 from slabformer import PRepBN, RepBN
 from slabformer.models.published import PUBLISHED
 from slabformer.models.registry import twin_of
 from slabformer.nn.attention_variants import PyramidAttention, PyramidLinearAttention
 from small_pvts import KINDS, V1, V2, attentions, families, images, kinds, small
-from tolerances import ALGEBRA, EXACT, assert_close
+from tolerances import ALGEBRA, assert_close
 
 PVTS = [
     pytest.param(row, id=row.config, marks=[pytest.mark.slow] if row.config.endswith(("b4", "b5")) else [])
@@ -78,27 +82,14 @@ def test_other_numbers_of_channels_go_in():
 
 @kinds
 def test_activation_checkpointing_changes_neither_gradients_nor_statistics(name, kwargs):
-    results = []
-    for enable in (False, True):
-        model = small(name, **kwargs).train()
-        for module in model.modules():
-            if isinstance(module, PRepBN):
-                module.set_gamma(0.5)
-        model.set_grad_checkpointing(enable)
-        model(images()).square().sum().backward()
-        results.append(({n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())))
-    for plain, checkpointed in zip(*results, strict=True):
-        for key, value in plain.items():
-            assert_close(checkpointed[key], value, EXACT)
+    assert_checkpointing_changes_nothing(lambda: small(name, **kwargs), images())
 
 
 @families
 def test_all_parameters_of_more_than_one_dimension_are_decayed(name):
     model = small(name)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
-    decayed = {names[p] for group in groups if group["weight_decay"] for p in group["params"]}
-    assert decayed == {n for n, p in model.named_parameters() if p.ndim > 1}
+    decayed = decayed_names(model)
+    assert decayed == matrix_names(model)
     assert "stages.0.blocks.0.attn.positional_encoding" in decayed
     assert ("stages.0.pos_embed" in decayed) == (name == V1)
 
@@ -106,10 +97,8 @@ def test_all_parameters_of_more_than_one_dimension_are_decayed(name):
 @families
 @pytest.mark.parametrize("coarse", [False, True], ids=["blocks", "stages"])
 def test_layer_groups_cover_every_parameter_once(name, coarse):
-    model = small(name)
-    groups = group_parameters(model, model.group_matcher(coarse))
-    assert len(groups) == (1 + 4 + 1 if coarse else 1 + 5 + 1)
-    assert sorted(n for group in groups.values() for n in group) == sorted(n for n, _ in model.named_parameters())
+    num_groups = assert_groups_cover_every_parameter_once(small(name), coarse)
+    assert num_groups == (1 + 4 + 1 if coarse else 1 + 5 + 1)
 
 
 @families

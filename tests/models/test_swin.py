@@ -5,19 +5,22 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm.models import group_parameters
 from timm.models.swin_transformer import SwinTransformer
-from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import fusing
+from backbones import (
+    assert_checkpointing_changes_nothing,
+    assert_groups_cover_every_parameter_once,
+    decayed_names,
+    matrix_names,
+)
 from slabformer import PRepBN, RepBN, SimplifiedLinearAttention, testing
 from slabformer.models.published import PUBLISHED
 from slabformer.models.registry import twin_of
-from slabformer.nn.controls import prepbn_modules
 from slabformer.nn.windows import ShiftedWindowAttention
 from small_swins import NAMES, SIZES, SMALL, create, each_plan, images
-from tolerances import ALGEBRA, EXACT, assert_close
+from tolerances import ALGEBRA, assert_close
 
 CONFIGS = [config for config, row in PUBLISHED.items() if row.model in NAMES]
 
@@ -80,37 +83,20 @@ def test_the_head_is_reset_as_timms_users_expect(attention):
 
 @pytest.mark.parametrize("fixed_windows", [False, True], ids=["whole_map", "fixed"])
 def test_activation_checkpointing_changes_neither_gradients_nor_statistics(fixed_windows):
-    results = []
-    for enable in (False, True):
-        model = create(fixed_windows=fixed_windows).train()
-        for norm in prepbn_modules(model).values():
-            norm.set_gamma(0.5)
-        model.set_grad_checkpointing(enable)
-        model(images(50, 60)).square().sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
-        results.append(({n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())))
-    for plain, checkpointed in zip(*results, strict=True):
-        for key, value in plain.items():
-            assert_close(checkpointed[key], value, EXACT)
+    assert_checkpointing_changes_nothing(lambda: create(fixed_windows=fixed_windows), images(50, 60))
 
 
 def test_position_tables_of_linear_attention_are_decayed_and_relative_ones_are_not():
     model = create()
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
-    decayed = {names[p] for group in groups if group["weight_decay"] for p in group["params"]}
+    decayed, matrices = decayed_names(model), matrix_names(model)
     assert "stages.0.blocks.0.attn.positional_encoding" in decayed
-    matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
     assert decayed == {name for name in matrices if not name.endswith("relative_position_bias_table")}
     assert len(matrices - decayed) == 3
 
 
 @pytest.mark.parametrize("coarse", [False, True])
 def test_layer_groups_cover_every_parameter_once(coarse):
-    model = create()
-    groups = group_parameters(model, model.group_matcher(coarse))
-    names = [name for group in groups.values() for name in group]
-    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    assert_groups_cover_every_parameter_once(create(), coarse)
 
 
 @each_plan

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from redrawn import redrawn
 from reference_files import published_state, reference
 from slabformer.models.official import load_published, published_names
 from slabformer.nn.attention import SimplifiedLinearAttention
@@ -24,14 +25,6 @@ GOLDEN = {
     "sla_pvt_sr2": lambda: PyramidLinearAttention(C, HEADS, 2, grid_size=(8, 8), resize="1d"),
     "sla_cswin": lambda: WindowLinearAttention(C, HEADS, (8, 4)),
 }
-
-
-def redrawn(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return module.double().eval()
 
 
 def attention(**kwargs) -> SimplifiedLinearAttention:

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from timm.models.swin_transformer import get_relative_position_index
-from torch import Tensor, nn
+from torch import Tensor
 
+from redrawn import redrawn
 from slabformer.nn import PadTokens, SimplifiedLinearAttention
 from slabformer.nn.windows import (
     APART,
@@ -31,14 +32,6 @@ each_cut = pytest.mark.parametrize("cut", CUTS, ids=str)
 
 def tokens(N: int, B: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(B, N, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def redrawn(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return module.double().eval()
 
 
 def softmax_attention(cut: tuple, fixed: bool = True, **kwargs) -> ShiftedWindowAttention:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from dataclasses import replace
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from csv_files import csv_rows
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -61,7 +62,7 @@ def test_saved_models_load_and_the_fused_one_has_no_norm(folder: Path) -> None:
 
 
 def test_metrics_hold_both_runs_epoch_by_epoch(folder: Path) -> None:
-    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    rows = csv_rows(folder / "metrics.csv")
     assert [(row["model"], float(row["epoch"])) for row in rows] == [(SLAB, 1), (SLAB, 2), (TWIN, 1), (TWIN, 2)]
     assert all(float(row["train_loss"]) > 0 for row in rows)
 

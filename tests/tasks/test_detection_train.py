@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from coco_files import CATEGORIES
+from csv_files import CLOCK, csv_rows
 from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.nn.controls import repbn_modules
 from slabformer.tasks.detection.config import ModelConfig
@@ -34,11 +34,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return train(tiny_config(tmp_path_factory.mktemp("whole") / "run"))
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
-
-
 def test_a_run_leaves_its_files_and_the_classes_with_the_weights(uninterrupted: TrainResult) -> None:
     folder = uninterrupted.output
     assert {path.name for path in folder.iterdir()} == {
@@ -54,7 +49,7 @@ def test_a_run_leaves_its_files_and_the_classes_with_the_weights(uninterrupted: 
 
 
 def test_every_part_of_the_loss_is_written_and_they_add_up(uninterrupted: TrainResult) -> None:
-    steps = rows(uninterrupted.output / "steps.csv")
+    steps = csv_rows(uninterrupted.output / "steps.csv")
     assert len(steps) == 6
     for row in steps:
         assert float(row["loss"]) == pytest.approx(sum(float(row[name]) for name in MASK_LOSSES), rel=1e-5)
@@ -89,7 +84,7 @@ def test_stopped_and_resumed_equals_uninterrupted(step: int, uninterrupted: Trai
     assert_same(weights(tmp_path / "run"), weights(uninterrupted.output))
     assert again.metrics == uninterrupted.metrics
     for name in ("metrics.csv", "steps.csv"):
-        assert rows(tmp_path / "run" / name) == rows(uninterrupted.output / name)
+        assert csv_rows(tmp_path / "run" / name, *CLOCK) == csv_rows(uninterrupted.output / name, *CLOCK)
 
 
 def test_a_finished_run_is_not_trained_again(uninterrupted: TrainResult) -> None:

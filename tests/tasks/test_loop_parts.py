@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from csv_files import csv_rows
 from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.loop import Trainer
 from slabformer.tasks.engine.nonfinite import NonFiniteError, tensors_in
@@ -92,8 +92,7 @@ def test_parts_are_weighed_by_samples_and_their_sum_is_trained(tmp_path: Path) -
     out = torch.arange(12.0).reshape(4, 3) @ twin.T
     (out.square().mean() + out.mean()).backward()
     torch.testing.assert_close(weight, twin - 0.01 * twin.grad)
-    with (tmp_path / "steps.csv").open(newline="") as file:
-        (row,) = csv.DictReader(file)
+    (row,) = csv_rows(tmp_path / "steps.csv")
     assert float(row["square"]) == pytest.approx(square)
     assert float(row["loss"]) == pytest.approx(square + mean)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from csv_files import CLOCK, csv_rows
 from slabformer.tasks.engine.checkpoint import CheckpointStore, read_checkpoint
 from slabformer.tasks.engine.observers import Observer
 from tiny_training import AtStep, assert_same, die, die_in_checkpoint, finish, start, tiny_config, weights
@@ -32,12 +32,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         assert_same(weights(folder, name), weights(reference, name))
     assert (folder / "result.json").read_text() == (reference / "result.json").read_text()
     for name in ("metrics.csv", "steps.csv"):
-        assert rows(folder / name) == rows(reference / name)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+        assert csv_rows(folder / name, *CLOCK) == csv_rows(reference / name, *CLOCK)
 
 
 def observe_death(step: int) -> list[Observer]:
@@ -55,8 +50,8 @@ def observe_signal(step: int, signum: int) -> list[Observer]:
 def test_a_run_uses_everything_that_could_differ(uninterrupted: Path) -> None:
     model, ema = weights(uninterrupted), weights(uninterrupted, "ema")
     assert any(not torch.equal(model[name], ema[name]) for name in model)
-    assert len(rows(uninterrupted / "steps.csv")) == 6
-    assert [row["gamma"] for row in rows(uninterrupted / "metrics.csv")][-1] == "0"
+    assert len(csv_rows(uninterrupted / "steps.csv")) == 6
+    assert [row["gamma"] for row in csv_rows(uninterrupted / "metrics.csv")][-1] == "0"
 
 
 def test_the_same_run_twice_is_the_same(uninterrupted: Path, tmp_path: Path) -> None:
