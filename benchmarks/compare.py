@@ -30,9 +30,8 @@ import slabformer as sf
 from slabformer.deployment.allocator import keep_memory
 from slabformer.deployment.equality import RUNTIME_RTOL, verify_fused
 from slabformer.deployment.measure import (
-    MEBIBYTE,
     Machine,
-    memory_of,
+    mebibytes_of,
     num_threads,
     quantile,
     ratio,
@@ -108,7 +107,7 @@ def measure(name: str, size: int, batch_size: int, options: argparse.Namespace) 
             p50_ms=1e3 * quantile(turns[form], 0.5),
             p90_ms=1e3 * quantile(turns[form], 0.9),
             images_per_s=batch_size / quantile(turns[form], 0.5),
-            memory_mib=_mebibytes(calls[form], device),
+            memory_mib=mebibytes_of(calls[form], device, times=3),
             over_twin=ratio(turns["twin compiled"], turns[form]),
             over_published=ratio(turns["published style"], turns[form]),
             of_ceiling=ratio(turns["ceiling"], turns[form]),
@@ -116,11 +115,6 @@ def measure(name: str, size: int, batch_size: int, options: argparse.Namespace) 
         )
         for form in forms
     ]
-
-
-def _mebibytes(call: Callable[[], object], device: torch.device) -> float | None:
-    peaks = [peak for peak in (memory_of(call, device) for _ in range(3)) if peak is not None]
-    return min(peaks) / MEBIBYTE if peaks else None
 
 
 def _floor(eager: nn.Module, images: Tensor, ceilings: Ceilings) -> float:
