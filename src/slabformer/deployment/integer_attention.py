@@ -34,7 +34,7 @@ class IntegerLinearAttention(nn.Module):
         super().__init__()
         dim, heads = attention.dim, attention.num_heads
         self.heads, self.grid_size = (heads, dim // heads), attention.grid_size
-        self.q, self.k, self.v = _split(attention.qkv)
+        self.q, self.k, self.v = split_projection(attention.qkv)
         self.proj = attention.proj
         self.table = nn.Parameter(attention.positional_encoding.detach().clone())
         self.dwc = _repeated(attention.dwc, heads)
@@ -70,7 +70,8 @@ class IntegerLinearAttention(nn.Module):
         return self.table if grid == self.grid_size else resample_table(self.table, self.grid_size, grid)
 
 
-def _split(qkv: nn.Linear) -> list[nn.Linear]:
+def split_projection(qkv: nn.Linear) -> list[nn.Linear]:
+    """Queries, keys and values projected apart: each rounded, with a range of its own, as its projection writes."""
     parts = []
     biases = [None] * 3 if qkv.bias is None else qkv.bias.detach().chunk(3)
     for weight, bias in zip(qkv.weight.detach().chunk(3), biases, strict=True):

@@ -151,14 +151,15 @@ class ShiftedWindowAttention(nn.Module):
     def forward(self, x: Tensor, grid_size: Grid | None = None) -> Tensor:
         """Attention over tokens ``(B, N, C)`` on ``grid_size``; by default the one that tables are kept for."""
         windows = self.windows if grid_size is None else self._windows(grid_size)
-        out = windows.join(self.attend(windows.cut(x, self.pad), windows))
+        q, k, v = self.qkv(windows.cut(x, self.pad)).chunk(3, -1)
+        out = windows.join(self.attend(q, k, v, windows))
         # on tokens in their places: the residual is added as the projection writes
         return self.proj_drop(self.proj(out))
 
-    def attend(self, x: Tensor, windows: Windows) -> Tensor:
-        """Tokens of windows ``(B * num_windows, N, C)`` to heads ``(B * num_windows, num_heads, N, D)``."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:
+        """Three ``(B * num_windows, N, C)`` to heads ``(B * num_windows, num_heads, N, D)``."""
         bias = self._bias(windows)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         # heads of the windows that a mask tells apart share an axis, so that one bias serves every image
         q, k, v = (t.unflatten(0, (-1, len(bias))).flatten(1, 2) for t in (q, k, v))
         drop = self.attn_drop if self.training else 0.0
