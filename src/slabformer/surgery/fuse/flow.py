@@ -46,7 +46,7 @@ def downstream(
 ) -> list[End]:
     """Everything that the labels of ``seeds`` reach, norms in ``gone`` taken as the identity.
 
-    With ``scaled`` they pass products with a number, too.
+    With ``scaled`` they pass products with a number, too, and quotients by one, unless it is 0.
     """
     labels: dict[Node, Labels] = dict(seeds)
     factors = dict.fromkeys(seeds, 1.0)
@@ -69,7 +69,7 @@ def downstream(
             pass
         elif node.target is NORM and node.args[1] in gone:
             labels[node], factors[node] = labels[node.args[0]], factors[node.args[0]]  # type: ignore[index]
-        elif scaled and node.target in NUMBERS and isinstance(node.args[1], (int, float)):
+        elif scaled and node.target in NUMBERS and isinstance(node.args[1], (int, float)) and node.args[1]:
             labels[node] = labels[node.args[0]]  # type: ignore[index]
             factors[node] = factors[node.args[0]] * NUMBERS[node.target](node.args[1])  # type: ignore[index]
         elif node.target in FOLLOW:
