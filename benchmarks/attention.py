@@ -1,4 +1,4 @@
-"""Linear attention alone, against softmax attention: from 49 tokens to 65,536, forward, or with its gradients.
+"""Linear attention alone, against softmax attention: from 32 tokens to 65,536, forward, or with its gradients.
 
     python benchmarks/attention.py                                        # one CPU thread, float32
     python benchmarks/attention.py --quick                                # a minute, to see that it works
@@ -35,7 +35,7 @@ from slabformer.ops.reference import linear_attention_reference
 from slabformer.surgery.verify import VerificationError
 
 RESULTS = Path(__file__).parent / "results" / "attention"
-LENGTHS = (49, 196, 784, 3136, 4096, 8192, 16384, 32768, 65536)
+LENGTHS = (32, 49, 196, 784, 3136, 4096, 8192, 16384, 32768, 65536)
 QUICK_LENGTHS = (49, 196, 784, 3136)
 #: tokens of the inputs that forms are held against the reference with
 VERIFIED_LENGTH = 196
@@ -57,6 +57,7 @@ def forms_for(device: torch.device) -> dict[str, Form]:
     }
     if device.type == "cpu":
         del forms["linear, composed"]  # the same as "linear"
+        forms["linear, C++"] = partial(linear_attention, native=True)
     elif importlib.util.find_spec("flash_bla") is not None:
         forms["flash_bla"] = _flash_bla
     return forms
@@ -118,7 +119,7 @@ def measure(N: int, forms: dict[str, Form], ceilings: Ceilings, options: argpars
         seconds = quantile(turns[name], 0.5)
         row = Row(
             form=name,
-            backend="triton" if name in ("linear", "linear, compiled") and has_kernel(*tensors) else "torch",
+            backend=backend_of(name, tensors),
             backward=options.backward,
             num_tokens=N,
             batch_size=options.batch_size,
@@ -132,6 +133,13 @@ def measure(N: int, forms: dict[str, Form], ceilings: Ceilings, options: argpars
         print(row, flush=True)
         rows.append(row)
     return rows
+
+
+def backend_of(form: str, tensors: tuple[Tensor, Tensor, Tensor]) -> str:
+    """What runs: kernels of ours, or torch's."""
+    if form == "linear, C++" and has_kernel(*tensors, native=True):
+        return "C++"
+    return "triton" if form in ("linear", "linear, compiled") and has_kernel(*tensors) else "torch"
 
 
 def linear_work(tensors: tuple[Tensor, Tensor, Tensor], backward: bool) -> Work:

@@ -15,6 +15,7 @@ COLOURS = {
     "linear": GREEN,
     "linear, compiled": BLUE,
     "linear, composed": ORANGE,
+    "linear, C++": ORANGE,  # on a CPU, where nothing else is composed
     "flash_bla": "#CC79A7",
 }
 #: tokens from which on the slope is taken: below it, what a call costs by itself counts

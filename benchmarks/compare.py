@@ -37,6 +37,7 @@ from slabformer.deployment.measure import (
     ratio,
     time_interleaved,
 )
+from slabformer.deployment.native import natively
 from slabformer.deployment.roofline import Ceilings, measure_ceilings, work_of
 from slabformer.deployment.variants import Compiled, ceiling_of
 from slabformer.models.registry import twin_of
@@ -81,7 +82,7 @@ def forms_of(name: str, size: int, images: Tensor, dtype: torch.dtype) -> dict[s
     eager = {form: module.to(dtype) for form, module in eager.items()}
     forms = {form: (module, module) for form, module in eager.items() if form != "ceiling"}
     for form, name_compiled in {"fused": "deployed", "LayerNorm twin": "twin compiled", "ceiling": "ceiling"}.items():
-        program = Compiled(eager[form], images.device)
+        program = Compiled(natively(eager[form], images.device)[0], images.device)
         tolerance = RUNTIME_RTOL if dtype == torch.float32 else 64 * torch.finfo(dtype).eps
         verify(eager[form], program, images.to(dtype), rtol=tolerance)
         forms[name_compiled] = program, eager[form]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from slabformer.deployment import allocator
+from slabformer.ops.native import build
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,3 +32,21 @@ def _allocator() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(allocator, "_tell", lambda library, settings: True)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[None]:
+    """What is built in C++ lands in no home folder; workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(build.CACHE, str((base if worker_id == "master" else base.parent) / "slabformer"))
+        yield
+
+
+@pytest.fixture
+def _compiler() -> None:
+    """Skip where nothing can be built in C++."""
+    try:
+        build.compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))

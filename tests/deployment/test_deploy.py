@@ -13,6 +13,8 @@ from slabformer.nn.controls import repbn_modules
 from small_models import images, trained_looking
 from tolerances import FLOAT32, assert_close
 
+pytestmark = pytest.mark.usefixtures("_compiler")
+
 
 def names(deployed: deployment.Deployed) -> list[str]:
     return [step.name for step in deployed.report.steps]
@@ -22,7 +24,7 @@ def test_the_deployed_form_computes_the_same_and_the_model_is_left_alone():
     model, x = trained_looking(), images()
     before = copy.deepcopy(model.state_dict())
     deployed = sf.deploy(model, x, compile=False, seconds=0.2)
-    assert names(deployed) == ["as given", "fused", "channels last"]
+    assert names(deployed) == ["as given", "fused", "channels last", "in C++"]
     assert deployed.report.steps[1].did == "9 of 9 norms folded"
     assert_close(deployed(x), model(x), FLOAT32)
     assert model.state_dict().keys() == before.keys()
@@ -36,22 +38,22 @@ def test_the_deployed_form_computes_the_same_and_the_model_is_left_alone():
 
 def test_without_measuring_the_last_form_is_taken():
     deployed = sf.deploy(trained_looking(), images(), compile=False, seconds=0)
-    assert deployed.report.taken == "channels last"
+    assert deployed.report.taken == "in C++"
     assert not repbn_modules(deployed.eager)
 
 
 def test_a_slower_step_is_reported_and_not_taken(monkeypatch):
-    times = {"as given": 2.0, "fused": 1.0, "channels last": 3.0}
+    times = {"as given": 2.0, "fused": 1.0, "channels last": 3.0, "in C++": 2.0}
     monkeypatch.setattr(deployment, "time_interleaved", lambda calls, **_: {name: [[times[name]]] for name in calls})
     deployed = sf.deploy(trained_looking(), images(), compile=False)
     assert deployed.report.taken == "fused"
-    assert [round(step.gain, 2) for step in deployed.report.steps] == [1.0, 2.0, 0.33]
+    assert [round(step.gain, 2) for step in deployed.report.steps] == [1.0, 2.0, 0.33, 1.5]
 
 
 def test_half_precision_goes_through_the_whole_life():
     model, x = trained_looking(), images()
     deployed = sf.deploy(model, x, dtype=torch.bfloat16, compile=False, seconds=0)
-    assert names(deployed) == ["as given", "fused", "bfloat16", "channels last"]
+    assert names(deployed) == ["as given", "fused", "bfloat16", "channels last", "in C++"]
     assert {p.dtype for p in deployed.eager.parameters()} == {torch.bfloat16}
     assert deployed(x).dtype == torch.bfloat16
     assert 0 < deployed.report.steps[2].max_rel < deployment.HALF_EPSILONS * torch.finfo(torch.bfloat16).eps

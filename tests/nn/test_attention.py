@@ -158,7 +158,7 @@ def test_masked_tokens_change_no_other_whatever_they_hold(shape):
 def test_a_mask_gives_what_fewer_keys_without_depthwise_neighbours_give():
     module, x, context = attention(), tokens(10), tokens(24, seed=1).detach()
     mask = torch.arange(24).expand(2, 24) < 6
-    q, k, v = module.heads(*module._project(x, context))
+    q, k, v = module.heads(*module._project(x, context)[0])
     (table,) = module.heads(module.positional_encoding)
     expected = linear_attention_reference(q, k + table, v, mask=mask)
     actual = module(x, context, attn_mask=mask)  # ten queries on no grid: no depthwise branch

@@ -1,4 +1,4 @@
-"""What tests of the Triton kernels ask for."""
+"""What tests of kernels ask for."""
 
 from __future__ import annotations
 

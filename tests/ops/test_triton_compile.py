@@ -20,9 +20,9 @@ from triton.compiler import ASTSource
 from slabformer.ops.kernels import backward, forward, launch
 from slabformer.ops.kernels.linear_attention import (
     LARGEST_STATE,
-    fused_linear_attention,
     linear_attention_backward_op,
     linear_attention_op,
+    triton_linear_attention,
 )
 
 pytestmark = [
@@ -137,7 +137,7 @@ def test_compilers_see_the_kernels_and_what_they_write(masked, monkeypatch):
 def test_an_exported_program_keeps_the_operator_at_any_batch_size():
     class Attention(torch.nn.Module):
         def forward(self, q, k, v):
-            return fused_linear_attention(q, k, v)
+            return triton_linear_attention(q, k, v)
 
     inputs = torch.randn(3, 2, 2, 1024, 32).unbind()
     program = torch.export.export(Attention(), inputs, dynamic_shapes=[{0: torch.export.Dim("batch", min=1)}] * 3)

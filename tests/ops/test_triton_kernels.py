@@ -14,7 +14,8 @@ import torch
 from tolerances import EXACT, assert_close
 
 pytest.importorskip("triton")
-from ops.triton_cases import ON_DEVICES, TOLERANCE, assert_follows_reference, make_case
+from ops.attention_cases import make_case
+from ops.triton_cases import ON_DEVICES, TOLERANCE, assert_follows_reference, fused
 from slabformer.ops.kernels import launch
 
 pytestmark = ON_DEVICES
@@ -101,7 +102,7 @@ def test_programs_that_share_a_head_equal_the_reference(parts, device, monkeypat
 def test_programs_that_share_a_head_repeat_to_the_bit(device, monkeypatch):
     share_heads(monkeypatch, 3)
     case = make_case(48, B=1, device=device)
-    runs = [torch.autograd.grad(case.fused().sum(), list(case.leaves().values())) for _ in range(2)]
+    runs = [torch.autograd.grad(fused(case).sum(), list(case.leaves().values())) for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert_close(first, second, EXACT)
 
@@ -123,7 +124,7 @@ def test_queries_that_meet_no_key_give_zero(dead, device):
     case = make_case(device=device, dtype=torch.float16)
     changes = {"queries": {"q": -case.q.abs()}, "keys": {"k": -case.k.abs()}}
     changes["mask"] = {"mask": torch.zeros(2, 12, dtype=torch.bool, device=device)}
-    out = dataclasses.replace(case, **changes[dead]).fused(eps=1e-6)
+    out = fused(dataclasses.replace(case, **changes[dead]), eps=1e-6)
     assert_close(out, torch.zeros_like(out), EXACT)
 
 
@@ -131,7 +132,7 @@ def test_masked_tokens_count_as_absent_whatever_they_hold(device):
     case = make_case(B=1, device=device, grid_size=(3, 4), masked=True, table=True)
     hidden = ~case.mask[:, None, :, None]
     nan = [t.detach().masked_fill(hidden, float("nan")).requires_grad_() for t in (case.k, case.v)]
-    out = dataclasses.replace(case, k=nan[0], v=nan[1]).fused()
+    out = fused(dataclasses.replace(case, k=nan[0], v=nan[1]))
     assert_close(out, case.expected(), TOLERANCE[torch.float32])
     for gradient in torch.autograd.grad(out.sum(), nan):
         assert_close(
@@ -145,7 +146,7 @@ def test_nan_is_not_hidden(name, device):
     case = make_case(device=device)
     broken = getattr(case, name).detach().clone()
     broken[0, 0, 3] = float("nan")
-    out = dataclasses.replace(case, **{name: broken}).fused()
+    out = fused(dataclasses.replace(case, **{name: broken}))
     assert out[0, 0].isnan().any()
     assert out[1].isfinite().all()
 
@@ -156,6 +157,6 @@ def test_sums_that_leave_the_range_of_float16_stay_finite(dtype, device):
     case = make_case(48, device=device, dtype=dtype, num_heads=1)
     large = {name: (getattr(case, name).detach() * 500).requires_grad_() for name in "qkv"}
     case = dataclasses.replace(case, **large)
-    assert_close(case.fused(), case.expected(), TOLERANCE[dtype])
-    gradients = torch.autograd.grad(case.fused().float().mean(), list(case.leaves().values()))
+    assert_close(fused(case), case.expected(), TOLERANCE[dtype])
+    gradients = torch.autograd.grad(fused(case).float().mean(), list(case.leaves().values()))
     assert all(g.isfinite().all() for g in gradients)

@@ -30,6 +30,7 @@ from slabformer.deployment.measure import (
     time_interleaved,
 )
 from slabformer.deployment.measurement import Measurement, Mode, Variant
+from slabformer.deployment.native import natively
 from slabformer.deployment.report import BenchReport
 from slabformer.deployment.roofline import Ceilings, measure_ceilings, work_of
 from slabformer.deployment.variants import Compiled, ceiling_of
@@ -120,6 +121,9 @@ def _variants(
     if fused is None:
         notes.append("nothing to fuse: the model holds no RepBN or PRepBN")
     else:
+        fused, count = natively(fused, inputs[0].device, notes)
+        if count:
+            notes.append(f"fused: {count} linear attentions in C++")
         equality = verify_fused(model, fused, inputs)
         variants["fused"] = fused
     if twin is not None:

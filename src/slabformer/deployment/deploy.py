@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from slabformer.deployment import allocator
 from slabformer.deployment.equality import FUSED_RTOL, RUNTIME_RTOL, verify_fused
 from slabformer.deployment.measure import Machine, quantile, ratio, time_interleaved
+from slabformer.deployment.native import natively
 from slabformer.deployment.variants import Compiled
 from slabformer.nn import PRepBN, RepBN
 from slabformer.surgery.fuse import fuse
@@ -42,7 +43,7 @@ class DeployStep:
     """One step, verified and timed.
 
     Attributes:
-        name: "as given", "fused", "bfloat16", "channels last", "compiled".
+        name: "as given", "fused", "bfloat16", "channels last", "in C++", "compiled".
         did: What it did, in words.
         p50_ms: Median latency on the example inputs.
         gain: Speed over the form before it: median over rounds of the two times' ratio.
@@ -137,6 +138,8 @@ def deploy(
 ) -> Deployed:
     """The fastest verified form of ``model``, on a copy: fused, in half precision where asked, laid out, compiled.
 
+    On a CPU with a C++ compiler, linear attention runs in C++ (:func:`slabformer.deployment.native.use_native_`).
+
     Every form is held against the model as given before it is timed, and all are timed in turns in one process. A step
     that makes it slower is reported and not taken.
 
@@ -197,6 +200,10 @@ def _forms(
         last = last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         check = verify(reference, _InDtype(last, dtype), inputs, rtol)
         forms.append(_Form("channels last", "weights of convolutions", last, last, dtype, check))
+    native, count = natively(forms[-1].eager, inputs[0].device, notes)
+    if count:
+        check = verify(reference, _InDtype(native, dtype), inputs, rtol)
+        forms.append(_Form("in C++", f"{count} linear attentions", native, native, dtype, check))
     if compile:
         before = forms[-1]
         program = Compiled(before.eager, inputs[0].device)

@@ -30,6 +30,7 @@ from slabformer.deployment.measure import (
     time_interleaved,
 )
 from slabformer.deployment.measurement import Mode
+from slabformer.deployment.native import natively
 from slabformer.deployment.variants import Compiled
 from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.nn.controls import prepbn_modules
@@ -77,6 +78,7 @@ def measure_latency(
         machine = Machine.here(image.device)
         progress("fusing and comparing")
         fused, folds = fuse_detector(variants[fuse])
+        fused, _ = natively(fused, image.device, notes)
         agreement = verify_detections(variants[fuse], fused, [image])
         notes.append(f"{folds.num_folded} of {len(folds)} norms folded")
         detectors = {**variants, f"{fuse} fused": fused}

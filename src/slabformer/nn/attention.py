@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 from slabformer.nn.resample import Grid, resample_table, resize_tokens, resolve_grid
 from slabformer.ops.depthwise import depthwise_tokens
 from slabformer.ops.dispatch import has_kernel
+from slabformer.ops.fused import fused_linear_attention
 from slabformer.ops.linear_attention import linear_attention, mask_tokens
+from slabformer.ops.native.linear_attention import Biases
 
 
 class LinearAttentionCore(nn.Module):
@@ -24,11 +27,16 @@ class LinearAttentionCore(nn.Module):
         num_heads: Heads of ``D = C / num_heads`` channels.
         grid_size: Grid ``(H, W)`` of the keys that the position table is made for.
 
+    Attributes:
+        native: Whether inference on a CPU runs in C++ (:mod:`slabformer.ops.native`);
+            :func:`slabformer.deploy` sets it.
+
     Raises:
         ValueError: If ``dim`` is no multiple of ``num_heads``.
     """
 
     dwc: nn.Conv2d
+    native = False
 
     def __init__(
         self,
@@ -57,19 +65,34 @@ class LinearAttentionCore(nn.Module):
         key_grid: Grid,
         mask: Tensor | None = None,
         kernels: tuple[Tensor, Tensor | None] | None = None,
+        biases: Biases = (None, None, None),
     ) -> Tensor:
         """Linear attention of heads over keys on ``key_grid``, with the table added to them.
 
         Where ``has_kernel`` says so, ``kernels`` of a depthwise convolution, weight ``(1 or num_heads, D, K, K)`` and
-        bias, join it in one pass: the convolution of the values on the same grid is added.
+        bias, join it in one pass: the convolution of the values on the same grid is added. ``biases``, ``(num_heads,
+        D)`` each, are what :meth:`project` left out.
         """
         table = self.table(key_grid)
         if kernels is None:
-            return linear_attention(q, k, v, table=table, mask=mask)
-        from slabformer.ops.kernels.linear_attention import fused_linear_attention
-
+            return linear_attention(q, k, v, table=table, mask=mask, native=self.native)
         weight, bias = kernels
-        return fused_linear_attention(q, k, v, table=table, mask=mask, weight=weight, bias=bias, grid_size=key_grid)
+        return fused_linear_attention(
+            q, k, v, table=table, mask=mask, weight=weight, bias=bias, grid_size=key_grid, biases=biases
+        )
+
+    def project(self, x: Tensor, *layers: nn.Linear) -> tuple[list[Tensor], Biases]:
+        """``x`` through each of ``layers``, and their biases, ``(num_heads, D)`` for q, k and v, where C++ adds those.
+
+        A compiler would add them in a pass of its own, once for each of q, k and v.
+        """
+        (heads,) = self.heads(x)
+        apart = self.native and has_kernel(heads, heads, heads, native=True) and heads.device.type == "cpu"
+        apart = apart and all(_is_plain(layer) for layer in layers) and not torch.is_autocast_enabled("cpu")
+        if not apart:
+            return [layer(x) for layer in layers], (None, None, None)
+        q, k, v = torch.cat([layer.bias for layer in layers]).view(3, self.num_heads, -1)
+        return [F.linear(x, layer.weight) for layer in layers], (q, k, v)
 
     def placed(self, k: Tensor, key_grid: Grid) -> Tensor:
         """Keys with the position table added."""
@@ -172,27 +195,37 @@ class SimplifiedLinearAttention(LinearAttentionCore):
         """
         if is_causal:
             raise ValueError("SimplifiedLinearAttention is not causal; mask keys with a boolean (B, N) attn_mask")
-        q, k, v = self.heads(*self._project(x, context))
+        tokens, biases = self._project(x, context)
+        q, k, v = self.heads(*tokens)
         key_grid = resolve_grid(k.shape[2], grid_size if context is None else context_grid_size, self.grid_size)
         grid = None
         if grid_size is not None or k.shape[2] == q.shape[2]:
             grid = resolve_grid(q.shape[2], grid_size, key_grid)
         mask = key_mask(attn_mask)
-        if grid == key_grid and has_kernel(q, k, v):
-            out = self.attend(q, k, v, key_grid, mask, self.shared_kernels())
+        if grid == key_grid and has_kernel(q, k, v, self.native):
+            out = self.attend(q, k, v, key_grid, mask, self.shared_kernels(), biases)
         else:
             v = mask_tokens(v, mask).contiguous()  # once for both branches
             out = self.attend(q, k, v, key_grid, mask)
             out = out if grid is None else out + self.local(v, key_grid, grid)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
-    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Sequence[Tensor], Biases]:
         if context is None:
-            return self.qkv(x).chunk(3, dim=-1)
+            (packed,), biases = self.project(x, self.qkv)
+            return packed.chunk(3, dim=-1), biases
         weight, bias = self.qkv.weight.split([self.dim, 2 * self.dim]), (None, None)
         if self.qkv.bias is not None:
             bias = self.qkv.bias.split([self.dim, 2 * self.dim])
-        return F.linear(x, weight[0], bias[0]), *F.linear(context, weight[1], bias[1]).chunk(2, dim=-1)
+        keys_values = F.linear(context, weight[1], bias[1])
+        return [F.linear(x, weight[0], bias[0]), *keys_values.chunk(2, dim=-1)], (None, None, None)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a Linear does nothing but multiply and add: no subclass, no adapter, no hook."""
+    return (
+        type(layer) is nn.Linear and layer.bias is not None and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
 
 
 def shared_depthwise(head_dim: int, kernel_size: int, **factory: Any) -> nn.Conv2d:

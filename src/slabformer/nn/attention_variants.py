@@ -13,6 +13,7 @@ from slabformer.nn.attention import LinearAttentionCore, refuse_attn_drop, refus
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.resample import Grid, resize_tokens_1d, resolve_grid
 from slabformer.ops.dispatch import has_kernel
+from slabformer.ops.native.linear_attention import Biases
 
 Resize = Literal["2d", "1d"]
 
@@ -142,10 +143,15 @@ class PyramidLinearAttention(LinearAttentionCore):
         r = self.sr_ratio
         grid = resolve_grid(x.shape[1], grid_size, (self.grid_size[0] * r, self.grid_size[1] * r))
         reduced = reduce_tokens(x, grid, self.sr, self.norm) if r > 1 else x
-        q, k, v = self.heads(self.q(x), *self.kv(reduced).chunk(2, dim=-1))
+        biases: Biases = (None, None, None)
+        if r > 1:
+            tokens = [self.q(x), self.kv(reduced)]
+        else:
+            tokens, biases = self.project(x, self.q, self.kv)
+        q, k, v = self.heads(tokens[0], *tokens[1].chunk(2, dim=-1))
         key_grid = _reduced(grid, r)
-        if grid == key_grid and has_kernel(q, k, v):
-            out = self.attend(q, k, v, key_grid, None, self.shared_kernels())
+        if grid == key_grid and has_kernel(q, k, v, self.native):
+            out = self.attend(q, k, v, key_grid, None, self.shared_kernels(), biases)
         else:
             v = v.contiguous()  # once for both branches
             out = self.attend(q, k, v, key_grid)

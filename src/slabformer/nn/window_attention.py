@@ -55,7 +55,7 @@ class WindowLinearAttention(LinearAttentionCore):
         values = v.contiguous()  # once for both branches
         weight, bias = self.kernels()
         q, k, v = self.heads(q, k, values)
-        if has_kernel(q, k, v):
+        if has_kernel(q, k, v, self.native):
             shape = (self.num_heads, -1)
             kernels = weight.squeeze(1).unflatten(0, shape), bias.unflatten(0, shape)
             out = self.attend(q, k, v, window, None, kernels).transpose(1, 2).flatten(2)

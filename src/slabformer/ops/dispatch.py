@@ -1,4 +1,4 @@
-"""When linear attention runs on its Triton kernels: the one place that decides."""
+"""When linear attention runs on kernels of our own, Triton on a GPU or C++ on a CPU: the one place that decides."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 
 #: head widths that the kernels are built for
 NARROWEST, WIDEST = 16, 128
+#: and those of the kernel in C++ are multiples of: vectors are read whole
+NATIVE_STEP = 16
 #: compute capability of the first GPUs with tensor cores for bfloat16 and TF32
 OLDEST_GPU = (8, 0)
 
@@ -35,21 +37,43 @@ THRESHOLDS = {
     torch.float16: Threshold(min_tokens=128, measurement="unmeasured"),
     torch.float32: Threshold(min_tokens=128, measurement="unmeasured"),
 }
+#: the same on a CPU
+NATIVE_THRESHOLDS = {
+    torch.float32: Threshold(min_tokens=64, measurement="attention/cpu_float32.md"),
+    torch.bfloat16: Threshold(min_tokens=64, measurement="attention/cpu_bfloat16.md"),
+}
 
 
-def has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernels take ``q`` ``(B, num_heads, N, D)``, ``k`` ``(B, num_heads, M, D)`` and ``v`` of this kind.
+def has_kernel(q: Tensor, k: Tensor, v: Tensor, native: bool = False) -> bool:
+    """Whether kernels take ``q`` ``(B, num_heads, N, D)``, ``k`` ``(B, num_heads, M, D)`` and ``v`` of this kind.
 
-    They have a gradient, but neither a second one nor forward-mode derivatives: under :mod:`torch.func` and forward
-    mode the answer is no. For a gradient of the gradient, ask :func:`slabformer.ops.linear_attention` for an order.
+    Those for GPUs have a gradient, but neither a second one nor forward-mode derivatives: under :mod:`torch.func` and
+    forward mode the answer is no. For a gradient of the gradient, ask :func:`slabformer.ops.linear_attention` for an
+    order. Those for CPUs have none, and exported programs do without them.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        native: Whether a CPU may run what is built by its C++ compiler.
     """
-    if q.device.type != "cuda" or not q.dtype == k.dtype == v.dtype or q.dtype not in THRESHOLDS:
+    on_cpu = native and q.device.type == "cpu"
+    thresholds = NATIVE_THRESHOLDS if on_cpu else THRESHOLDS
+    if not (on_cpu or q.device.type == "cuda") or not q.dtype == k.dtype == v.dtype or q.dtype not in thresholds:
         return False
     B, N, M = q.shape[0], q.shape[2], k.shape[2]
     narrow, wide = sorted((q.shape[3], v.shape[3]))
-    if narrow < NARROWEST or wide > WIDEST or 0 in (B, N, M) or THRESHOLDS[q.dtype].min_tokens > N + M:
+    if narrow < NARROWEST or wide > WIDEST or 0 in (B, N, M) or thresholds[q.dtype].min_tokens > N + M:
         return False
-    return not _is_transformed() and runs_kernels(q.device)
+    if on_cpu and (
+        narrow % NATIVE_STEP or wide % NATIVE_STEP or _needs_gradient(q, k, v) or torch.compiler.is_exporting()
+    ):
+        return False
+    return not _is_transformed() and (on_cpu or runs_kernels(q.device))
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _is_transformed() -> bool:

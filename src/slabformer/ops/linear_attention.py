@@ -1,4 +1,4 @@
-"""Simplified linear attention: ReLU instead of softmax, the product in the cheaper order; on GPUs, Triton kernels.
+"""Simplified linear attention: ReLU instead of softmax, the product in the cheaper order; kernels where there are any.
 
 What stands here is composed of torch's operators, so that compilers for CPUs see through it.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slabformer.ops.dispatch import has_kernel
+from slabformer.ops.fused import fused_linear_attention
 from slabformer.ops.moments import accumulation_dtype
 
 Order = Literal["linear", "quadratic"]
@@ -25,6 +26,7 @@ def linear_attention(
     mask: Tensor | None = None,
     order: Order | None = None,
     eps: float = 1e-6,
+    native: bool = False,
 ) -> Tensor:
     """``o_i = q_i sum_j(k_j^T v_j) / (q_i . sum_j k_j + eps)`` with ``relu(q)``, ``relu(k)`` (Guo et al. 2024, eq. 7).
 
@@ -42,6 +44,7 @@ def linear_attention(
         order: "linear" for ``q (k^T v)``, "quadratic" for ``(q k^T) v``; by default the one with fewer products, on
             kernels of our own where :func:`slabformer.ops.dispatch.has_kernel` says so.
         eps: Added to the normaliser.
+        native: On a CPU, those kernels are C++ (:mod:`slabformer.ops.native`), built on first use.
 
     Returns:
         ``(B, num_heads, N, E)`` in the dtype of ``q``; 0 for queries that meet no key.
@@ -50,9 +53,7 @@ def linear_attention(
         ValueError: If the shapes do not fit one another, or ``order`` is unknown.
     """
     _check(q, k, v, table, mask, order)
-    if order is None and cheaper_order(q, v) == "linear" and has_kernel(q, k, v):
-        from slabformer.ops.kernels.linear_attention import fused_linear_attention
-
+    if order is None and cheaper_order(q, v) == "linear" and has_kernel(q, k, v, native):
         return fused_linear_attention(q, k, v, table=table, mask=mask, eps=eps)
     k = k if table is None else k + table.to(k.dtype)
     q, k = q.relu(), k.relu()

@@ -21,7 +21,7 @@ from slabformer.ops.kernels.launch import attend, key_gradients, query_gradients
 LARGEST_STATE = 64 * 64
 
 
-def fused_linear_attention(
+def triton_linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -33,25 +33,7 @@ def fused_linear_attention(
     grid_size: tuple[int, int] = (0, 0),
     eps: float = 1e-6,
 ) -> Tensor:
-    """:func:`slabformer.ops.linear_attention` with a depthwise convolution of the values added to its output.
-
-    Tensors of any strides are read as they stand, slices of a packed projection too, as long as channels lie side by
-    side.
-
-    Args:
-        q: Queries before the ReLU, ``(B, num_heads, N, D)``; float32, bfloat16 or float16, ``D`` 16 to 128.
-        k: Keys before the ReLU and without the table, ``(B, num_heads, M, D)``.
-        v: Values, ``(B, num_heads, M, E)``, ``E`` 16 to 128.
-        table: Added to the keys, ``(1, num_heads, M, D)``.
-        mask: Valid keys, boolean ``(B, M)``; the convolution takes the others' values as 0.
-        weight: Kernels ``(1 or num_heads, E, K, K)``, ``K`` odd; None for no convolution. Needs ``M == N``.
-        bias: ``(1 or num_heads, E)``.
-        grid_size: ``(H, W)`` that the values lie on, where there is a convolution.
-        eps: Added to the normaliser.
-
-    Returns:
-        ``(B, num_heads, N, E)`` in the dtype of ``q``; in memory tokens come before heads.
-    """
+    """:func:`slabformer.ops.fused.fused_linear_attention` on a GPU: float32, bfloat16 or float16, widths 16 to 128."""
     columns = _columns_at_once(q)
     if columns >= v.shape[3]:
         return linear_attention_op(q, k, v, table, mask, weight, bias, grid_size, eps)[0]
@@ -83,7 +65,7 @@ def linear_attention_op(
     grid_size: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs as of :func:`fused_linear_attention`, and sums over keys, float32 ``(B, num_heads, E + 1, D)``."""
+    """Outputs as of :func:`triton_linear_attention`, and sums over keys, float32 ``(B, num_heads, E + 1, D)``."""
     (q, k, v, table), (mask, weight, bias) = _unit_stride(q, k, v, table), _contiguous(mask, weight, bias)
     sums = sum_keys(k, v, table, mask)
     return attend(q, v, mask, sums, weight, bias, (grid_size[0], grid_size[1]), eps), sums

@@ -1,0 +1,105 @@
+"""Build a C++ file of this folder for the processor at hand, once; later calls and processes load what was built."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+#: by which threads share the work; left out where the compiler has none of it
+OPENMP = "-fopenmp"
+COMPILERS = ("c++", "g++", "clang++")
+#: environment variable that names another folder for what was built
+CACHE = "SLABFORMER_CACHE"
+
+
+class BuildError(RuntimeError):
+    """There is no compiler, or it does not take the file."""
+
+
+@functools.cache
+def library(source: str, **defines: str | int) -> ctypes.CDLL:
+    """The file ``source`` of this folder as a loaded library, built on first use.
+
+    Args:
+        source: Its name.
+        defines: Macros that it is built with.
+
+    Raises:
+        BuildError: If there is no compiler, or it fails.
+    """
+    path = Path(__file__).with_name(source)
+    macros = [f"-D{name}={value}" for name, value in defines.items()]
+    target = _cache_folder() / f"{path.stem}-{_key(path, macros)}.so"
+    if not target.is_file():
+        _build(path, macros, target)
+    return ctypes.CDLL(str(target))
+
+
+def _build(path: Path, macros: Sequence[str], target: Path) -> None:
+    command = [compiler(), *FLAGS, arch_flag(), *macros, str(path)]
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        beside = Path(folder) / target.name
+        for openmp in ([OPENMP], []):
+            done = subprocess.run([*command, *openmp, "-o", str(beside)], capture_output=True, text=True)
+            if done.returncode == 0:
+                beside.replace(target)  # complete or absent, also where several processes build at once
+                return
+    lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no output"]
+    raise BuildError(f"{Path(command[0]).name} does not build {path.name}: {lines[0]}")
+
+
+def compiler() -> str:
+    """The C++ compiler: what the environment's CXX names, else the first that is installed.
+
+    Raises:
+        BuildError: If there is none.
+    """
+    wanted = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
+    for name in wanted:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise BuildError(f"no C++ compiler ({', '.join(wanted)}); install one, such as g++, or name it in CXX")
+
+
+def arch_flag() -> str:
+    """What makes the compiler use all that this processor can do."""
+    return "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+
+
+def _key(path: Path, macros: Sequence[str]) -> str:
+    """Differs where what is built could: homes are shared between machines."""
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+    parts = [path.read_text(), *macros, *FLAGS, arch_flag(), version, platform.platform(), _processor()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What tells this processor's instructions from another's."""
+    info = Path("/proc/cpuinfo")
+    if sys.platform != "linux" or not info.is_file():
+        return platform.processor()
+    return next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+
+
+def _cache_folder() -> Path:
+    """Where libraries are kept: of this user alone, since they are run."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get(CACHE) or Path(base) / "slabformer")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise BuildError(f"{folder} cannot be made ({error.strerror}); name another folder in {CACHE}") from error
+    if not os.access(folder, os.W_OK):
+        raise BuildError(f"{folder} cannot be written; name another folder in {CACHE}")
+    return folder
