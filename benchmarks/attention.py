@@ -8,7 +8,7 @@
 All forms of a length take turns in one process, and none is timed before it equals the float64 reference. Softmax ends
 where one call would take too long. Writes CSV, Markdown and a picture into benchmarks/results/attention (or --output):
 the time of each form, memory for each token, the share of the machine's floor, from how many tokens on the linear form
-is the faster one, and the slope of its time against the number of tokens.
+is the faster one, and the slope of its time against the number of tokens, beside that of a plain copy of as many bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from attention_table import Row, draw, markdown
+from attention_table import NOT_LINEAR, Row, draw, markdown
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -110,6 +110,8 @@ def measure(N: int, forms: dict[str, Form], ceilings: Ceilings, options: argpars
     device = torch.device(options.device)
     tensors = packed(N, options)
     calls = {name: call_of(form, tensors, options.backward) for name, form in forms.items()}
+    source = torch.randn(2 * tensors[0].numel(), device=device).to(tensors[0].dtype)  # half of what the form moves
+    calls["copy"] = partial(torch.empty_like(source).copy_, source)
     turns = time_interleaved(calls, seconds=options.seconds, device=device)
     floor = linear_work(tensors, options.backward).floor(ceilings)
     num_tokens = options.batch_size * N
@@ -128,7 +130,7 @@ def measure(N: int, forms: dict[str, Form], ceilings: Ceilings, options: argpars
             p50_ms=1e3 * seconds,
             p90_ms=1e3 * quantile(turns[name], 0.9),
             bytes_per_token=None if memory is None else memory / num_tokens,
-            of_floor=None if name == "softmax" else floor / seconds,
+            of_floor=None if name in NOT_LINEAR else floor / seconds,
         )
         print(row, flush=True)
         rows.append(row)

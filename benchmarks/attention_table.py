@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slabformer.deployment.plots import BLUE, GREEN, GREY, ORANGE, save, styled_figure
+from slabformer.deployment.plots import BLUE, GREEN, GREY, LIGHT, ORANGE, save, styled_figure
 
 COLOURS = {
     "softmax": GREY,
@@ -17,7 +17,10 @@ COLOURS = {
     "linear, composed": ORANGE,
     "linear, C++": ORANGE,  # on a CPU, where nothing else is composed
     "flash_bla": "#CC79A7",
+    "copy": LIGHT,
 }
+#: what linear forms are held against: softmax, and a plain copy of as many bytes as they must move
+NOT_LINEAR = ("softmax", "copy")
 #: tokens from which on the slope is taken: below it, what a call costs by itself counts
 LONG = 4096
 
@@ -76,16 +79,17 @@ def crossover(rows: Sequence[Row], form: str) -> float | None:
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
-    """One sentence a linear form: crossover and slope."""
+    """One sentence a linear form: crossover and slope; and how a copy grows, which no form can undercut."""
     sentences = []
-    for form in dict.fromkeys(row.form for row in rows if row.form != "softmax"):
+    for form in dict.fromkeys(row.form for row in rows if row.form not in NOT_LINEAR):
         beyond, steepness = crossover(rows, form), slope(rows, form)
         where = "not faster than softmax at any length"
         if beyond is not None:
             where = f"faster than softmax from {beyond:,.0f} tokens on"
         grows = f"no slope below {LONG:,} tokens" if steepness is None else f"time grows as N^{steepness:.2f}"
         sentences.append(f"{form}: {where}; {grows}")
-    return sentences
+    of_copy = slope(rows, "copy")
+    return sentences if of_copy is None else [*sentences, f"a copy of as many bytes: time grows as N^{of_copy:.2f}"]
 
 
 def markdown(rows: Sequence[Row], where: str) -> str:

@@ -33,6 +33,11 @@ def test_there_is_no_crossover_where_softmax_is_faster_to_the_end():
     assert findings(measured) == ["linear: not faster than softmax at any length; no slope below 4,096 tokens"]
 
 
+def test_the_slope_of_a_copy_stands_beside():
+    measured = rows("linear", {4096: 1.0, 8192: 2.0}) + rows("copy", {4096: 1.0, 8192: 4.0})
+    assert findings(measured)[1:] == ["a copy of as many bytes: time grows as N^2.00"]
+
+
 def test_the_shortest_length_is_named_where_the_linear_form_always_wins():
     measured = rows("linear", {100: 1.0, 400: 2.0}) + rows("softmax", {100: 2.0, 400: 3.0})
     assert crossover(measured, "linear") == 100

@@ -38,7 +38,7 @@ constexpr int WIDTH = 4, REGISTERS = 24;
 #endif
 constexpr int MOST_COLUMNS = REGISTERS / 4, MOST_ROWS = 12;
 constexpr int KEY_TILE = 32;        // tokens whose keys and values stay in the first cache
-constexpr int AHEAD = 8;            // tokens to fetch before they are read
+constexpr int AHEAD = 16;           // tokens to fetch before they are read
 constexpr int LONGEST_KERNEL = 31;  // of the convolution, on either axis
 constexpr int64_t ROW_WITHOUT_GRID = 48;
 
