@@ -40,10 +40,10 @@ def native(case: Case, **options: object) -> torch.Tensor:
         {"grid_size": (14, 14), "D": 32, "table": True, "kernel_size": 5},
         {"grid_size": (3, 11), "D": 32, "kernel_size": 5, "masked": True, "shared": False},
         {"grid_size": (50, 2), "D": 32, "kernel_size": 7},
-        {"grid_size": (2, 50), "D": 16, "E": 48, "table": True},
-        {"grid_size": (5, 6), "D": 48, "E": 16},
-        {"grid_size": (7, 7), "D": 64, "E": 112, "shared": False},
-        {"grid_size": (9, 5), "D": 16, "E": 80, "kernel_size": 1},
+        {"grid_size": (2, 50), "D": 48, "E": 80, "table": True},
+        {"N": 9, "M": 33, "D": 48, "E": 80},
+        {"grid_size": (7, 7), "D": 64, "E": 64, "shared": False},
+        {"grid_size": (9, 5), "D": 64, "E": 64, "kernel_size": 1},
         {"grid_size": (4, 9), "D": 128, "E": 128, "kernel_size": LONGEST_KERNEL},
     ],
     ids=str,
@@ -106,12 +106,12 @@ def test_tokens_in_any_strides_are_taken():
 
 
 def test_biases_that_the_projection_left_out_are_added():
-    case = make_case(grid_size=(4, 5), D=32, E=48, masked=True, kernel_size=5, device="cpu")
-    biases = torch.randn(2, 32), torch.randn(2, 32), torch.randn(2, 48)
+    case = make_case(grid_size=(4, 5), D=48, E=80, masked=True, kernel_size=5, device="cpu")
+    biases = torch.randn(2, 48), torch.randn(2, 48), torch.randn(2, 80)
     added = {name: (getattr(case, name) + b[:, None]).detach() for name, b in zip("qkv", biases, strict=True)}
     expected = dataclasses.replace(case, **added).expected()
     assert_close(native(case, biases=biases), expected, TOLERANCE[torch.float32])
-    table = torch.randn(1, 2, 20, 32)
+    table = torch.randn(1, 2, 20, 48)
     expected = dataclasses.replace(case, **added, table=table).expected()
     assert_close(native(dataclasses.replace(case, table=table), biases=biases), expected, TOLERANCE[torch.float32])
 
