@@ -87,9 +87,13 @@ class Neighbours:
             raise RefusalError(f"{name} has forward hooks, which see its output")
         return Target(name, role, "previous", index, values=part)
 
-    def at_tensor(self, leaf: Node, axis: int, index: Tensor, trace: Trace, role: Role) -> Target:
-        """The parameter or buffer ``leaf``, whose channels lie along ``axis``."""
-        name = (trace.parameters | trace.buffers)[leaf]
+    def need_free(self, leaf: Node, trace: Trace) -> None:
+        """Refuse a parameter or buffer whose values are not for a fold to change.
+
+        Raises:
+            RefusalError: With the reason.
+        """
+        name = trace.names[leaf]
         self.owners.need_single(name)
         if not leaf.meta["val"].is_floating_point():
             raise RefusalError(f"{name} holds {leaf.meta['val'].dtype}, which cannot take it over")
@@ -97,7 +101,10 @@ class Neighbours:
             raise RefusalError(f"{name} is a buffer that is not saved")
         if is_written(leaf):
             raise RefusalError(f"{name} is changed in place in the forward")
-        channels = torch.arange(leaf.meta["val"].shape[axis])
+
+    def at_tensor(self, leaf: Node, axis: int, index: Tensor, trace: Trace, role: Role) -> Target:
+        """The parameter or buffer ``leaf``, whose channels lie along ``axis``."""
+        channels, name = torch.arange(leaf.meta["val"].shape[axis]), trace.names[leaf]
         return Target(display(name), role, "previous", index, values=Part(name, axis, channels, channels))
 
 

@@ -93,7 +93,7 @@ def bias_parts(site: Site, trace: Trace, name: str) -> tuple[Part, ...]:
     Raises:
         RefusalError: If it is computed.
     """
-    parts = _parts(site.bias, 0, trace.parameters | trace.buffers)
+    parts = _parts(site.bias, 0, trace.names)
     if sum(len(part.rows) for part in parts) != site.num_out:
         raise RefusalError(f"the bias of {name} is computed in the forward")
     return tuple(parts)

@@ -120,7 +120,7 @@ class Sources:
 
     def _is_start(self, node: Node) -> bool:
         is_read = node.target is EMBEDDING or site_of(node) is not None
-        return is_read or self._is_tensor(node) or bool(operands_of(node))
+        return is_read or node in self.trace.names or bool(operands_of(node))
 
     def _want_operands(self, total: Node) -> list[Node]:
         match = self._match(total, "scale")
@@ -155,6 +155,8 @@ class Sources:
         return min(ways, key=_num_new_biases)
 
     def _target(self, start: Node, role: Role) -> Target:
+        if start in self.trace.names:
+            self.known.need_free(start, self.trace)
         match, site = self._match(start, role), site_of(start)
         if start.target is PAD:
             target = self.known.at_pad(start, match.index, role, "previous")
@@ -183,7 +185,7 @@ class Sources:
                 raise RefusalError(f"seen from {self._name(start)}, {end.refusal}")
             others = end.labels[end.labels >= 0].unique().long()
             if bool((index[others] >= 0).any()):
-                subject = self._name(start) if self._is_tensor(start) else f"the output of {self._name(start)}"
+                subject = self._name(start) if start in self.trace.names else f"the output of {self._name(start)}"
                 raise RefusalError(f"{subject} also feeds {describe(end.node)}")
         if role == "map" and len(factors) > 1:
             raise RefusalError(f"{self._name(start)} is multiplied by several numbers in front of it")
@@ -214,14 +216,10 @@ class Sources:
     def _is_wanted(self, end: End) -> bool:
         return (end.node, end.source) in self._wanted
 
-    def _is_tensor(self, node: Node) -> bool:
-        """Whether it is a parameter or buffer."""
-        return node in self.trace.parameters or node in self.trace.buffers
-
     def _name(self, start: Node) -> str:
         site, trace = site_of(start), self.trace
-        if self._is_tensor(start):
-            return display((trace.parameters | trace.buffers)[start])
+        if start in trace.names:
+            return display(trace.names[start])
         if start.target is EMBEDDING:
             return display(table_part(start, trace).name)
         if site is not None:
