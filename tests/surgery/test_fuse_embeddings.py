@@ -112,6 +112,12 @@ def test_a_table_that_the_forward_renormalises_keeps_the_norm() -> None:
     assert "embedding_renorm_" in report["norm"].reason
 
 
+def test_a_table_of_integers_keeps_the_norm() -> None:
+    model = lookup(lambda m, ids: m.norm(m.embed(ids).double()))
+    model.embed.weight = nn.Parameter(torch.arange(30, dtype=torch.int32).view(5, 6), requires_grad=False)
+    assert "embed holds torch.int32, which cannot take it over" in reason(model, IDS)
+
+
 def test_a_table_that_is_tied_with_a_head_keeps_the_norm_unless_it_is_untied() -> None:
     model = lookup(lambda m, ids: m.head(m.norm(m.embed(ids)).tanh()), head=nn.Linear(6, 5, bias=False))
     model.head.weight = model.embed.weight

@@ -120,19 +120,19 @@ def passes_upstream(node: Node, gone: Collection[int]) -> bool:
 
 def pair(sinks: list[tuple[Tensor, Tensor]], num_channels: int) -> Tensor | None:
     """For each channel that arrives somewhere, the one that is wanted there, -1 for none; None where ambiguous."""
-    index = torch.full((num_channels,), -1)
+    index, arrived = torch.full((num_channels,), -1), torch.zeros(num_channels, dtype=torch.bool)
     for labels, wanted in sinks:
         channel, want = (t.flatten().long() for t in torch.broadcast_tensors(labels, wanted))
         channel, want = channel[channel >= 0], want[channel >= 0]
-        before = index[channel]
-        index[channel] = want
-        if not torch.equal(index[channel], want) or bool(((before >= 0) & (before != want)).any()):
+        is_other = arrived[channel] & (index[channel] != want)
+        index[channel], arrived[channel] = want, True
+        if not torch.equal(index[channel], want) or bool(is_other.any()):
             return None
     return index
 
 
-def words(node: Node) -> str:
+def words(node: Node, trace: Trace) -> str:
     """What a tensor comes from."""
     if node.op == "placeholder":
-        return "the model's own inputs and parameters"
+        return "a parameter" if node in trace.names else "the model's own inputs"
     return "another norm" if node.target is NORM else describe(node)

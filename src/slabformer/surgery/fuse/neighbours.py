@@ -82,7 +82,9 @@ class Neighbours:
         """The table of the embedding at ``node``; the shift goes into its rows."""
         part = table_part(node, trace)
         self.owners.need_single(part.name)
-        name = display(part.name)
+        name, dtype = display(part.name), node.meta["val"].dtype
+        if not dtype.is_floating_point:
+            raise RefusalError(f"{name} holds {dtype}, which cannot take it over")
         if self.owners.module(part.name)._forward_hooks:
             raise RefusalError(f"{name} has forward hooks, which see its output")
         return Target(name, role, "previous", index, values=part)
@@ -100,7 +102,7 @@ class Neighbours:
         if not self.owners.is_saved(name):
             raise RefusalError(f"{name} is a buffer that is not saved")
         if is_written(leaf):
-            raise RefusalError(f"{name} is changed in place in the forward")
+            raise RefusalError(f"the forward may change {name} in place")
 
     def at_tensor(self, leaf: Node, axis: int, index: Tensor, trace: Trace, role: Role) -> Target:
         """The parameter or buffer ``leaf``, whose channels lie along ``axis``."""

@@ -8,7 +8,7 @@ of them the shift: ``(a + b) * scale + shift = (a * scale + shift) + b * scale``
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +74,7 @@ class Sources:
         self._behind: dict[Node, list[Node]] = {}
         self._between: set[Node] = set()
         self._matches: dict[tuple[Node, Role], Match] = {}
+        self._ways: dict[tuple[Node, Role], list[Taken | RefusalError]] = {}
         self._follow_upstream()
 
     def targets(self) -> Taken:
@@ -106,7 +107,7 @@ class Sources:
                 found.add(current)
                 continue
             if not passes_upstream(current, self.known.gone):
-                raise RefusalError(f"its input comes from {words(current)}")
+                raise RefusalError(f"its input comes from {words(current, self.trace)}")
             if needs_fill(current, self.known.fixed_size):
                 found.add(current)
             self._between.add(current)
@@ -139,20 +140,23 @@ class Sources:
         return _together([self._by_sum(s, role) if operands_of(s) else [(self._target(s, role), s)] for s in starts])
 
     def _by_sum(self, total: Node, role: Role) -> Taken:
-        """The same for a sum: one operand has the role, the one that needs fewest new biases, the others the scale."""
-        self._match(total, role)
-        operands = operands_of(total)
-        if role == "scale":
-            return _together([self._taken(operand, role) for operand in operands])
-        ways, reasons = [], []
-        for one in operands:
-            try:
-                ways.append(_together([self._taken(other, role if other is one else "scale") for other in operands]))
-            except RefusalError as error:
-                reasons.append(error)
+        """The same for a sum: of all ways, the one that needs fewest new biases."""
+        if (total, role) not in self._ways:
+            self._ways[total, role] = list(self._tried(total, role))
+        ways = [way for way in self._ways[total, role] if not isinstance(way, RefusalError)]
         if not ways:
-            raise reasons[0]
+            raise self._ways[total, role][0]  # type: ignore[misc]
         return min(ways, key=_num_new_biases)
+
+    def _tried(self, total: Node, role: Role) -> Iterator[Taken | RefusalError]:
+        """What must change where one operand has ``role`` and the others the scale, for each of them, or why not."""
+        operands = operands_of(total)
+        for one in operands if role == "map" else operands[:1]:
+            try:
+                self._match(total, role)
+                yield _together([self._taken(other, role if other is one else "scale") for other in operands])
+            except RefusalError as error:
+                yield error
 
     def _target(self, start: Node, role: Role) -> Target:
         if start in self.trace.names:
@@ -227,14 +231,14 @@ class Sources:
         return "a pad" if start.target is PAD else f"{describe(start)} in front of it"
 
 
-def _together(groups: Iterable[Taken]) -> Taken:
-    """All of ``groups``; what has a part in several must have the same."""
+def _together(groups: Sequence[Taken]) -> Taken:
+    """All of ``groups``, once; what has a part in several must have the same role in each."""
     roles: dict[str, Role] = {}
-    found = [item for group in groups for item in group]
-    for target, _ in found:
+    found = {(target.name, node): target for group in groups for target, node in group}
+    for target, _ in (item for group in groups for item in group):
         if roles.setdefault(target.name, target.role) != target.role:
             raise RefusalError(f"{target.name} has several parts in the sum in front of it")
-    return found
+    return [(target, node) for (_, node), target in found.items()]
 
 
 def _num_new_biases(taken: Taken) -> int:

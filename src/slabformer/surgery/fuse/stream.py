@@ -75,7 +75,7 @@ def _supplied(known: Neighbours, node: Node, labels: Tensor, trace: Trace, role:
     elif _is_sum(node):
         yield from _one_operand(known, node, node.all_input_nodes, labels, trace, role)
     else:
-        raise RefusalError(f"the stream in front of it comes from {words(node)}")
+        raise RefusalError(f"the stream in front of it comes from {words(node, trace)}")
 
 
 def _one_operand(
