@@ -236,8 +236,9 @@ def test_a_bloom_with_a_head_folds_all_its_norms_once_untied(untie: bool) -> Non
 
 
 def test_a_clip_of_timm_folds_all_its_norms_into_plain_weights_and_a_file(tmp_path: Path) -> None:
-    model, image = converted(clip()), tokens(2, 3, 32, 32)
+    model, image = converted(clip()), tokens(1, 3, 32, 32)
     result, report = fused(model, image)
+    assert_same_outputs(model, result, (tokens(3, 3, 32, 32),))
     assert report["norm_pre"].into == ("cls_token", "pos_embed", "patch_embed.proj")
     assert report.num_kept == 0
     save_fused(result, tmp_path / "clip.safetensors")

@@ -40,30 +40,35 @@ def with_class_token(m: Any, x: Tensor) -> Tensor:
 
 
 FOLDS = {
-    "two layers": (lambda m, x: m.one(x) + m.two(x.sin()), ("one", "two")),
-    "three of them": (lambda m, x: m.one(x) + (m.two(x.sin()) + m.bare(x.cos())), ("one", "two", "bare")),
-    "broadcast parameter": (lambda m, x: m.one(x) + m.raw.pos, ("raw.pos", "one")),
-    "in place": (lambda m, x: m.one(x).add_(m.raw.pos), ("raw.pos", "one")),
-    "dropout between": (lambda m, x: F.dropout(m.one(x) + m.raw.pos, 0.5, False)[:, 1:], ("raw.pos", "one")),
-    "slice of a table": (lambda m, x: m.one(x) + m.raw.long[: x.shape[1]], ("raw.long", "one")),
+    "two layers": (lambda m, x: m.norm(m.one(x) + m.two(x.sin())), ("one", "two")),
+    "three of them": (lambda m, x: m.norm(m.one(x) + (m.two(x.sin()) + m.bare(x.cos()))), ("one", "two", "bare")),
+    "broadcast parameter": (lambda m, x: m.norm(m.one(x) + m.raw.pos), ("raw.pos", "one")),
+    "in place": (lambda m, x: m.norm(m.one(x).add_(m.raw.pos)), ("raw.pos", "one")),
+    "dropout between": (lambda m, x: m.norm(F.dropout(m.one(x) + m.raw.pos, 0.5, False)[:, 1:]), ("raw.pos", "one")),
+    "slice of a table": (lambda m, x: m.norm(m.one(x) + m.raw.long[: x.shape[1]]), ("raw.long", "one")),
     "resampled table": (
-        lambda m, x: m.one(x) + F.interpolate(m.raw.long.mT[None], size=4, mode="linear").mT,
+        lambda m, x: m.norm(m.one(x) + F.interpolate(m.raw.long.mT[None], size=4, mode="linear").mT),
         ("raw.long", "one"),
     ),
     "split channels": (
-        lambda m, x: m.one(x) + torch.cat([m.raw.narrow, m.raw.other], -1),
+        lambda m, x: m.norm(m.one(x) + torch.cat([m.raw.narrow, m.raw.other], -1)),
         ("raw.narrow", "raw.other", "one"),
     ),
-    "channels in front": (lambda m, x: m.one(x) + m.raw.turned.T, ("raw.turned", "one")),
+    "channels in front": (lambda m, x: m.norm(m.one(x) + m.raw.turned.T), ("raw.turned", "one")),
     "two tokens of one parameter": (
-        lambda m, x: torch.cat([m.raw.long[:1], m.raw.long[3:]]).expand(len(x), -1, -1),
+        lambda m, x: m.norm(torch.cat([m.raw.long[:1], m.raw.long[3:]]).expand(len(x), -1, -1)),
         ("raw.long",),
     ),
-    "bias added by hand": (lambda m, x: F.linear(x, m.one.weight) + m.one.bias, ("one", "one.bias")),
-    "bias that there is no room for": (lambda m, x: x @ m.raw.square + m.raw.pos, ("raw.square", "raw.pos")),
-    "zeros around one of them": (lambda m, x: F.pad(m.one(x[:, 1:]), (0, 0, 0, 1)) + m.two(x), ("one", "two")),
-    "multiples": (lambda m, x: 3 * (m.one(x) / 2 + m.two(x.sin()) * 5), ("one", "two")),
-    "a saved buffer": (lambda m, x: m.one(x) + m.raw.buffer, ("raw.buffer", "one")),
+    "bias added by hand": (lambda m, x: m.norm(F.linear(x, m.one.weight) + m.one.bias), ("one", "one.bias")),
+    "bias that there is no room for": (lambda m, x: m.norm(x @ m.raw.square + m.raw.pos), ("raw.square", "raw.pos")),
+    "zeros around one of them": (lambda m, x: m.norm(F.pad(m.one(x[:, 1:]), (0, 0, 0, 1)) + m.two(x)), ("one", "two")),
+    "multiples": (lambda m, x: m.norm(3 * (m.one(x) / 2 + m.two(x.sin()) * 5)), ("one", "two")),
+    "expanded, copied and changed in place": (
+        lambda m, x: m.norm((m.one(x) + m.raw.pos)[:, :1].expand(x.shape).contiguous()).mul_(2),
+        ("raw.pos", "one"),
+    ),
+    "changed in place": (lambda m, x: m.norm(m.one(x) + m.raw.pos).relu_(), ("raw.pos", "one")),
+    "a saved buffer": (lambda m, x: m.norm(m.one(x) + m.raw.buffer), ("raw.buffer", "one")),
 }
 SHAPES = {
     "pos": (1, 4, 6),
@@ -78,7 +83,7 @@ SHAPES = {
 
 @pytest.mark.parametrize(("forward", "into"), FOLDS.values(), ids=FOLDS)
 def test_a_norm_folds_into_all_that_is_summed(forward: Any, into: tuple[str, ...]) -> None:
-    model = raw(lambda m, x: m.norm(forward(m, x)).tanh() + x.mean(), **SHAPES)
+    model = raw(lambda m, x: forward(m, x).tanh() + x.mean(), **SHAPES)
     _, report = fused(model, X)
     assert (report["norm"].action, set(report["norm"].into)) == ("backward", set(into))
 
@@ -203,6 +208,14 @@ KEPT = {
         lambda m, x: m.norm(m.one(x) + m.raw.buffer_unsaved),
         "raw.buffer_unsaved is a buffer",
     ),
+    "expanded and changed in place": (
+        lambda m, x: (y := m.norm(m.one(x).mean(1, True).expand(x.shape))).mul_(2) + y,
+        "its output is changed in place, and elements of its input lie in one place",
+    ),
+    "a copy that is expanded": (
+        lambda m, x: (y := m.norm((m.raw.vector * 1).expand(2, 4, 6).reshape(-1, 6))).mul_(2) + y,
+        "its output is changed in place, and elements of its input lie in one place",
+    ),
     "changed in place": (
         lambda m, x: m.norm(m.raw.buffer).mul_(2) + m.one(x),
         "the forward may change raw.buffer in place",
@@ -216,7 +229,7 @@ KEPT = {
 
 @pytest.mark.parametrize(("forward", "why"), KEPT.values(), ids=KEPT)
 def test_a_sum_that_cannot_take_a_norm_over_keeps_it(forward: Any, why: str) -> None:
-    shapes = {**SHAPES, "lone": (4, 1), "buffer_unsaved": (4, 6)}
+    shapes = {**SHAPES, "lone": (4, 1), "vector": (6,), "buffer_unsaved": (4, 6)}
     assert why in reason(raw(lambda m, x: forward(m, x).tanh(), **shapes))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from slabformer.surgery.fuse.flow import End
@@ -32,6 +34,23 @@ def written_between(trace: Trace, call: Node, ends: Iterable[End]) -> bool:
 def is_written(node: Node) -> bool:
     """Whether the memory of ``node`` is changed in place anywhere."""
     return any(True for _ in _writes_to(node))
+
+
+def repeats_memory(node: Node) -> bool:
+    """Whether several elements of ``node`` lie in one place, norms in front of it taken as gone."""
+    while not _overlaps(node):
+        source = node.args[0] if _is_alias(node) and node.args else None
+        # what overlaps behind no norm was copied, or an element of it chosen
+        if not isinstance(source, Node) or (node.target is not NORM and _overlaps(source)):
+            return False
+        node = source
+    return True
+
+
+def _overlaps(node: Node) -> bool:
+    value: Any = node.meta.get("val")
+    steps = zip(value.shape, value.stride(), strict=True) if isinstance(value, Tensor) else ()
+    return any(size > 1 and not step for size, step in steps)
 
 
 def _writes_to(node: Node) -> Iterator[Node]:

@@ -20,6 +20,7 @@ from slabformer.surgery.fuse.flow import End, downstream, needs_fill, pair, pass
 from slabformer.surgery.fuse.graph import Trace
 from slabformer.surgery.fuse.labels import RefusalError, describe
 from slabformer.surgery.fuse.marks import PAD
+from slabformer.surgery.fuse.memory import is_written, repeats_memory
 from slabformer.surgery.fuse.neighbours import Neighbours
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.owners import display
@@ -69,6 +70,8 @@ class Sources:
     def __init__(self, known: Neighbours, norm: Norm, trace: Trace) -> None:
         self.known, self.trace = known, trace
         calls: list[Any] = trace.calls.get(norm.index, [])
+        if any(is_written(call) and repeats_memory(call.args[0]) for call in calls):
+            raise RefusalError("its output is changed in place, and elements of its input lie in one place")
         self._inputs: list[Node] = list(dict.fromkeys(call.args[0] for call in calls))
         self._wanted = {(call, call.args[0]): Wanted(channel_labels(call, norm.channel_dim)) for call in calls}
         self._behind: dict[Node, list[Node]] = {}
