@@ -38,11 +38,20 @@ def straight(*kinds: str) -> st.SearchStrategy[Step]:
     return st.builds(Step, st.sampled_from(kinds), variant=st.integers(0, 7))
 
 
+def beside(*kinds: str) -> st.SearchStrategy[Step]:
+    """Steps that read what the value before them was made of."""
+    return st.builds(Step, st.sampled_from(kinds), st.just(1), variant=st.integers(0, 7))
+
+
 def added_to(steps_back: int) -> st.SearchStrategy[Step]:
     """The sum with an earlier value: the end of a residual branch."""
     return st.just(Step("join", other=steps_back, variant=1))
 
 
+ALL = (
+    *("norm", "linear", "conv", "move", "pad", "join", "tanh", "inplace", "fill", "pool", "packed", "scale"),
+    *("raw", "table", "class"),
+)
 #: a norm before a module or behind one, with something in between: most graphs hold a fold
 PIECES: st.SearchStrategy[tuple[Step, ...]] = st.one_of(
     st.tuples(steps_of("norm"), steps_of("move", "move", "pad", "join"), steps_of("linear", "conv")),
@@ -54,9 +63,22 @@ PIECES: st.SearchStrategy[tuple[Step, ...]] = st.one_of(
     st.tuples(straight("norm"), straight("pad", "fill"), straight("linear", "packed"), straight("linear"), added_to(4)),
     st.tuples(straight("norm"), straight("conv"), straight("tanh"), straight("linear"), straight("move"), added_to(5)),
     st.tuples(straight("norm"), straight("pad", "pool"), straight("linear"), steps_of("linear", "norm"), added_to(4)),
+    # sums of layers, tables and parameters in front of a norm
     st.tuples(
-        steps_of("norm", "linear", "conv", "move", "pad", "join", "tanh", "inplace", "fill", "pool", "packed", "scale")
+        steps_of("linear", "conv", "table", "raw", "packed"),
+        steps_of("raw", "table", "class", "move", "fill"),
+        steps_of("norm"),
+        steps_of("tanh", "inplace", "linear"),
     ),
+    st.tuples(
+        straight("linear", "table", "raw"),
+        beside("linear", "conv", "raw", "table"),
+        added_to(1),
+        steps_of("raw", "class", "move", "pad"),
+        straight("norm"),
+        steps_of("tanh", "join"),
+    ),
+    st.tuples(steps_of(*ALL)),
 )
 NORMS: tuple[Callable[[int], nn.Module], ...] = (RepBN, PRepBN, Affine, nn.BatchNorm1d)
 MOVES: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -101,6 +123,7 @@ def module_of(step: Step) -> nn.Module:
         num_in = 2 * C if step.kind == "join" else C
         return nn.Linear(num_in, C, bias=step.variant != 1)
     made = {"conv": Conv, "packed": Packed, "fill": lambda _: PadTokens(C), "scale": lambda _: Scale()}
+    made |= {"raw": Raw, "table": Table, "class": lambda _: ClassTokens()}
     return made.get(step.kind, lambda _: nn.Identity())(step.variant)
 
 
@@ -113,6 +136,53 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
+
+
+class Raw(nn.Module):
+    """A parameter of its own, added to the value or in its stead: a vector, a map, one resampled, two halves."""
+
+    SHAPES = ((C,), (1, GRID, GRID, C), (1, 3, 3, C), (C // 2,))
+
+    def __init__(self, variant: int) -> None:
+        super().__init__()
+        self.variant, shape = variant, self.SHAPES[variant % 4]
+        self.one, self.two = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ways: tuple[Callable[[], Tensor], ...] = (
+            lambda: self.one,
+            lambda: self.one[:, : x.shape[1], : x.shape[2]],
+            lambda: F.interpolate(self.one.permute(0, 3, 1, 2), x.shape[1:3], mode="bilinear").permute(0, 2, 3, 1),
+            lambda: torch.cat([self.one, self.two * 1], -1),
+        )
+        values = ways[self.variant % 4]()
+        return values.expand(x.shape) if self.variant < 4 else x + values
+
+
+class Table(nn.Embedding):
+    """Rows of a table, picked by place or by the signs of the input, added to the value or in its stead."""
+
+    def __init__(self, variant: int) -> None:
+        super().__init__(4, C)
+        self.variant = variant
+
+    def forward(self, x: Tensor, signs: Tensor) -> Tensor:
+        _, H, W, _ = x.shape
+        places = torch.arange(H)[:, None] % 2 + 2 * (torch.arange(W) % 2)
+        rows = super().forward(places if self.variant % 2 else (signs[..., 0] > 0) + 2 * (signs[..., 1] > 0))
+        rows = rows * 2 if self.variant % 3 else rows
+        return rows.expand(x.shape) if self.variant < 4 else x + rows
+
+
+class ClassTokens(nn.Module):
+    """A parameter in place of the first row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 1, C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.token.expand(len(x), 1, x.shape[2], C), x[:, 1:]], 1)
 
 
 def window_pads(x: Tensor) -> tuple[int, int]:
@@ -137,7 +207,7 @@ class RandomNet(nn.Module):
         values = [x.clone()]
         for step, module in zip(self.steps, self.children_of, strict=True):
             one, other = (values[-1 - back % len(values)] for back in (step.back, step.other))
-            values.append(self.value(step, module, one, other))
+            values.append(module(one, values[0]) if step.kind == "table" else self.value(step, module, one, other))
         return values[-1], values[-2].mean((1, 2))
 
     @staticmethod
@@ -159,5 +229,6 @@ class RandomNet(nn.Module):
             ways = (module(torch.cat([x, other], -1)), x + other, torch.cat([x[:, :2], other[:, 2:]], 1))
             return ways[step.variant % 3]
         if step.kind in ("inplace", "tanh"):
-            return x.mul_(0.9) if step.kind == "inplace" else torch.tanh(x)
+            # a parameter that was expanded is no memory to write to
+            return x.contiguous().mul_(0.9) if step.kind == "inplace" else torch.tanh(x)
         return module(x)

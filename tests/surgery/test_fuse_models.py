@@ -138,8 +138,12 @@ def qwen3() -> nn.Module:
 
 
 LANGUAGE = {
-    # post-norm throughout: every norm feeds a residual
-    "bert": (bert, {"kept": 5}, {"its output also feeds an add", "its output also is the model's output"}),
+    # post-norm throughout: every norm feeds a residual, and all but the first have one in front
+    "bert": (
+        bert,
+        {"backward": 1, "kept": 4},
+        {"its output also feeds an add", "its output also is the model's output"},
+    ),
     "gpt2": (gpt2, {"forward": 4, "kept": 1}, {"transformer.wte.weight is tied with lm_head.weight"}),
     "gpt2-untied": (lambda: gpt2(tied=False), {"forward": 5}, set()),
     "llama": (llama, {"forward": 5}, set()),

@@ -57,6 +57,8 @@ def solve(model: nn.Module, norms: Sequence[Norm], edits: Sequence[Edit]) -> Sol
         for target in edit.targets:
             if target.weight is not None:
                 _take_over(model, solution, solution.maps[edit.norm], target, target.weight)
+            if target.values is not None:
+                _map_values(model, solution, solution.maps[edit.norm], target, target.values)
         solution.gone.add(edit.norm)
     return solution
 
@@ -91,17 +93,26 @@ def _take_over(model: nn.Module, solution: Solution, scale_shift: ScaleShift, ta
     if target.gain is not None:
         shift = shift / gain_of(model, target.gain)
     bias = _bias(model, solution, target, like=weight)
+    needs_bias = bias is not None or target.role != "scale"
     if target.side == "next":
         weight, bias = fold_into_next(weight, bias, scale, shift, target.groups)
     else:
         weight, bias = fold_into_previous(weight, bias, scale, shift)
     solution.tensors[part.name] = whole.index_copy(part.axis, part.rows.to(whole.device), weight.movedim(0, part.axis))
-    for own in target.bias:
+    for own in target.bias if needs_bias else ():
         if target.new_bias:
             solution.new_biases[own.name] = part.name
             solution.tensors.setdefault(own.name, whole.new_zeros(whole.shape[part.axis]))
         values = bias[own.channels.to(bias.device)]
         solution.tensors[own.name] = _current(model, solution, own.name).index_copy(0, own.rows.to(bias.device), values)
+
+
+def _map_values(model: nn.Module, solution: Solution, scale_shift: ScaleShift, target: Target, part: Part) -> None:
+    whole = _current(model, solution, part.name)
+    scale, shift = (t.to(whole.device) for t in _share(scale_shift, target))
+    rows = part.rows.to(whole.device)
+    values = whole.movedim(part.axis, -1)[..., rows] * scale + shift
+    solution.tensors[part.name] = whole.index_copy(part.axis, rows, values.movedim(-1, part.axis))
 
 
 def gain_of(model: nn.Module, part: Part) -> Tensor:

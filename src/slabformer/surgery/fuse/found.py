@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from slabformer.surgery.fuse.marks import NORM, PAD
 from slabformer.surgery.fuse.owners import Owners
 from slabformer.surgery.fuse.parts import Part
 from slabformer.surgery.fuse.plan import Target
-from slabformer.surgery.fuse.sites import channel_labels, readers_of_input
+from slabformer.surgery.fuse.sites import EMBEDDING, channel_labels, readers_of_input
 
 
 @dataclass
@@ -60,22 +60,26 @@ class Found:
         elif target.pad is not None:
             users = trace.pad_calls.get(target.pad, [])
         else:
-            parts = [target.weight, *(() if target.new_bias else target.bias)]
-            users = [user for part in parts for user in _readers(part, trace)]  # type: ignore[arg-type]
+            parts = [target.weight, target.values, *(() if target.new_bias else target.bias)]
+            users = [user for part in parts if part is not None for user in _readers(part, trace, nodes)]
         for user in users:
             if user not in nodes:
-                use = "used on another input" if user.target in (NORM, PAD) or readers_of_input(user) else "read raw"
+                is_call = user.target in (NORM, PAD, EMBEDDING) or readers_of_input(user)
+                use = "used on another input" if is_call else "read raw"
                 raise RefusalError(f"{self._in_full(target)} is also {use} by {describe(user)}")
 
     def _in_full(self, target: Target) -> str:
         """A target that another call bars: its name, and what else it is called."""
-        return target.name + ("" if target.weight is None else self.owners.other_names(target.weight.name))
+        part = target.weight or target.values
+        return target.name + ("" if part is None else self.owners.other_names(part.name))
 
 
-def _readers(part: Part, trace: Trace) -> list[Node]:
-    """What computes with these elements of a parameter."""
+def _readers(part: Part, trace: Trace, known: Collection[Node]) -> list[Node]:
+    """What computes with these elements of a parameter, unless all that reads it is ``known``."""
     seeds = {}
     for source in trace.sources(part.name):
+        if source in known:
+            continue
         labels = channel_labels(source, part.axis)
         seeds[source] = labels.where(torch.isin(labels, part.rows), -1)
     return [end.node for end in downstream(trace, seeds, (), fixed_size=True)]

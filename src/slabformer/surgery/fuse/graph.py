@@ -36,18 +36,19 @@ class Trace:
         pad_calls: The calls of each pad, by its index.
         parameters: Name of the parameter that a placeholder stands for; of tied ones, the first name.
         buffers: The same for buffers.
+        names: Both.
     """
 
     def __init__(self, graph: Graph, parameters: dict[Node, str], buffers: dict[Node, str]) -> None:
         self.graph = graph
         self.order = {node: position for position, node in enumerate(graph.nodes)}
-        self.parameters, self.buffers = parameters, buffers
+        self.parameters, self.buffers, self.names = parameters, buffers, parameters | buffers
         self.calls = _by_index(graph, NORM)
         self.pad_calls = _by_index(graph, PAD)
 
     def sources(self, name: str) -> list[Node]:
         """The placeholders of a parameter or buffer."""
-        return [node for node, own in (self.parameters | self.buffers).items() if own == name]
+        return [node for node, own in self.names.items() if own == name]
 
     def users(self, name: str) -> list[Node]:
         """Every operation that reads a parameter or buffer."""

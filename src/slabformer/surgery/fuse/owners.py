@@ -37,6 +37,10 @@ class Owners:
         """The module that holds ``parameter``."""
         return self._modules[parameter.rpartition(".")[0]]
 
+    def is_saved(self, name: str) -> bool:
+        """Whether ``name`` is in the state dict: a parameter, or a buffer that is persistent."""
+        return name.rpartition(".")[2] not in self.module(name)._non_persistent_buffers_set
+
     def need_single(self, parameter: str) -> None:
         """Refuse a parameter that two modules hold.
 

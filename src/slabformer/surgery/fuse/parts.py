@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,13 +52,30 @@ def weight_part(site: Site, trace: Trace) -> Part:
     if not isinstance(site.weight, Node):
         raise refusal
     parts = _parts(site.weight, int(site.transposed), trace.parameters)
-    if len(parts) != 1 or ".parametrizations." in f".{parts[0].name}" or len(parts[0].rows) != site.num_out:
+    if len(parts) != 1 or _is_parametrized(parts[0]) or len(parts[0].rows) != site.num_out:
         raise refusal
     columns = _parts(site.weight, int(not site.transposed), trace.parameters, own_axes=(1 - parts[0].axis,))
     size = site.weight.meta["val"].shape[int(not site.transposed)]
     if len(columns) != 1 or not torch.equal(columns[0].rows, torch.arange(size)):
         raise refusal
     return parts[0]
+
+
+def table_part(node: Node, trace: Trace) -> Part:
+    """The parameter whose rows ``node``, an embedding, looks up.
+
+    Raises:
+        RefusalError: If it is computed.
+    """
+    table: Any = node.args[0]
+    parts = _parts(table, 1, trace.parameters)
+    if len(parts) != 1 or _is_parametrized(parts[0]) or len(parts[0].rows) != table.meta["val"].shape[1]:
+        raise RefusalError(f"the table of {located(node)} is computed in the forward (parametrized?)")
+    return parts[0]
+
+
+def _is_parametrized(part: Part) -> bool:
+    return ".parametrizations." in f".{part.name}"
 
 
 def name_of(site: Site, trace: Trace) -> str:
@@ -75,7 +93,7 @@ def bias_parts(site: Site, trace: Trace, name: str) -> tuple[Part, ...]:
     Raises:
         RefusalError: If it is computed.
     """
-    parts = _parts(site.bias, 0, trace.parameters | trace.buffers)
+    parts = _parts(site.bias, 0, trace.names)
     if sum(len(part.rows) for part in parts) != site.num_out:
         raise RefusalError(f"the bias of {name} is computed in the forward")
     return tuple(parts)

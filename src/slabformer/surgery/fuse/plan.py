@@ -39,12 +39,14 @@ class Target:
         role: What it takes over of the norm's map.
         side: Where it stands.
         index: Channel of the norm that each channel of the neighbour belongs to, -1 for none.
-        weight: Its weight; None if the neighbour is a norm or a pad.
+        weight: Its weight; None if the neighbour is no Linear or Conv.
         bias: Its bias.
         new_bias: Whether that bias must be created.
         groups: Of a Conv.
         gain: What its output is multiplied by before it meets the stream (LayerScale), if anything.
-        factor: What the output of the norm is multiplied by before it gets here.
+        values: Elements that are what the norm's channels are made of: of an embedding's table, of a position table.
+        factor: What the shift is multiplied by here: the number that stands between the neighbour and the norm behind
+            which it stands, or one over that where it stands in front.
         norm: Index of the norm that takes it over instead, or None.
         pad: Index of the pad whose fill changes, or None.
     """
@@ -58,6 +60,7 @@ class Target:
     new_bias: bool = False
     groups: int = 1
     gain: Part | None = None
+    values: Part | None = None
     factor: float = 1.0
     norm: int | None = None
     pad: int | None = None
@@ -65,7 +68,8 @@ class Target:
     def agrees(self, other: Target) -> bool:
         """Whether both are one and the same change."""
         mine, others = (
-            [part for part in (own.weight, own.gain, *own.bias) if part is not None] for own in (self, other)
+            [part for part in (own.weight, own.gain, own.values, *own.bias) if part is not None]
+            for own in (self, other)
         )
         return (
             (self.groups, self.role, self.side, self.factor) == (other.groups, other.role, other.side, other.factor)

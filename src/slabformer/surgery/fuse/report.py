@@ -17,7 +17,7 @@ class NormOutcome:
     Attributes:
         name: Of the module; the first of its names where it is tied.
         action: "forward" into what follows, "backward" into what precedes, or "kept".
-        into: Names of the modules that took it over; empty when kept.
+        into: Names of the modules and parameters that took it over; empty when kept.
         reason: Why it was kept; empty otherwise.
     """
 

@@ -158,6 +158,13 @@ RULES: tuple[Rule, ...] = (
         lambda x: F.interpolate(x.transpose(1, 2).unflatten(-1, (2, 2)), size=(3, 3), mode="bilinear").mean((2, 3)),
         (lambda x: F.interpolate(x[:, None], size=(4, 3)), "its channels are resampled"),
     ),
+    Rule(
+        (aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec),
+        resampled(2),
+        lambda x: F.interpolate(
+            x.mT.unflatten(-1, (2, 2)).repeat(1, 1, 3, 3), size=(4, 3), mode="bicubic", antialias=True
+        ).mean((2, 3)),
+    ),
     Rule((aten.upsample_linear1d.vec,), resampled(1), lambda x: F.interpolate(x.mT, size=3, mode="linear").mT),
     Rule((aten.dropout.default, aten.feature_dropout.default), dropped, lambda x: F.dropout(x, 0.5, training=False)),
     Rule(

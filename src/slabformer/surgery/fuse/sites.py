@@ -1,4 +1,4 @@
-"""The Linears, Convs and recurrent layers of a traced graph: what may take a norm over."""
+"""The Linears, Convs, recurrent layers and sums of a traced graph: what may take a norm over, or holds what may."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ _CONVS = {
 }
 #: a Linear where what they multiply by is a parameter, written as ``x @ weight.T`` (Falcon)
 _PRODUCTS = {aten.matmul.default, aten.mm.default}
+EMBEDDING = aten.embedding.default
+_SUMS = {aten.add.Tensor, aten.add_.Tensor}
 #: they read their input by Linears; what they return is no map of it
 _RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 
@@ -105,6 +107,12 @@ def readers_of_input(node: Node) -> list[Site]:
     size = len(weights) // (num_layers * num_directions)  # of one layer in one direction: input, state, their biases
     first = [weights[start : start + size] for start in range(0, num_directions * size, size)]
     return [Site(node, inputs, w[0], w[2] if has_biases else None, words="recurrent layer") for w in first]
+
+
+def operands_of(node: Node) -> list[Node]:
+    """The two tensors that ``node`` is the sum of; [] if it is something else."""
+    is_plain = node.target in _SUMS and node.kwargs.get("alpha", 1) == 1
+    return node.all_input_nodes if is_plain and len(node.all_input_nodes) == 2 else []
 
 
 def channel_labels(node: Node, axis: int) -> Tensor:

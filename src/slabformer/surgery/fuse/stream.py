@@ -9,36 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from slabformer.surgery.fuse.flow import End, downstream, words
+from slabformer.surgery.fuse.flow import End, downstream, pair, words
 from slabformer.surgery.fuse.graph import Trace
 from slabformer.surgery.fuse.labels import RefusalError, describe, unread
 from slabformer.surgery.fuse.marks import NORM
+from slabformer.surgery.fuse.neighbours import Neighbours
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.parts import Part
-from slabformer.surgery.fuse.plan import Role, Side, Target
+from slabformer.surgery.fuse.plan import Role, Target
 from slabformer.surgery.fuse.rules import FOLLOW
-from slabformer.surgery.fuse.sites import Site, along, channel_labels, site_of
+from slabformer.surgery.fuse.sites import along, channel_labels, site_of
 
 aten = torch.ops.aten
-
-
-class Neighbours(Protocol):
-    """What this needs to know of the decision under way."""
-
-    gone: set[int]
-    fixed_size: bool
-
-    def at_site(self, site: Site, index: Tensor, trace: Trace, role: Role, side: Side) -> Target:
-        """A Linear or Conv as a target."""
-
-    def at_norm(self, node: Node, labels: Tensor, role: Role, side: Side) -> Target:
-        """Another norm as a target."""
 
 
 def stream_targets(known: Neighbours, norm: Norm, call: Node, trace: Trace) -> Iterator[tuple[Target, Node]]:
@@ -77,19 +65,6 @@ def _labels_at(known: Neighbours, origin: Node, sink: Node, wanted: Tensor, trac
     raise RefusalError(f"its channels are spread over several axes of the output of {describe(origin)}")
 
 
-def pair(sinks: list[tuple[Tensor, Tensor]], num_channels: int) -> Tensor | None:
-    """For each channel that arrives somewhere, the one that is wanted there, -1 for none; None where ambiguous."""
-    index = torch.full((num_channels,), -1)
-    for labels, wanted in sinks:
-        channel, want = (t.flatten().long() for t in torch.broadcast_tensors(labels, wanted))
-        channel, want = channel[channel >= 0], want[channel >= 0]
-        before = index[channel]
-        index[channel] = want
-        if not torch.equal(index[channel], want) or bool(((before >= 0) & (before != want)).any()):
-            return None
-    return index
-
-
 def _supplied(known: Neighbours, node: Node, labels: Tensor, trace: Trace, role: Role) -> Iterator[tuple[Target, Node]]:
     """Neighbours in front of ``node`` that move it; whatever else reads ``node`` is not their concern."""
     site = site_of(node)
@@ -100,7 +75,7 @@ def _supplied(known: Neighbours, node: Node, labels: Tensor, trace: Trace, role:
     elif _is_sum(node):
         yield from _one_operand(known, node, node.all_input_nodes, labels, trace, role)
     else:
-        raise RefusalError(f"the stream in front of it comes from {words(node)}")
+        raise RefusalError(f"the stream in front of it comes from {words(node, trace)}")
 
 
 def _one_operand(
