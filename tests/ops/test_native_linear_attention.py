@@ -149,6 +149,28 @@ def test_a_longer_kernel_of_the_convolution_is_refused():
         native(case)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"grid_size": (4, 6)}, r"20 queries and 20 keys on one grid, got grid_size \(4, 6\)"),
+        (
+            {"k": torch.zeros(2, 2, 20, 32)},
+            r"k must be torch.float32 \(2, 2, 20, 16\), got torch.float32 \(2, 2, 20, 32\)",
+        ),
+        ({"v": torch.zeros(2, 2, 20, 16).double()}, r"v must be torch.float32"),
+        ({"table": torch.zeros(1, 2, 19, 16)}, r"table must be torch.float32 \(1, 2, 20, 16\)"),
+        ({"mask": torch.ones(2, 20)}, r"mask must be torch.bool \(2, 20\), got torch.float32"),
+        ({"weight": torch.zeros(3, 16, 3, 3)}, r"taps must be torch.float32 \(2, 9, 16\)"),
+        ({"bias": torch.zeros(2, 16)}, r"bias must be torch.float32 \(1, 16\)"),
+    ],
+    ids=["grid", "k", "v", "table", "mask", "weight", "bias"],
+)
+def test_what_does_not_fit_is_refused_before_it_is_read(change, said):
+    case = dataclasses.replace(make_case(grid_size=(4, 5), D=16, device="cpu"), **change)
+    with pytest.raises(ValueError, match=said):
+        native(case)
+
+
 def test_the_operator_is_registered_as_torch_expects():
     case = make_case(grid_size=(4, 5), D=16, table=True, device="cpu")
     taps = case.weight.flatten(2).transpose(1, 2).contiguous().detach()

@@ -80,7 +80,8 @@ def arch_flag() -> str:
 def _key(path: Path, macros: Sequence[str]) -> str:
     """Differs where what is built could: homes are shared between machines."""
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
-    parts = [path.read_text(), *macros, *FLAGS, arch_flag(), version, platform.platform(), _processor()]
+    sources = [each.read_text() for each in (path, *sorted(path.parent.glob("*.h")))]
+    parts = [*sources, *macros, *FLAGS, arch_flag(), version, platform.platform(), _processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -101,11 +101,12 @@ def _run(
     eps: float,
 ) -> Tensor:
     (B, num_heads, N, D), (M, E) = q.shape, v.shape[2:]
+    kernel_size = 0 if taps is None else round(taps.shape[1] ** 0.5)
+    _check(q, k, v, table, mask, q_bias, v_bias, taps, bias, grid_size if kernel_size else None)
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     table = table if table is None or table.stride(3) == 1 else table.contiguous()
     mask = None if mask is None else mask.contiguous()
     out = _outputs(q, k, v)
-    kernel_size = 0 if taps is None else round(taps.shape[1] ** 0.5)
     grid = grid_size if kernel_size else (0, 0)
     sizes = [B, num_heads, N, M, kernel_size, *grid, 1 if taps is None else len(taps)]
     strides = [stride for t in (q, k, v, out) for stride in t.stride()[:3]]
@@ -116,6 +117,39 @@ def _run(
     if run(*pointers, ctypes.addressof(numbers), eps, torch.get_num_threads()):
         raise MemoryError(f"linear attention of {tuple(q.shape)} queries and {M} keys does not fit the memory")
     return out
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    mask: Tensor | None,
+    q_bias: Tensor | None,
+    v_bias: Tensor | None,
+    taps: Tensor | None,
+    bias: Tensor | None,
+    grid_size: Sequence[int] | None,
+) -> None:
+    """Refuse what C++ would read beyond its end."""
+    (B, num_heads, N, D), (M, E) = q.shape, v.shape[2:]
+    sets, dtype, wide = 1 if taps is None else len(taps), q.dtype, torch.float32
+    window = 0 if taps is None else round(taps.shape[1] ** 0.5) ** 2
+    expected = {
+        "k": (k, (B, num_heads, M, D), dtype),
+        "v": (v, (B, num_heads, M, E), dtype),
+        "table": (table, (1, num_heads, M, D), dtype),
+        "mask": (mask, (B, M), torch.bool),
+        "q_bias": (q_bias, (num_heads, D), wide),
+        "v_bias": (v_bias, (num_heads, E), wide),
+        "taps": (taps, (num_heads if sets > 1 else 1, window, E), wide),
+        "bias": (bias, (sets, E), wide),
+    }
+    for name, (tensor, shape, kind) in expected.items():
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != kind):
+            raise ValueError(f"{name} must be {kind} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+    if grid_size is not None and not grid_size[0] * grid_size[1] == N == M:
+        raise ValueError(f"a convolution needs {N} queries and {M} keys on one grid, got grid_size {tuple(grid_size)}")
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
