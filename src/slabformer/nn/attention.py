@@ -86,13 +86,16 @@ class LinearAttentionCore(nn.Module):
 
         A compiler would add them in a pass of its own, once for each of q, k and v.
         """
-        (heads,) = self.heads(x)
-        apart = self.native and has_kernel(heads, heads, heads, native=True) and heads.device.type == "cpu"
-        apart = apart and all(_is_plain(layer) for layer in layers) and not torch.is_autocast_enabled("cpu")
-        if not apart:
+        if not (self.native and self._is_left_biases(x, layers)):
             return [layer(x) for layer in layers], (None, None, None)
         q, k, v = torch.cat([layer.bias for layer in layers]).view(3, self.num_heads, -1)
         return [F.linear(x, layer.weight) for layer in layers], (q, k, v)
+
+    def _is_left_biases(self, x: Tensor, layers: Sequence[nn.Module]) -> bool:
+        (heads,) = self.heads(x)
+        if heads.device.type != "cpu" or not has_kernel(heads, heads, heads, native=True):
+            return False
+        return all(_is_plain(layer) for layer in layers) and not torch.is_autocast_enabled("cpu")
 
     def placed(self, k: Tensor, key_grid: Grid) -> Tensor:
         """Keys with the position table added."""

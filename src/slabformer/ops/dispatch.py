@@ -39,8 +39,8 @@ THRESHOLDS = {
 }
 #: the same on a CPU
 NATIVE_THRESHOLDS = {
-    torch.float32: Threshold(min_tokens=64, measurement="attention/cpu_float32.md"),
-    torch.bfloat16: Threshold(min_tokens=64, measurement="attention/cpu_bfloat16.md"),
+    torch.float32: Threshold(min_tokens=16, measurement="attention/cpu_float32.md"),
+    torch.bfloat16: Threshold(min_tokens=16, measurement="attention/cpu_bfloat16.md"),
 }
 
 
