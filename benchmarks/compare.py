@@ -6,7 +6,8 @@
 
 One process a model, all forms in turns, and no speed before equality: published style against ours, fused against
 unfused, compiled against eager. Models that are measured already are left out. Writes compare.csv, compare.md and
-compare.png into benchmarks/results/compare (or --output), with machine, versions and command.
+compare.png into benchmarks/results/compare (or below it, for a GPU or half precision; or --output), with machine,
+versions and command.
 """
 
 from __future__ import annotations
@@ -131,8 +132,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--seconds", type=float, default=20.0, help="of measuring, for each model, size and batch size")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    return parser.parse_args()
+    parser.add_argument("--output", type=Path, help="by default a folder for each device and dtype")
+    options = parser.parse_args()
+    if options.output is None:
+        apart = (options.device, options.dtype) != ("cpu", "float32")
+        options.output = RESULTS / f"{options.device}_{options.dtype}" if apart else RESULTS
+    return options
 
 
 def main() -> None:
