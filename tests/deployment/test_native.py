@@ -75,6 +75,13 @@ def test_an_exported_program_does_without_it():
     assert not any("native" in str(node.target) for node in program.graph.nodes)
 
 
+@pytest.mark.filterwarnings("ignore")  # tracing warns of every shape that it fixes, and of itself
+def test_a_traced_program_does_without_it():
+    twin, _ = natively(small("slab_deit_tiny"), CPU)
+    with torch.no_grad():
+        assert "native" not in str(torch.jit.trace(twin, images()).inlined_graph)
+
+
 def test_other_image_sizes_and_batches_go_as_before():
     model = small("slab_deit_tiny")
     twin, _ = natively(model, CPU)

@@ -65,15 +65,18 @@ def has_kernel(q: Tensor, k: Tensor, v: Tensor, native: bool = False) -> bool:
     narrow, wide = sorted((q.shape[3], v.shape[3]))
     if narrow < NARROWEST or wide > WIDEST or 0 in (B, N, M) or thresholds[q.dtype].min_tokens > N + M:
         return False
-    if on_cpu and (
-        narrow % NATIVE_STEP or wide % NATIVE_STEP or _needs_gradient(q, k, v) or torch.compiler.is_exporting()
-    ):
+    if on_cpu and (narrow % NATIVE_STEP or wide % NATIVE_STEP or _needs_gradient(q, k, v) or _is_written_out()):
         return False
     return not _is_transformed() and (on_cpu or runs_kernels(q.device))
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _is_written_out() -> bool:
+    """Whether what runs becomes a program for other machines."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _is_transformed() -> bool:
