@@ -90,11 +90,13 @@ def test_mistakes_are_one_line(arguments: list[str], complaint: str, capsys: pyt
     assert printed.count("\n") == 1
 
 
+@pytest.mark.usefixtures("_compiler")
 def test_deploy_tells_what_each_step_gained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(saved(tmp_path / "model.safetensors"))
     assert main(["bench", model, "--deploy", "--dtype", "bfloat16", *QUICK, "--output", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "deploy.json").read_text())
-    assert [step["name"] for step in report["steps"]] == ["as given", "fused", "bfloat16", "channels last"]
+    names = [step["name"] for step in report["steps"]]
+    assert names == ["as given", "fused", "bfloat16", "channels last", "in C++"]
     assert report["taken"] in [step["name"] for step in report["steps"]]
     assert "taken: " in capsys.readouterr().out
 
