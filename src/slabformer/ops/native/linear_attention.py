@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -102,7 +102,8 @@ def _run(
 ) -> Tensor:
     (B, num_heads, N, D), (M, E) = q.shape, v.shape[2:]
     kernel_size = 0 if taps is None else round(taps.shape[1] ** 0.5)
-    _check(q, k, v, table, mask, q_bias, v_bias, taps, bias, grid_size if kernel_size else None)
+    others = {"table": table, "mask": mask, "q_bias": q_bias, "v_bias": v_bias, "taps": taps, "bias": bias}
+    _check(q, k, v, others, grid_size)
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     table = table if table is None or table.stride(3) == 1 else table.contiguous()
     mask = None if mask is None else mask.contiguous()
@@ -119,36 +120,25 @@ def _run(
     return out
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    mask: Tensor | None,
-    q_bias: Tensor | None,
-    v_bias: Tensor | None,
-    taps: Tensor | None,
-    bias: Tensor | None,
-    grid_size: Sequence[int] | None,
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, others: Mapping[str, Tensor | None], grid_size: Sequence[int]) -> None:
     """Refuse what C++ would read beyond its end."""
-    (B, num_heads, N, D), (M, E) = q.shape, v.shape[2:]
-    sets, dtype, wide = 1 if taps is None else len(taps), q.dtype, torch.float32
-    window = 0 if taps is None else round(taps.shape[1] ** 0.5) ** 2
+    (B, num_heads, N, D), (M, E), taps = q.shape, v.shape[2:], others["taps"]
+    sets, window = (1, 0) if taps is None else (len(taps), round(taps.shape[1] ** 0.5) ** 2)
     expected = {
-        "k": (k, (B, num_heads, M, D), dtype),
-        "v": (v, (B, num_heads, M, E), dtype),
-        "table": (table, (1, num_heads, M, D), dtype),
-        "mask": (mask, (B, M), torch.bool),
-        "q_bias": (q_bias, (num_heads, D), wide),
-        "v_bias": (v_bias, (num_heads, E), wide),
-        "taps": (taps, (num_heads if sets > 1 else 1, window, E), wide),
-        "bias": (bias, (sets, E), wide),
+        "k": ((B, num_heads, M, D), q.dtype),
+        "v": ((B, num_heads, M, E), q.dtype),
+        "table": ((1, num_heads, M, D), q.dtype),
+        "mask": ((B, M), torch.bool),
+        "q_bias": ((num_heads, D), torch.float32),
+        "v_bias": ((num_heads, E), torch.float32),
+        "taps": ((num_heads if sets > 1 else 1, window, E), torch.float32),
+        "bias": ((sets, E), torch.float32),
     }
-    for name, (tensor, shape, kind) in expected.items():
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != kind):
-            raise ValueError(f"{name} must be {kind} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-    if grid_size is not None and not grid_size[0] * grid_size[1] == N == M:
+    for name, tensor in {"k": k, "v": v, **others}.items():
+        shape, dtype = expected[name]
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
+            raise ValueError(f"{name} must be {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+    if taps is not None and not grid_size[0] * grid_size[1] == N == M:
         raise ValueError(f"a convolution needs {N} queries and {M} keys on one grid, got grid_size {tuple(grid_size)}")
 
 
