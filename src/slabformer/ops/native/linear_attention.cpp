@@ -16,6 +16,7 @@
 
 namespace {
 
+static_assert(D % 16 == 0 && E % 16 == 0, "vectors are read whole");
 constexpr int MOST_COLUMNS = REGISTERS / 4, MOST_ROWS = 12;
 constexpr int KEY_TILE = 32;        // tokens whose keys and values stay in the first cache
 constexpr int AHEAD = 16;           // tokens to fetch before they are read

@@ -58,13 +58,10 @@ def native_linear_attention(
     """:func:`slabformer.ops.fused.fused_linear_attention` on a CPU: float32 or bfloat16, widths multiples of 16.
 
     Raises:
-        ValueError: If the convolution's kernel is longer than 31.
+        ValueError: If shapes do not fit one another, or the convolution's kernel is even or longer than 31.
         MemoryError: If there is not enough of it.
         BuildError: If there is no compiler, or it fails.
     """
-    if weight is not None and weight.shape[-1] > LONGEST_KERNEL:
-        given = f"{weight.shape[-1]}x{weight.shape[-1]}"
-        raise ValueError(f"kernels may be {LONGEST_KERNEL}x{LONGEST_KERNEL} at most, got {given}")
     # what does not depend on tokens is brought into order outside of the operator, where a compiler does it once
     q_bias, k_bias, v_bias = (_whole(each) for each in biases)
     if k_bias is not None:
@@ -106,7 +103,9 @@ def _run(
     _check(q, k, v, others, grid_size)
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     table = table if table is None or table.stride(3) == 1 else table.contiguous()
-    mask = None if mask is None else mask.contiguous()
+    mask, q_bias, v_bias, taps, bias = (
+        None if t is None else t.contiguous() for t in (mask, q_bias, v_bias, taps, bias)
+    )
     out = _outputs(q, k, v)
     grid = grid_size if kernel_size else (0, 0)
     sizes = [B, num_heads, N, M, kernel_size, *grid, 1 if taps is None else len(taps)]
@@ -123,7 +122,9 @@ def _run(
 def _check(q: Tensor, k: Tensor, v: Tensor, others: Mapping[str, Tensor | None], grid_size: Sequence[int]) -> None:
     """Refuse what C++ would read beyond its end."""
     (B, num_heads, N, D), (M, E), taps = q.shape, v.shape[2:], others["taps"]
-    sets, window = (1, 0) if taps is None else (len(taps), round(taps.shape[1] ** 0.5) ** 2)
+    sets, size = (1, 1) if taps is None else (len(taps), round(taps.shape[1] ** 0.5))
+    if size > LONGEST_KERNEL or size % 2 == 0:
+        raise ValueError(f"kernels must be odd, {LONGEST_KERNEL}x{LONGEST_KERNEL} at most, got {size}x{size}")
     expected = {
         "k": ((B, num_heads, M, D), q.dtype),
         "v": ((B, num_heads, M, E), q.dtype),
@@ -131,7 +132,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, others: Mapping[str, Tensor | None],
         "mask": ((B, M), torch.bool),
         "q_bias": ((num_heads, D), torch.float32),
         "v_bias": ((num_heads, E), torch.float32),
-        "taps": ((num_heads if sets > 1 else 1, window, E), torch.float32),
+        "taps": ((num_heads if sets > 1 else 1, size**2, E), torch.float32),
         "bias": ((sets, E), torch.float32),
     }
     for name, tensor in {"k": k, "v": v, **others}.items():
