@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import slabformer as sf
 from reference_files import description, published_state, reference
+from slabformer.deployment.decode import cache_argument
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM, SlabLlamaForSequenceClassification
 from slabformer.models.official import load_published, to_published
 from slabformer.nn.controls import prepbn_modules, repbn_modules
@@ -129,7 +130,8 @@ def test_a_cache_changes_no_logits() -> None:
     whole = logits_of(made, input_ids=TOKENS)
     with torch.no_grad():
         first = made(TOKENS[:, :20], use_cache=True)
-        rest = made(TOKENS[:, 20:], past_key_values=first.past_key_values, use_cache=True)
+        name = cache_argument(made)
+        rest = made(TOKENS[:, 20:], use_cache=True, **{name: first[name]})
     assert_close(torch.cat([first.logits, rest.logits], 1), whole, FLOAT32)
 
 

@@ -10,6 +10,7 @@ batch size are timed in turns in one process, as in :mod:`slabformer.deployment.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -97,6 +98,11 @@ def without_norms(model: PreTrainedModel) -> PreTrainedModel:
     return ceiling.eval()
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """Name under which ``model`` takes its cache: "cache" since transformers 5.24, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class Logits(nn.Module):
     """Tokens ``(B, N)`` to logits ``(B, N, V)``, without a cache."""
 
@@ -123,6 +129,7 @@ class Writer(nn.Module):
         super().__init__()
         self.model, self.prompt, self.static = model, prompt, static
         self.cache: Cache = self._empty()
+        self.cache_argument = cache_argument(model)
         self.token = prompt[:, -1:]
         self.written = 0
         self._step: Any = Compiled(_Step(self), prompt.device) if compiled else _Step(self)
@@ -130,7 +137,7 @@ class Writer(nn.Module):
     def read(self) -> Tensor:
         """Read the prompt into a fresh cache; returns the first token ``(B, 1)``."""
         self.cache, self.written = self._empty(), 0
-        outputs = self.model(input_ids=self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        outputs = self.model(input_ids=self.prompt, use_cache=True, logits_to_keep=1, **self.cached())
         self.token = outputs.logits[:, -1:].argmax(-1)
         return self.token
 
@@ -142,6 +149,9 @@ class Writer(nn.Module):
         self.token = logits.argmax(-1)
         self.written += 1
         return logits
+
+    def _cached(self) -> dict[str, Cache]:
+        return {self.cache_argument: self.cache}
 
     def _empty(self) -> Cache:
         if not self.static:
@@ -168,7 +178,7 @@ class _Step(nn.Module):
 
     def forward(self, token: Tensor) -> Tensor:
         writer = self._writer[0]
-        return writer.model(input_ids=token, past_key_values=writer.cache, use_cache=True).logits
+        return writer.model(input_ids=token, use_cache=True, **writer.cached()).logits
 
 
 def _check_room(model: PreTrainedModel, prompt_tokens: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from slabformer._extras import require
+from slabformer.deployment.decode import cache_argument
 from slabformer.deployment.equality import RUNTIME_RTOL, Runtime
 from slabformer.deployment.export import quiet_exporter
 from slabformer.surgery.verify import verify
@@ -56,6 +57,7 @@ class CachedDecoder(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.cache_argument = cache_argument(model)
 
     def forward(self, input_ids: Tensor, past: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Logits, then keys and values of every layer in turn."""
@@ -70,8 +72,8 @@ class CachedDecoder(nn.Module):
             input_ids=input_ids,
             position_ids=position[None],
             attention_mask=mask[None, None].expand(input_ids.shape[0], 1, -1, -1),
-            past_key_values=cache,
             use_cache=True,
+            **{self.cache_argument: cache},
         ).logits
         layers: list[Any] = cache.layers
         return [logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))]

@@ -20,9 +20,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from slabformer.deployment.allocator import give_back
+from slabformer.deployment.flops import flop_counter
 
 K = TypeVar("K")
 MEBIBYTE = 2**20
@@ -167,7 +167,7 @@ def mebibytes_of(call: Callable[[], object], device: torch.device, times: int = 
 @torch.no_grad()
 def count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     """Multiply-adds of matrix products, convolutions and attention in one eager forward."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         model(*inputs)
     return counter.get_total_flops() // 2
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from slabformer.deployment.flops import flop_counter, is_counted
 from slabformer.deployment.measure import quantile, time_interleaved
 
 #: rows of the large matrix product, and bytes of the large copy: beyond every cache
@@ -83,7 +83,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype = torch.float32, s
 @torch.no_grad()
 def work_of(call: Callable[..., object], *inputs: Tensor) -> Work:
     """What ``call``, a function or a module in eager form, does with ``inputs``; run once."""
-    with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
+    with flop_counter() as flops, _Traffic() as traffic:
         call(*inputs)
     return Work(flops=flops.get_total_flops(), bytes=traffic.bytes)
 
@@ -99,7 +99,7 @@ class _Traffic(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
+        if is_counted(func._overloadpacket):
             self.bytes += _size((args, kwargs)) + _size(result)
         return result
 
