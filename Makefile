@@ -1,18 +1,25 @@
-# make quickstart | test | test-all | check | coverage | clean; VENV and PYTHON may be set: make test VENV=/tmp/venv PYTHON=python3.12
+# make quickstart | test | test-all | test-newest | test-oldest | lock | check | coverage | clean
+# VENV and PYTHON may be set: make test VENV=/tmp/venv PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+CONSTRAINTS = constraints.txt
 BIN = $(VENV)/bin
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(WARNINGS)
+# deprecations in other packages fail where the newest versions are tried, and there alone
+DEPRECATIONS = -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check coverage clean
+.PHONY: help install quickstart test test-all test-newest test-oldest lock check coverage clean
 
 help:
 	@echo 'make install     .venv with slabformer, for training and export'
 	@echo 'make quickstart  the main job: train, fuse, verify, benchmark on handwritten digits; writes runs/quickstart'
 	@echo 'make test        the test suite without its slow tests; make test-all runs those too'
+	@echo 'make test-newest the same on the newest release of every package, where their deprecations fail too'
+	@echo 'make test-oldest the same on the lowest versions that pyproject.toml allows'
+	@echo 'make lock        constraints.txt: the newest versions, which all but these two install'
 	@echo 'make check       formatting, lint, types'
 	@echo 'make coverage    docs/coverage.md: convert and fuse a model of every family; about an hour, goes on where it stopped'
 	@echo 'make clean       remove caches and build products (.venv and runs stay)'
@@ -27,6 +34,23 @@ test: $(VENV)/installed-dev.stamp
 
 test-all: $(VENV)/installed-dev.stamp
 	$(PYTEST)
+
+# each of the three in an environment of its own, made anew
+test-newest:
+	rm -rf $(VENV)-newest
+	$(MAKE) test VENV=$(VENV)-newest CONSTRAINTS= WARNINGS="$(DEPRECATIONS)"
+
+test-oldest:
+	rm -rf $(VENV)-oldest && mkdir -p $(VENV)-oldest
+	$(PYTHON) tools/pins.py oldest > $(VENV)-oldest/lowest.txt
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$(VENV)-oldest/lowest.txt
+
+lock:
+	rm -rf $(VENV)-lock
+	$(MAKE) $(VENV)-lock/installed-dev.stamp VENV=$(VENV)-lock CONSTRAINTS=
+	$(VENV)-lock/bin/python tools/pins.py newest > $(VENV)-lock/constraints.txt
+	mv $(VENV)-lock/constraints.txt constraints.txt
+	rm -rf $(VENV)-lock
 
 check: $(VENV)/installed-dev.stamp
 	$(BIN)/ruff format --check .
@@ -45,11 +69,13 @@ $(BIN)/python:
 		|| { echo "slabformer needs Python >= 3.11, $(PYTHON) is older; make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# the stamps make installing incremental: again only when pyproject.toml has changed
-$(VENV)/installed.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[train,export]'
+# the stamps make installing incremental: again only when pyproject.toml or the constraints have changed
+INSTALL = $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable
+
+$(VENV)/installed.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(INSTALL) '.[train,export]'
 	@touch $@
 
-$(VENV)/installed-dev.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[dev]'
+$(VENV)/installed-dev.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(INSTALL) '.[dev]'
 	@touch $(VENV)/installed.stamp $@
