@@ -51,7 +51,7 @@ def decide(model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fix
 class _Decider:
     def __init__(self, model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fixed_size: bool) -> None:
         self.model, self.norms, self.traces = model, norms, traces
-        self.known = Neighbours(model, norms, fixed_size)
+        self.known = Neighbours(model, norms, traces, fixed_size)
         self.plan = Plan(untouchable=self.known.untouchable)
 
     def need_own(self, norm: Norm) -> None:

@@ -18,6 +18,7 @@ from slabformer.surgery.fuse.pads import find_pads
 from slabformer.surgery.fuse.parts import Part, bias_parts, name_of, table_part, weight_part
 from slabformer.surgery.fuse.plan import Role, Side, Target
 from slabformer.surgery.fuse.sites import Site, along
+from slabformer.surgery.fuse.wrappers import Wrappers
 
 
 class Neighbours:
@@ -32,8 +33,9 @@ class Neighbours:
         fixed_size: Whether the examples are the only sizes.
     """
 
-    def __init__(self, model: nn.Module, norms: Sequence[Norm], fixed_size: bool) -> None:
+    def __init__(self, model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fixed_size: bool) -> None:
         self.owners, self.norms, self.pads = Owners(model), norms, find_pads(model)
+        self._wrappers = Wrappers(model, traces)
         self.gone: set[int] = set()
         self.untouchable: set[int] = set()
         self.fixed_size = fixed_size
@@ -56,13 +58,13 @@ class Neighbours:
     def at_site(self, site: Site, index: Tensor, trace: Trace, role: Role, side: Side) -> Target:
         """``site`` as a target, with a bias to hold the shift."""
         weight, name = weight_part(site, trace), name_of(site, trace)
-        self.owners.need_single(weight.name)
+        self._need_own(weight.name)
         if site.bias is None:
             bias = self._new_bias(weight, role)
         else:
             bias = bias_parts(site, trace, name)
             for part in bias:
-                self.owners.need_single(part.name)
+                self._need_own(part.name)
         module = self.owners.module(weight.name)
         if side == "next" and module._forward_pre_hooks:
             raise RefusalError(f"{name} has forward pre-hooks, which see its input")
@@ -70,8 +72,14 @@ class Neighbours:
             raise RefusalError(f"{name} has forward hooks, which see its output")
         return Target(name, role, side, index, weight, bias, site.bias is None and bool(bias), groups=site.groups)
 
+    def _need_own(self, name: str) -> None:
+        """Refuse a parameter or buffer that something else than the layer it belongs to has a use for."""
+        self.owners.need_single(name)
+        self._wrappers.need_plain(name)
+
     def _new_bias(self, weight: Part, role: Role) -> tuple[Part, ...]:
         try:
+            self._wrappers.need_no_merging(weight.name)
             return (replace(weight, name=self.owners.new_bias(weight.name), axis=0),)
         except RefusalError:
             if role != "scale":
@@ -81,7 +89,7 @@ class Neighbours:
     def at_table(self, node: Node, index: Tensor, trace: Trace, role: Role) -> Target:
         """The table of the embedding at ``node``; the shift goes into its rows."""
         part = table_part(node, trace)
-        self.owners.need_single(part.name)
+        self._need_own(part.name)
         name, dtype = display(part.name), node.meta["val"].dtype
         if not dtype.is_floating_point:
             raise RefusalError(f"{name} holds {dtype}, which cannot take it over")
@@ -96,7 +104,7 @@ class Neighbours:
             RefusalError: With the reason.
         """
         name = trace.names[leaf]
-        self.owners.need_single(name)
+        self._need_own(name)
         if not leaf.meta["val"].is_floating_point():
             raise RefusalError(f"{name} holds {leaf.meta['val'].dtype}, which cannot take it over")
         if not self.owners.is_saved(name):
