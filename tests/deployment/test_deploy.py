@@ -42,12 +42,42 @@ def test_without_measuring_the_last_form_is_taken():
     assert not repbn_modules(deployed.eager)
 
 
-def test_a_slower_step_is_reported_and_not_taken(monkeypatch):
-    times = {"as given": 2.0, "fused": 1.0, "channels last": 3.0, "in C++": 2.0}
-    monkeypatch.setattr(deployment, "time_interleaved", lambda calls, **_: {name: [[times[name]]] for name in calls})
+def times(monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float]) -> list[set[str]]:
+    """Let each form take that long; returns which were timed together."""
+    together = []
+
+    def time_interleaved(calls, **_):
+        together.append(set(calls))
+        return {name: [[milliseconds[name] / 1e3]] for name in calls}
+
+    monkeypatch.setattr(deployment, "time_interleaved", time_interleaved)
+    return together
+
+
+def test_a_slower_step_is_reported_and_not_built_on(monkeypatch):
+    together = times(monkeypatch, {"as given": 2.0, "fused": 1.0, "channels last": 3.0, "in C++": 0.5})
     deployed = sf.deploy(trained_looking(), images(), compile=False)
-    assert deployed.report.taken == "fused"
-    assert [round(step.gain, 2) for step in deployed.report.steps] == [1.0, 2.0, 0.33, 1.5]
+    steps = {step.name: step for step in deployed.report.steps}
+    assert {name: step.taken for name, step in steps.items()} == {
+        "as given": True,
+        "fused": True,
+        "channels last": False,
+        "in C++": True,
+    }
+    assert [round(step.gain, 2) for step in steps.values()] == [1.0, 2.0, 0.33, 2.0]
+    assert [round(step.speed, 2) for step in steps.values()] == [1.0, 2.0, 0.67, 4.0]
+    assert together == [{"as given"}, *[{"as given", "fused", name} for name in ("fused", "channels last", "in C++")]]
+    assert "slower, not taken" in str(steps["channels last"])
+    conv = next(module for module in deployed.eager.modules() if isinstance(module, nn.Conv2d))
+    assert not conv.weight.is_contiguous(memory_format=torch.channels_last)  # the step left no trace
+
+
+def test_a_fused_form_that_is_slower_is_not_built_on(monkeypatch):
+    times(monkeypatch, {"as given": 2.0, "fused": 3.0, "channels last": 1.0, "in C++": 4.0})
+    deployed = sf.deploy(trained_looking(), images(), compile=False)
+    assert deployed.report.taken == "channels last"
+    assert repbn_modules(deployed.eager)
+    assert_close(deployed(images()), trained_looking()(images()), FLOAT32)
 
 
 def test_half_precision_goes_through_the_whole_life():
@@ -62,14 +92,17 @@ def test_half_precision_goes_through_the_whole_life():
 def test_statistics_are_recalibrated_first_where_data_is_given():
     model = trained_looking()
     batches = [images(4, seed=1), images(4, seed=2)]
-    deployed = sf.deploy(model, images(), batches=batches, compile=False, keep_memory=False, seconds=0)
+    deployed = sf.deploy(model, images(), batches=batches, compile=False, seconds=0)
     assert deployed.report.notes == ("recalibrated on 2 batches",)
     assert not torch.allclose(deployed(images()), model(images()), rtol=1e-3)
 
 
-def test_freed_memory_is_kept_and_said_so(monkeypatch):
-    monkeypatch.setattr(allocator, "keep_memory", lambda: True)
-    deployed = sf.deploy(trained_looking(), images(), compile=False, seconds=0)
+def test_how_this_process_allocates_changes_where_asked_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(allocator, "keep_memory", lambda: asked.append(True) or True)
+    assert sf.deploy(trained_looking(), images(), compile=False, seconds=0).report.notes == ()
+    assert not asked
+    deployed = sf.deploy(trained_looking(), images(), compile=False, keep_memory=True, seconds=0)
     assert deployed.report.notes == ("the C library keeps freed memory for the next forward",)
 
 

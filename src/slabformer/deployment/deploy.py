@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,10 @@ from slabformer.surgery.fuse import fuse
 from slabformer.surgery.recalibrate import recalibrate_
 from slabformer.surgery.verify import VerifyResult, verify
 
-logger = logging.getLogger(__name__)
-
 Inputs = tuple[Tensor, ...]
 #: largest difference in half precision, in units of its epsilon: roundings add up over a deep model's layers
 HALF_EPSILONS = 64
-#: a later form is taken unless an earlier one is faster by more than measuring is uncertain
+#: a form is taken unless the one that it was built on is faster by more than measuring is uncertain
 UNCERTAINTY = 0.02
 
 
@@ -46,8 +45,9 @@ class DeployStep:
         name: "as given", "fused", "bfloat16", "channels last", "in C++", "compiled".
         did: What it did, in words.
         p50_ms: Median latency on the example inputs.
-        gain: Speed over the form before it: median over rounds of the two times' ratio.
+        gain: Speed over the form that it was built on, the fastest so far: median over rounds of the two times' ratio.
         speed: Speed over the model as given.
+        taken: Whether the next step was built on it; a slower form is left.
         max_rel: Largest difference from the model as given (recalibrated, where it was), over its outputs' scale.
         top1_agreement: Share of rows whose largest output is the same.
     """
@@ -59,17 +59,18 @@ class DeployStep:
     speed: float
     max_rel: float
     top1_agreement: float
+    taken: bool
 
     def __str__(self) -> str:
         return (
             f"{self.name:<14}{self.p50_ms:>9.2f} ms{self.gain:>8.2f}x{self.speed:>8.2f}x{self.max_rel:>11.1e}"
-            f"{self.top1_agreement:>8.1%}  {self.did}"
+            f"{self.top1_agreement:>8.1%}  {self.did}{'' if self.taken else '; slower, not taken'}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeployReport:
-    """Every step, in order, and which form was taken."""
+    """Every step in order, each built on the last one taken, and which form was taken in the end."""
 
     steps: tuple[DeployStep, ...]
     taken: str
@@ -116,12 +117,107 @@ class Deployed(nn.Module):
 
 @dataclass(frozen=True)
 class _Form:
+    """One form of the model.
+
+    Attributes:
+        run: Called with inputs in ``dtype``.
+        eager: The module behind it, on which the next step builds.
+        dtype: Of floating point inputs; None leaves them.
+    """
+
     name: str
     did: str
     run: nn.Module
     eager: nn.Module
+    dtype: torch.dtype | None = None
+
+
+@dataclass
+class _Job:
+    """What every step of one :func:`deploy` has in common."""
+
+    reference: nn.Module
+    inputs: Inputs
+    device: torch.device
     dtype: torch.dtype | None
-    check: VerifyResult
+    compile: bool
+    fixed_size: bool
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rtol(self) -> float:
+        """Largest difference of a form that rounds otherwise."""
+        half = 0.0 if self.dtype is None else HALF_EPSILONS * torch.finfo(self.dtype).eps
+        return max(RUNTIME_RTOL, half)
+
+
+class _Step(ABC):
+    """One step of :func:`deploy`."""
+
+    @abstractmethod
+    def build(self, form: _Form, job: _Job) -> _Form | None:
+        """``form``, changed; None where the step does not apply, with a note in ``job`` where that needs a reason."""
+
+    def verify(self, form: _Form, job: _Job) -> VerifyResult:
+        """Hold ``form`` against the model as given.
+
+        Raises:
+            VerificationError: If it computes something else.
+        """
+        return verify(job.reference, _InDtype(form.run, form.dtype), job.inputs, job.rtol)
+
+
+class _Fuse(_Step):
+    def build(self, form: _Form, job: _Job) -> _Form | None:
+        if not any(isinstance(module, (PRepBN, RepBN)) for module in form.eager.modules()):
+            return None
+        fused, folds = fuse(form.eager, job.inputs, fixed_size=job.fixed_size)
+        return _Form("fused", f"{folds.num_folded} of {len(folds)} norms folded", fused, fused, form.dtype)
+
+    def verify(self, form: _Form, job: _Job) -> VerifyResult:
+        return verify_fused(job.reference, form.run, job.inputs, FUSED_RTOL)
+
+
+class _HalfPrecision(_Step):
+    def build(self, form: _Form, job: _Job) -> _Form | None:
+        if job.dtype is None:
+            return None
+        half = copy.deepcopy(form.eager).to(job.dtype)
+        return _Form(str(job.dtype).removeprefix("torch."), "weights and arithmetic", half, half, job.dtype)
+
+
+class _ChannelsLast(_Step):
+    def build(self, form: _Form, job: _Job) -> _Form | None:
+        if not any(isinstance(module, nn.Conv2d) for module in form.eager.modules()):
+            return None
+        last = copy.deepcopy(form.eager)
+        last = last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return _Form("channels last", "weights of convolutions", last, last, form.dtype)
+
+
+class _Native(_Step):
+    def build(self, form: _Form, job: _Job) -> _Form | None:
+        native, count = natively(form.eager, job.device, job.notes)
+        return _Form("in C++", f"{count} linear attentions", native, native, form.dtype) if count else None
+
+
+class _Compile(_Step):
+    def build(self, form: _Form, job: _Job) -> _Form | None:
+        if not job.compile:
+            return None
+        how = "CUDA graphs" if job.device.type == "cuda" else "weights frozen into the program"
+        program = Compiled(form.eager, job.device)
+        try:
+            with torch.no_grad():
+                program(*_place(job.inputs, job.device, form.dtype))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            job.notes.append(f"not compiled: {str(error).strip().splitlines()[0]}")
+            return None
+        return _Form("compiled", how, program, form.eager, form.dtype)
+
+
+#: in the order in which they run
+STEPS: Sequence[_Step] = (_Fuse(), _HalfPrecision(), _ChannelsLast(), _Native(), _Compile())
 
 
 def deploy(
@@ -133,15 +229,15 @@ def deploy(
     dtype: torch.dtype | None = None,
     compile: bool = True,
     fixed_size: bool = False,
-    keep_memory: bool = True,
+    keep_memory: bool = False,
     seconds: float = 5.0,
 ) -> Deployed:
     """The fastest verified form of ``model``, on a copy: fused, in half precision where asked, laid out, compiled.
 
     On a CPU with a C++ compiler, linear attention runs in C++ (:func:`slabformer.deployment.native.use_native_`).
 
-    Every form is held against the model as given before it is timed, and all are timed in turns in one process. A step
-    that makes it slower is reported and not taken.
+    Steps run one after the other, each on the fastest form so far. What a step makes is held against the model as
+    given, then timed in turns with that form in one process; a step that makes the model slower is reported and left.
 
     Args:
         model: In eval mode, gamma 0.
@@ -151,9 +247,10 @@ def deploy(
         dtype: ``torch.bfloat16`` or ``torch.float16`` for half precision; the model's own by default.
         compile: Whether to go through ``torch.compile``: weights frozen into the program on a CPU, graphs on a GPU.
         fixed_size: As for :func:`slabformer.fuse`: folds more where windows would be padded at other sizes.
-        keep_memory: On a CPU, let the C library keep freed memory for the next forward; holds for the whole process,
-            see :func:`slabformer.deployment.allocator.keep_memory`.
-        seconds: Of measuring; 0 takes the last form unmeasured.
+        keep_memory: On a CPU, let the C library keep freed memory for the next forward: faster where activations are
+            large. It changes the whole process and for good, so it is off unless asked for; see
+            :func:`slabformer.deployment.allocator.keep_memory`.
+        seconds: Of measuring in all; 0 takes every step unmeasured.
 
     Raises:
         ValueError: If the model is in train mode, or what :func:`slabformer.fuse` and
@@ -167,77 +264,53 @@ def deploy(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     device = torch.device(device) if device is not None else inputs[0].device
     reference = copy.deepcopy(model).to(device)
-    notes: list[str] = []
+    job = _Job(reference, _place(inputs, device, None), device, dtype, compile, fixed_size)
     if batches is not None:
-        notes.append(f"recalibrated on {recalibrate_(reference, batches)} batches")
+        job.notes.append(f"recalibrated on {recalibrate_(reference, batches)} batches")
     if keep_memory and device.type == "cpu" and allocator.keep_memory():
-        notes.append("the C library keeps freed memory for the next forward")
-    inputs = _place(inputs, device, None)
+        job.notes.append("the C library keeps freed memory for the next forward")
     with torch.no_grad():
-        forms = _forms(reference, inputs, dtype, compile, fixed_size, notes)
-        report = _measure(forms, inputs, seconds, device, notes)
-    taken = next(form for form in forms if form.name == report.taken)
+        taken, steps = _take_steps(job, seconds)
+    report = DeployReport(steps=steps, taken=taken.name, notes=tuple(job.notes), machine=Machine.here(device))
     return Deployed(taken.eager, taken.run, partial(_place, device=device, dtype=taken.dtype), report)
 
 
-def _forms(
-    reference: nn.Module, inputs: Inputs, dtype: torch.dtype | None, compile: bool, fixed_size: bool, notes: list[str]
-) -> list[_Form]:
-    same = VerifyResult(0.0, 0.0, 1.0)
-    forms = [_Form("as given", "", reference, reference, None, same)]
-    if any(isinstance(module, (PRepBN, RepBN)) for module in reference.modules()):
-        fused, folds = fuse(reference, inputs, fixed_size=fixed_size)
-        check = verify_fused(reference, fused, inputs, FUSED_RTOL)
-        forms.append(_Form("fused", f"{folds.num_folded} of {len(folds)} norms folded", fused, fused, None, check))
-    rtol = RUNTIME_RTOL
-    if dtype is not None:
-        half = copy.deepcopy(forms[-1].eager).to(dtype)
-        rtol = max(rtol, HALF_EPSILONS * torch.finfo(dtype).eps)
-        check = verify(reference, _InDtype(half, dtype), inputs, rtol)
-        forms.append(_Form(str(dtype).removeprefix("torch."), "weights and arithmetic", half, half, dtype, check))
-    if any(isinstance(module, nn.Conv2d) for module in reference.modules()):
-        last = copy.deepcopy(forms[-1].eager)
-        last = last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        check = verify(reference, _InDtype(last, dtype), inputs, rtol)
-        forms.append(_Form("channels last", "weights of convolutions", last, last, dtype, check))
-    native, count = natively(forms[-1].eager, inputs[0].device, notes)
-    if count:
-        check = verify(reference, _InDtype(native, dtype), inputs, rtol)
-        forms.append(_Form("in C++", f"{count} linear attentions", native, native, dtype, check))
-    if compile:
-        before = forms[-1]
-        program = Compiled(before.eager, inputs[0].device)
-        try:
-            check = verify(reference, _InDtype(program, dtype), inputs, rtol)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            notes.append(f"not compiled: {str(error).strip().splitlines()[0]}")
-        else:
-            how = "CUDA graphs" if inputs[0].is_cuda else "weights frozen into the program"
-            forms.append(_Form("compiled", how, program, before.eager, dtype, check))
-    return forms
+def _take_steps(job: _Job, seconds: float) -> tuple[_Form, tuple[DeployStep, ...]]:
+    """Run :data:`STEPS`, each on the fastest form so far."""
+    given = taken = _Form("as given", "", job.reference, job.reference)
+    steps = [_told(given, VerifyResult(0.0, 0.0, 1.0), _turns([given], job, seconds / len(STEPS)), given, given)]
+    for step in STEPS:
+        form = step.build(taken, job)
+        if form is None:
+            continue
+        check = step.verify(form, job)
+        turns = _turns([given, taken, form], job, seconds / len(STEPS))
+        steps.append(_told(form, check, turns, taken, given))
+        if steps[-1].taken:
+            taken = form
+    return taken, tuple(steps)
 
 
-def _measure(
-    forms: list[_Form], inputs: Inputs, seconds: float, device: torch.device, notes: list[str]
-) -> DeployReport:
-    calls = {form.name: partial(form.run, *_place(inputs, device, form.dtype)) for form in forms}
-    turns = time_interleaved(calls, seconds=seconds, device=device) if seconds else {}
-    first, steps, taken, nan = forms[0].name, [], forms[0].name, float("nan")
-    for before, form in zip([forms[0], *forms], forms, strict=False):
-        if not turns or ratio(turns[taken], turns[form.name]) > 1 - UNCERTAINTY:
-            taken = form.name
-        steps.append(
-            DeployStep(
-                name=form.name,
-                did=form.did,
-                p50_ms=quantile(turns[form.name], 0.5) * 1e3 if turns else nan,
-                gain=ratio(turns[before.name], turns[form.name]) if turns else nan,
-                speed=ratio(turns[first], turns[form.name]) if turns else nan,
-                max_rel=form.check.max_rel,
-                top1_agreement=form.check.top1_agreement,
-            )
-        )
-    return DeployReport(steps=tuple(steps), taken=taken, notes=tuple(notes), machine=Machine.here(device))
+def _turns(forms: Sequence[_Form], job: _Job, seconds: float) -> dict[str, list[list[float]]]:
+    """Times of ``forms`` in turns, by name; empty where nothing is measured."""
+    calls = {form.name: partial(form.run, *_place(job.inputs, job.device, form.dtype)) for form in forms}
+    return time_interleaved(calls, seconds=seconds, device=job.device) if seconds else {}
+
+
+def _told(
+    form: _Form, check: VerifyResult, turns: dict[str, list[list[float]]], before: _Form, given: _Form
+) -> DeployStep:
+    gain = ratio(turns[before.name], turns[form.name]) if turns else math.nan
+    return DeployStep(
+        name=form.name,
+        did=form.did,
+        p50_ms=quantile(turns[form.name], 0.5) * 1e3 if turns else math.nan,
+        gain=gain,
+        speed=ratio(turns[given.name], turns[form.name]) if turns else math.nan,
+        max_rel=check.max_rel,
+        top1_agreement=check.top1_agreement,
+        taken=not turns or gain > 1 - UNCERTAINTY,
+    )
 
 
 def _place(inputs: Inputs, device: torch.device, dtype: torch.dtype | None) -> Inputs:
