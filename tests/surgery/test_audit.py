@@ -72,6 +72,21 @@ def test_a_model_that_cannot_be_traced_says_so() -> None:
     assert "torch.export cannot trace the model" in report["last"].reason
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_looks_like_a_norm_and_stays_is_listed(device: str) -> None:
+    with torch.device(device):
+        model = nn.Sequential(nn.LayerNorm((4, 6)), nn.LayerNorm(6), nn.Linear(6, 6))
+    report = audit(model, X.to(device))
+    assert [o.action for o in report] == ["forward"]
+    assert [(norm.name, norm.kind) for norm in report.left] == [("0", "LayerNorm")]
+    assert "several axes" in report.left[0].reason
+    assert "1 that look like norms left as they are" in report.summary()
+    assert "0  left      LayerNorm: it normalises over several axes" in report.table()
+    assert report.to_dict()["left"] == [{"name": "0", "kind": "LayerNorm", "reason": report.left[0].reason}]
+    alone = audit(model[:1], X.to(device))
+    assert (len(alone), len(alone.left)) == (0, 1)
+
+
 def test_a_model_without_norms_is_refused() -> None:
     with pytest.raises(ValueError, match="no LayerNorm or RMSNorm to convert"):
         audit(nn.Sequential(nn.Linear(6, 6)), X)

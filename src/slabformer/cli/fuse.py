@@ -96,4 +96,6 @@ def fuse_table(report: FuseReport) -> Table:
     table = Table("norm", "went", "into, or why not", title="norms")
     for outcome in report:
         table.add_row(outcome.name, ACTIONS[outcome.action], ", ".join(outcome.into) or outcome.reason)
+    for norm in report.left:
+        table.add_row(norm.name, "[red]left[/]", f"{norm.kind}: {norm.reason}")
     return table

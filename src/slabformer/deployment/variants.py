@@ -14,7 +14,7 @@ from torch._inductor import config as inductor_config
 
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
-from slabformer.surgery.convert import recognise
+from slabformer.surgery.recognise import NormForm, recognise
 
 
 class ProjectionsOnly(nn.Module):
@@ -124,7 +124,7 @@ def _is_attention(module: nn.Module) -> bool:
 def _is_norm(module: nn.Module) -> bool:
     if isinstance(module, (PRepBN, RepBN, Affine, Folded, nn.LayerNorm, nn.RMSNorm)):
         return True
-    return "norm" in type(module).__name__.lower() and not any(module.children()) and recognise(module) is not None
+    return isinstance(recognise(module), NormForm)
 
 
 def _nothing_left_of(norm: nn.Module) -> Folded:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slabformer.nn.affine import Affine
 from slabformer.surgery.batches import eval_mode
-from slabformer.surgery.convert import HOOKS, convert_norms_
+from slabformer.surgery.convert import LeftNorm, find_layer_norms, nothing_to_convert, replace_norms_
 from slabformer.surgery.fuse.check import check_examples, shapes_of
 from slabformer.surgery.fuse.fold import set_module
 from slabformer.surgery.fuse.norms import Norm, find_norms, tail_of
@@ -22,6 +22,7 @@ from slabformer.surgery.fuse.propose import propose
 from slabformer.surgery.fuse.report import FuseReport
 from slabformer.surgery.fuse.ties import Untied
 from slabformer.surgery.fuse.twin import Example, deployed_twin
+from slabformer.surgery.recognise import HOOKS
 
 #: runs that are timed; the first is not counted
 NUM_RUNS = 6
@@ -66,38 +67,40 @@ def audit(
         untie: The same.
 
     Returns:
-        One outcome per norm.
+        One outcome per norm; ``left`` holds what looks like a norm and cannot be converted.
 
     Raises:
         TypeError: If the example inputs are of the wrong kind.
-        ValueError: If the model has no norm that could ever be folded, or cannot be copied.
+        ValueError: If the model has nothing that looks like a norm, or cannot be copied.
     """
     examples = check_examples(example_inputs, example_kwargs)
     copied = deployed_twin(model).eval()
-    norms = _as_affines_(copied)
+    norms, left = _as_affines_(copied)
     for parameter in copied.parameters():
         if parameter.numel() == max(
             parameter.shape, default=1
         ):  # a fresh LayerScale is next to 0, a trained one is not
             parameter.data = torch.ones_like(parameter)
-    plan = propose(copied, norms, examples, fixed_size, Untied(copied) if untie else None)
-    return FuseReport(outcomes(norms, plan), shapes_of(examples))
+    plan = propose(copied, norms, examples, fixed_size, Untied(copied) if untie else None) if norms else None
+    return FuseReport(outcomes(norms, plan) if plan else (), shapes_of(examples), left)
 
 
-def _as_affines_(model: nn.Module) -> list[Norm]:
-    """Every norm of ``model`` as an Affine on the CPU, whose map has values and a shift, whatever holds the weights."""
-    try:
-        convert_norms_(model)
-    except ValueError:
-        if not find_norms(model):
-            raise
+def _as_affines_(model: nn.Module) -> tuple[list[Norm], tuple[LeftNorm, ...]]:
+    """Every norm of ``model`` as an Affine on the CPU, whose map has values and a shift, whatever holds the weights.
+
+    What looks like a norm and stays is returned too.
+    """
+    found, left = find_layer_norms(model)
+    replace_norms_(model, found, progressive=False, eta=1.0, eps=1e-5, momentum=None)
+    if not left and not find_norms(model):
+        raise ValueError(nothing_to_convert(model, 0, left))
     for norm in find_norms(model):
         new = Affine(norm.num_channels, channel_dim=norm.channel_dim, then=tail_of(norm.module))
         nn.init.ones_(new.bias)
         for name in HOOKS:
             setattr(new, name, getattr(norm.module, name))
         set_module(model, norm.names, new.eval())
-    return find_norms(model)
+    return find_norms(model), left
 
 
 def time_norms(
@@ -115,7 +118,7 @@ def time_norms(
     if any(tensor.device.type != "cpu" for tensor in tensors):
         raise ValueError("norms are timed on a CPU; move the model and its inputs there")
     copied = deployed_twin(model)
-    norms = [copied.get_submodule(norm.name) for norm in _as_affines_(deployed_twin(model))]
+    norms = [copied.get_submodule(norm.name) for norm in _as_affines_(deployed_twin(model))[0]]
     clock = _Clock()
     handles = [handle for norm in norms for handle in clock.watch(norm)]
     try:

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
-import copy
+import ast
 import inspect
+import itertools
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
+from slabformer.surgery.recognise import HOOKS, Lookalike, NormForm, Verdict, optional_arguments, recognise
 
 logger = logging.getLogger(__name__)
 
-#: what a norm may compute from tokens ``(*, C)`` before its gain and offset: one row a kind
-NORMALIZERS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "LayerNorm": lambda x, eps: (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, False, keepdim=True) + eps),
-    "RMSNorm": lambda x, eps: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps),
-    "SimpleNorm": lambda x, eps: x * torch.rsqrt(x.var(-1, keepdim=True) + eps),
-}
-#: how its ``weight`` becomes the gain (Gemma's RMSNorm stores the gain minus 1)
-GAINS: dict[str, Callable[[Tensor], Tensor]] = {"weight": lambda w: w, "1 + weight": lambda w: 1 + w}
-
 _OURS = (PRepBN, RepBN, Affine, Folded)
-#: where a module keeps the hooks on its calls, and what kind its backward hooks are
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+
+
+class LeftNorm(NamedTuple):
+    """A module that looks like a norm and was left as it is.
+
+    Attributes:
+        name: Of the module.
+        kind: Name of its class.
+        reason: Why it was left, as a clause.
+    """
+
+    name: str
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind}) left as it is: {self.reason}"
+
+
+class ConvertedNorms(list[str]):
+    """Names of the converted modules, in the model's order; a tied one stands under each of its names.
+
+    Attributes:
+        left: What looks like a norm and was left, but for what the filter refused.
+    """
+
+    def __init__(self, names: Iterable[str] = (), left: Iterable[LeftNorm] = ()) -> None:
+        super().__init__(names)
+        self.left = tuple(left)
 
 
 def convert_norms_(
@@ -47,12 +59,15 @@ def convert_norms_(
     eta: float = 1.0,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
-) -> list[str]:
+) -> ConvertedNorms:
     """Replace every LayerNorm and RMSNorm of ``model`` in place by a :class:`PRepBN` that still holds it.
 
-    A norm is recognised by what it computes, whatever its class: LayerNorm, RMSNorm or timm's SimpleNorm over the last
-    axis, or over the channels of a map, with a gain stored as it is or minus 1. Its gain and offset become RepBN's
-    start too. Weights, dtype, device, mode, hooks and ties are kept; the optimizer must be built afterwards.
+    A norm is recognised by what a copy of it computes, whatever its class and the names of its parameters: LayerNorm,
+    RMSNorm or timm's SimpleNorm over the last axis, or over the channels of a map, with a gain of any form. Its gain
+    and offset become RepBN's start too. Weights, dtype, device, mode, hooks and ties are kept; the optimizer must be
+    built afterwards. What looks like a norm but cannot be converted is left, logged and returned with the reason:
+    norms over several axes or with a gain per head, with further inputs, with an activation, L2 normalisation,
+    GroupNorm.
 
     Args:
         model: Edited in place.
@@ -63,152 +78,206 @@ def convert_norms_(
         momentum: Of RepBN's running statistics.
 
     Returns:
-        Names of the converted modules, in the model's order; a tied one stands under each of its names.
+        Names of the converted modules, in the model's order, a tied one under each of its names; ``left`` holds what
+        looks like a norm and was left.
 
     Raises:
         ValueError: If nothing matched, or ``model`` itself is the norm.
     """
-    found = list(_find_norms(model, filter))
+    recognised, left = find_layer_norms(model)
+    found = {
+        name: form for name, form in recognised.items() if filter is None or filter(model.get_submodule(name), name)
+    }
     if not found:
-        there = sum(isinstance(module, (PRepBN, RepBN)) for module in model.modules())
-        hint = f"; it holds {there} of ours already" if there else "; is it norm-free, or did the filter refuse all?"
-        raise ValueError(f"no LayerNorm or RMSNorm to convert in {type(model).__name__}{hint}")
-    if not found[0][0]:
+        raise ValueError(nothing_to_convert(model, len(recognised), left))
+    replace_norms_(model, found, progressive=progressive, eta=eta, eps=eps, momentum=momentum)
+    logger.info("converted %d norms of %s", len(found), type(model).__name__)
+    for line in _summary(left):
+        logger.warning("%s", line)
+    return ConvertedNorms(found, left)
+
+
+def replace_norms_(
+    model: nn.Module,
+    found: Mapping[str, NormForm],
+    *,
+    progressive: bool,
+    eta: float,
+    eps: float,
+    momentum: float | None,
+) -> None:
+    """Replace the norms ``found`` by :func:`find_layer_norms` as :func:`convert_norms_` does.
+
+    Raises:
+        ValueError: If ``model`` itself is the norm.
+    """
+    if "" in found:
         raise ValueError(f"the model itself is a {type(model).__name__}; wrap it: nn.Sequential(norm)")
     converted: dict[nn.Module, nn.Module] = {}
-    for _, norm, channel_dim, gain in found:
+    forms: dict[nn.Module, NormForm] = {}
+    for name, form in found.items():
+        norm = model.get_submodule(name)
         if norm not in converted:
             options = {"eta": eta, "momentum": momentum, **_place(norm, model)}
-            converted[norm] = _replacement(norm, channel_dim, gain, progressive, eps, options)
-    _tie(converted)
-    for name, norm, *_ in found:
+            converted[norm] = _replacement(norm, form, progressive, eps, options)
+            forms[norm] = form
+    _tie(converted, forms)
+    places = {name: converted[model.get_submodule(name)] for name in found}
+    for name, new in places.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, converted[norm])
+        setattr(model.get_submodule(parent), leaf, new)
     for norm, new in converted.items():
         _move_hooks(norm, new)
+        if optional := optional_arguments(norm):
+            new.register_forward_pre_hook(OneInput(type(norm).__name__, optional), with_kwargs=True, prepend=True)
     switch_off_fast_paths(model)
-    names = [name for name, *_ in found]
-    logger.info("converted %d norms of %s", len(names), type(model).__name__)
-    return names
 
 
-def _find_norms(
-    model: nn.Module, filter: Callable[[nn.Module, str], bool] | None
-) -> Iterator[tuple[str, nn.Module, int, str]]:
-    modules = model.named_modules(remove_duplicate=False)
-    inside_ours = tuple(f"{name}." if name else "" for name, m in modules if isinstance(m, _OURS))
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name.startswith(inside_ours) or not _may_be_norm(module):
+def find_layer_norms(model: nn.Module) -> tuple[dict[str, NormForm], tuple[LeftNorm, ...]]:
+    """What :func:`convert_norms_` can convert, by name, and what looks like it and cannot be; nothing is changed."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    inside_ours = tuple(f"{name}." if name else "" for name, module in modules.items() if isinstance(module, _OURS))
+    known: dict[Any, Verdict] = {}
+    forms: dict[str, NormForm] = {}
+    left: dict[str, str] = {}
+    for name, module in modules.items():
+        if name.startswith(inside_ours) or isinstance(module, _OURS):
             continue
-        kind = recognise(module)
-        if kind is None:
-            logger.debug(
-                "%s (%s) looks like a norm but computes something else; left alone", name, type(module).__name__
-            )
-        elif filter is None or filter(module, name):
-            yield name, module, *kind
+        found = recognise(module, known)
+        if isinstance(found, NormForm) and (given := _given_by_callers(model, name, optional_arguments(module))):
+            found = Lookalike(f"its caller gives it a further input ({given})")
+        if isinstance(found, NormForm):
+            forms[name] = found
+        elif found is not None:
+            left[name] = found.reason
+    # of a norm inside another one the inner is converted, and what only looks like one is a part of the other
+    forms = {name: form for name, form in forms.items() if not _holds_any(name, forms)}
+    left = {
+        name: reason
+        for name, reason in left.items()
+        if not _holds_any(name, forms) and not any(_holds_any(other, [name]) for other in (*forms, *left))
+    }
+    return forms, tuple(LeftNorm(name, type(modules[name]).__name__, reason) for name, reason in left.items())
 
 
-def _may_be_norm(module: nn.Module) -> bool:
-    named_so = not isinstance(module, _OURS) and "norm" in type(module).__name__.lower()
-    # a second argument, given or not, is a gate, a residual or a condition
-    return named_so and not any(module.children()) and len(inspect.signature(module.forward).parameters) == 1
+def _holds_any(name: str, others: Iterable[str]) -> bool:
+    return any(other != name and other.startswith(f"{name}." if name else "") for other in others)
 
 
-def recognise(module: nn.Module) -> tuple[int, str] | None:
-    """Channel axis and gain rule of ``module`` if it computes a LayerNorm or RMSNorm, else None.
+def nothing_to_convert(model: nn.Module, num_refused: int, left: Sequence[LeftNorm]) -> str:
+    """The words of an error about it, with what the filter refused and what was left."""
+    there = sum(isinstance(module, (PRepBN, RepBN)) for module in model.modules())
+    if num_refused:
+        hint = f"the filter refused all {num_refused}"
+    elif there:
+        hint = f"it holds {there} of ours already"
+    else:
+        hint = "; ".join(_summary(left)) or "is it norm-free?"
+    return f"no LayerNorm or RMSNorm to convert in {type(model).__name__}; {hint}"
 
-    A copy of the module with random weights and buffers is held against each kind on random tokens and maps, so that
-    subclasses, look-alikes of other libraries and norms with an activation inside are told apart by result, not class.
+
+def _summary(left: Iterable[LeftNorm]) -> list[str]:
+    """One line for each class and reason: the first such norm, and how many more there are."""
+    groups: dict[tuple[str, str], list[LeftNorm]] = {}
+    for norm in left:
+        groups.setdefault((norm.kind, norm.reason), []).append(norm)
+    return [str(first) + (f" (and {len(more)} more like it)" if more else "") for first, *more in groups.values()]
+
+
+def _given_by_callers(model: nn.Module, name: str, optional: Mapping[str, Any]) -> str:
+    """Which of the ``optional`` arguments the code of the module above ``name`` gives, as far as its source tells."""
+    if not optional:
+        return ""
+    parent, _, leaf = name.rpartition(".")
+    while parent and isinstance(model.get_submodule(parent), (nn.ModuleList, nn.ModuleDict)):
+        parent, _, leaf = parent.rpartition(".")
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(model.get_submodule(parent)))))
+    except (OSError, SyntaxError, TypeError):  # no source at hand
+        return ""
+    given: set[str] = set()
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and _is_attribute_of_self(call.func, leaf):
+            positional = zip(optional, call.args[1:], strict=False)
+            named = ((word.arg, word.value) for word in call.keywords if word.arg in optional)
+            for argument, value in (*positional, *named):
+                if not (isinstance(value, ast.Constant) and value.value == optional[str(argument)]):
+                    given.add(str(argument))
+    return ", ".join(sorted(given))
+
+
+def _is_attribute_of_self(called: ast.expr, leaf: str) -> bool:
+    """Whether it is ``self.leaf``, or an item of it."""
+    while isinstance(called, ast.Subscript):
+        called = called.value
+    return (
+        isinstance(called, ast.Attribute)
+        and called.attr == leaf
+        and isinstance(called.value, ast.Name)
+        and called.value.id == "self"
+    )
+
+
+class OneInput:
+    """A forward pre-hook: leaves out arguments of a former norm that hold their defaults, and refuses all others.
+
+    Args:
+        kind: Class of the norm that was converted.
+        optional: Its further arguments and their defaults.
     """
-    dim = _num_channels(module)
-    if dim is None:
-        return None
-    bare = copy.copy(module)
-    bare.__dict__.update(
-        {
-            name: type(hooks)()
-            for name, hooks in vars(module).items()
-            if name in HOOKS and name != "_is_full_backward_hook"
-        }
-    )
-    twin = copy.deepcopy(bare).to_empty(device="cpu").double().eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        # buffers too, else what the memory held decides: a frozen BatchNorm of zeros is a LayerNorm of gain 0
-        for tensor in (*twin.parameters(), *twin.buffers()):
-            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
-        for channel_dim, shape in ((-1, (2, 3, dim)), (-1, (2, 3, 5, dim)), (1, (2, dim, 3, 5))):
-            x = torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5
-            try:
-                y = twin(x)
-            except Exception:  # foreign code, on an input that it may not be made for
-                continue
-            if not isinstance(y, Tensor) or y.shape != x.shape:
-                continue
-            for gain in GAINS:
-                if _computes(twin, gain, x.movedim(channel_dim, -1), y.movedim(channel_dim, -1)):
-                    return channel_dim, gain
-    return None
+
+    def __init__(self, kind: str, optional: Mapping[str, Any]) -> None:
+        self.kind, self.optional = kind, dict(optional)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs without them.
+
+        Raises:
+            TypeError: If one holds anything but its default.
+        """
+        further = dict(zip(self.optional, args[1:], strict=False))
+        further |= {name: value for name, value in kwargs.items() if name in self.optional}
+        for name, value in further.items():
+            default = self.optional[name]
+            if value is not default and not (isinstance(value, (int, float, str)) and value == default):
+                raise TypeError(
+                    f"a {self.kind} that was converted as a norm of one input is given {name!r} too; "
+                    "leave it as it is: convert_norms_(model, filter=lambda module, name: ...)"
+                )
+        return args[:1], {name: value for name, value in kwargs.items() if name not in self.optional}
 
 
-def _num_channels(module: nn.Module) -> int | None:
-    shape = getattr(module, "normalized_shape", None)
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor):
-        shape = weight.shape
-    if isinstance(shape, int):
-        return shape
-    return shape[0] if shape is not None and len(shape) == 1 else None
-
-
-def _computes(norm: nn.Module, gain: str, x: Tensor, y: Tensor) -> bool:
-    scale, shift = _gain_and_offset(norm, gain)
-    eps = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), 1e-6)
-    eps = torch.finfo(torch.float32).eps if eps is None else float(eps)
-    # look-alikes may compute in float32
-    return any(
-        torch.allclose(normalize(x, eps) * scale + shift, y.double(), rtol=1e-4, atol=1e-4)
-        for normalize in NORMALIZERS.values()
-    )
-
-
-def _gain_and_offset(norm: nn.Module, gain: str) -> tuple[Tensor | float, Tensor | float]:
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    return (1.0 if weight is None else GAINS[gain](weight), 0.0 if bias is None else bias)
-
-
-def _replacement(
-    norm: nn.Module, channel_dim: int, gain: str, progressive: bool, eps: float, options: dict[str, Any]
-) -> nn.Module:
-    dim = _num_channels(norm)
-    assert dim is not None
-    options = {**options, "channel_dim": channel_dim}
+def _replacement(norm: nn.Module, form: NormForm, progressive: bool, eps: float, options: dict[str, Any]) -> nn.Module:
+    options = {**options, "channel_dim": form.channel_dim}
+    dim = form.num_channels
     new = PRepBN(dim, norm=norm, bn_eps=eps, **options) if progressive else RepBN(dim, eps=eps, **options)
     rep = new.rep if isinstance(new, PRepBN) else new
-    scale, shift = _gain_and_offset(norm, gain)
+    gain, offset = form.gain_and_offset(norm)
     with torch.no_grad():
-        rep.weight.mul_(scale)
-        rep.bias.add_(shift)
+        rep.weight.mul_(gain.to(rep.weight) if isinstance(gain, Tensor) else gain)
+        rep.bias.add_(offset.to(rep.bias) if isinstance(offset, Tensor) else offset)
     return new.train(norm.training)
 
 
 def _place(norm: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """Device and dtype of the norm's gain; a norm without parameters says nothing, the model does."""
-    like = getattr(norm, "weight", None)
-    if like is None:
-        like = next((parameter for parameter in model.parameters() if parameter.dtype.is_floating_point), None)
+    """Device and dtype of the norm's tensors; a norm without any says nothing, the model does."""
+    tensors = itertools.chain(norm.parameters(), norm.buffers(), model.parameters())
+    like = next((tensor for tensor in tensors if tensor.dtype.is_floating_point), None)
     return {} if like is None else {"device": like.device, "dtype": like.dtype}
 
 
-def _tie(converted: dict[nn.Module, nn.Module]) -> None:
+def _tie(converted: Mapping[nn.Module, nn.Module], forms: Mapping[nn.Module, NormForm]) -> None:
     """Norms that shared a parameter share RepBN's too."""
-    first: dict[Tensor, nn.Parameter] = {}
+    first: dict[tuple[Any, ...], nn.Parameter] = {}
     for norm, new in converted.items():
         rep = new.rep if isinstance(new, PRepBN) else new
-        for leaf in ("weight", "bias"):
-            if (own := getattr(norm, leaf, None)) is not None:
-                setattr(rep, leaf, first.setdefault(own, getattr(rep, leaf)))
+        form, own = forms[norm], dict(norm.named_parameters())
+        for leaf, names in (("weight", form.gains), ("bias", form.offsets)):
+            if len(names) == 1 and names[0] in own:
+                key = (own[names[0]], leaf, form.num_channels, form.gain)
+                setattr(rep, leaf, first.setdefault(key, getattr(rep, leaf)))
 
 
 def _move_hooks(norm: nn.Module, new: nn.Module) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from slabformer.surgery.convert import LeftNorm
+
 Action = Literal["forward", "backward", "kept"]
 
 
@@ -39,10 +41,12 @@ class FuseReport:
     Attributes:
         outcomes: One per norm.
         input_shapes: Shapes of the tensors of each example input that the model was traced on; the folds hold for them.
+        left: In an audit, what looks like a norm and cannot be converted; not among the outcomes.
     """
 
     outcomes: tuple[NormOutcome, ...]
     input_shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    left: tuple[LeftNorm, ...] = ()
 
     def __iter__(self) -> Iterator[NormOutcome]:
         return iter(self.outcomes)
@@ -68,15 +72,17 @@ class FuseReport:
         """One line: how many went where, and the input shapes it holds for."""
         count = Counter(outcome.action for outcome in self)
         shapes = "; ".join(", ".join(map(str, example)) for example in self.input_shapes)
+        left = f", {len(self.left)} that look like norms left as they are" if self.left else ""
         return (
             f"{self.num_folded} of {len(self)} norms folded ({count['forward']} forward, "
-            f"{count['backward']} backward), {self.num_kept} kept; traced on inputs of shape {shapes}"
+            f"{count['backward']} backward), {self.num_kept} kept{left}; traced on inputs of shape {shapes}"
         )
 
     def table(self) -> str:
         """One line a norm, aligned, and the summary."""
-        width = max((len(outcome.name) for outcome in self), default=0)
+        width = max((len(norm.name) for norm in (*self, *self.left)), default=0)
         lines = [f"{o.name:<{width}}  {o.action:<8}  {', '.join(o.into) or o.reason}" for o in self]
+        lines += [f"{norm.name:<{width}}  {'left':<8}  {norm.kind}: {norm.reason}" for norm in self.left]
         return "\n".join([*lines, self.summary()])
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,4 +92,5 @@ class FuseReport:
             "num_kept": self.num_kept,
             "input_shapes": [[list(shape) for shape in example] for example in self.input_shapes],
             "norms": [{**asdict(outcome), "into": list(outcome.into)} for outcome in self],
+            "left": [norm._asdict() for norm in self.left],
         }
