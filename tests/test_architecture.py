@@ -15,18 +15,20 @@ import pytest
 
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "slabformer"
-CORE = {"__init__", "_extras", "ops", "nn", "progressive", "surgery", "testing"}
-ON_CORE = {"__init__", "_extras", "ops", "nn", "progressive", "surgery", "testing", "models"}
+#: rooms that import no other one
+GROUND = {"_extras", "_process"}
+CORE = GROUND | {"__init__", "ops", "nn", "progressive", "surgery", "testing"}
+ON_CORE = CORE | {"models"}
 
 #: room -> the rooms it may import from, besides itself; `__init__` stands for `slabformer` itself
 ARROWS = {
-    "_extras": set(),
-    "ops": {"_extras"},
-    "nn": {"_extras", "ops"},
-    "progressive": {"_extras", "ops", "nn"},
-    "surgery": {"_extras", "ops", "nn", "progressive"},
-    "testing": {"_extras", "ops", "nn"},
-    "models": {"_extras", "ops", "nn"},
+    **{room: set() for room in GROUND},
+    "ops": GROUND,
+    "nn": GROUND | {"ops"},
+    "progressive": GROUND | {"ops", "nn"},
+    "surgery": GROUND | {"ops", "nn", "progressive"},
+    "testing": GROUND | {"ops", "nn"},
+    "models": GROUND | {"ops", "nn"},
     "tasks": ON_CORE,
     "deployment": ON_CORE - {"__init__"},
     "quickstart": ON_CORE | {"tasks", "deployment"},

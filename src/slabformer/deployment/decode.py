@@ -150,7 +150,8 @@ class Writer(nn.Module):
         self.written += 1
         return logits
 
-    def _cached(self) -> dict[str, Cache]:
+    def cached(self) -> dict[str, Cache]:
+        """Keyword arguments that hand the model its cache."""
         return {self.cache_argument: self.cache}
 
     def _empty(self) -> Cache:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._extras import require
+from slabformer._process import alone, no_logs
 from slabformer.deployment.equality import RUNTIME_RTOL, Runtime
 from slabformer.surgery.verify import verify
 
@@ -121,12 +122,5 @@ def _export_pt2(model: nn.Module, example: Tensor, path: Path, shapes: Any) -> C
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
     """The exporter's own log lines about registries and opsets are not for our users."""
-    exporters = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [exporter.level for exporter in exporters]
-    for exporter in exporters:
-        exporter.setLevel(logging.ERROR)
-    try:
+    with alone, no_logs("torch.onnx", "onnxscript", "onnx_ir", below=logging.ERROR):
         yield
-    finally:
-        for exporter, level in zip(exporters, before, strict=True):
-            exporter.setLevel(level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 import traceback
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from slabformer._process import alone, no_logs
 from slabformer.surgery.fuse.marks import NORM, PAD, mark_
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.pads import find_pads
@@ -82,7 +82,7 @@ def trace(model: nn.Module, norms: Sequence[Norm], example: Example) -> Trace:
         Exception: Whatever ``torch.export`` raises for a model it cannot trace.
     """
     mark_(model, norms, find_pads(model))
-    with quiet(), _no_fast_path(), _no_logs():
+    with alone, quiet(), _no_fast_path(), no_logs("torch"):  # whole graphs, when an export fails
         program = torch.export.export(_TensorsOnly(model), example.args, dict(example.kwargs), strict=False)
     graph, signature = inline_regions(program.graph_module), program.graph_signature
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
@@ -116,17 +116,6 @@ def _no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
-def _no_logs() -> Iterator[None]:
-    """Whole graphs that torch prints when an export fails; its exception says enough."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def inline_regions(module: GraphModule) -> Graph:

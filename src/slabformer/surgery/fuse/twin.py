@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slabformer._process import alone, no_warnings
 from slabformer.nn.prepbn import PRepBN
 
 
@@ -72,15 +72,14 @@ def deployed_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
 @contextmanager
 def quiet() -> Iterator[None]:
     """No gradients, and none of the warnings that tracing and copying raise about code that is not the caller's."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), no_warnings():
         yield
 
 
 def run(model: nn.Module, example: Example) -> list[Tensor]:
     """Floating point outputs of ``model``; the same random numbers at every call, the global state untouched."""
     devices = {tensor.device for tensor in example.tensors() if tensor.is_cuda}
-    with quiet(), torch.random.fork_rng(devices):
+    with alone, quiet(), torch.random.fork_rng(devices):
         torch.manual_seed(0)
         output = model(*example.args, **example.kwargs)
     return [tensor.clone() for tensor in tensors_of(output) if tensor.is_floating_point()]

@@ -28,6 +28,7 @@ from slabformer.tasks.engine.ema import ModelEma
 from slabformer.tasks.engine.folder import RunFolder, fingerprint
 from slabformer.tasks.engine.loop import Trainer
 from slabformer.tasks.engine.observers import CsvObserver, Observer
+from slabformer.tasks.engine.process import leaves_the_process_alone
 from slabformer.tasks.engine.seeds import reseed
 from slabformer.tasks.engine.session import open_folder, recalibrate_after, train_and_finish
 from slabformer.tasks.saved_model import ModelInfo, save_model
@@ -35,6 +36,7 @@ from slabformer.tasks.saved_model import ModelInfo, save_model
 logger = logging.getLogger(__name__)
 
 
+@leaves_the_process_alone
 def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Sequence[Observer] = ()) -> TrainResult:
     """Train as ``config`` says, or go on with the run in ``config.output``.
 

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 import slabformer as sf
 from slabformer.models.llama import SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.tasks.engine.process import leaves_the_process_alone
 from slabformer.tasks.engine.seeds import reseed
 from slabformer.tasks.engine.session import open_folder
 from slabformer.tasks.engine.signals import StopSignals
@@ -45,6 +46,7 @@ class TrainResult:
     """Nothing was trained: the run in ``output`` was complete."""
 
 
+@leaves_the_process_alone
 def train(config: TrainConfig) -> TrainResult:
     """Train as ``config`` says, or go on with the run in ``config.output``.
 
