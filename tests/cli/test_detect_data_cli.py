@@ -20,6 +20,26 @@ def test_good_data_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "owl" in shown
 
 
+def test_fix_writes_annotations_that_train_and_says_how_to_use_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_root(tmp_path / "data")
+    path = root / "annotations" / "instances_train2017.json"
+    dataset = json.loads(path.read_text())
+    dataset["annotations"][0]["iscrowd"] = "0"
+    dataset["annotations"][1]["bbox"] = None
+    path.write_text(json.dumps(dataset))
+    assert main(["detect", "check-data", "--data", str(root)]) == 2
+    assert "iscrowd must be 0 or 1" in capsys.readouterr().err
+    output = tmp_path / "mended"
+    assert main(["detect", "check-data", "--data", str(root), "--fix", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert "mended 1: annotations: iscrowd must be 0 or 1" in said
+    assert "left out 1: annotations: bbox must be four finite numbers" in said
+    options = said[said.index("use them with ") + len("use them with ") :].split()
+    assert main(["detect", "check-data", "--data", str(root), *options]) == 0
+
+
 def test_bad_data_is_told_whole_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (write_root(tmp_path) / "train2017" / "2.png").unlink()
     assert main(["detect", "check-data", "--data", str(tmp_path), "--json", "-"]) == 2

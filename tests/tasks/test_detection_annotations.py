@@ -116,9 +116,12 @@ def test_what_a_file_leaves_out_is_filled_in_for_evaluation() -> None:
     ("change", "message"),
     [
         (lambda d: d.pop("categories"), "no list of categories"),
-        (lambda d: d["images"][0].pop("height"), r"images\[0\] has no height"),
-        (lambda d: d["annotations"][1].pop("bbox"), r"annotations\[1\] has no bbox"),
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3]), "bbox of annotation 3 is not four numbers"),
+        (lambda d: d["images"][0].pop("height"), r"images\[0\] \(id 1\): height is missing"),
+        (lambda d: d["annotations"][1].pop("bbox"), r"annotations\[1\] \(id 3\): bbox is missing"),
+        (
+            lambda d: d["annotations"][1].update(bbox=[1, 2, 3]),
+            r"annotations\[1\] \(id 3\): bbox must be four finite numbers, got \[1, 2, 3\]",
+        ),
     ],
     ids=["part", "image", "object", "bbox"],
 )

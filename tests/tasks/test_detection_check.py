@@ -13,7 +13,7 @@ from PIL import Image
 from coco_files import CATEGORIES, coco_dataset, coco_object, write_root
 from image_folders import picture
 from slabformer.tasks.detection import digits
-from slabformer.tasks.detection.check import Finding, SplitReport, check_data, upright_size
+from slabformer.tasks.detection.check import Finding, SplitReport, check_data, size_of
 from slabformer.tasks.detection.dataset import DetectionData, open_source
 
 
@@ -83,12 +83,13 @@ def test_what_stops_training_is_found(change: Any, words: str, examples: list[st
     ("fields", "words"),
     [
         ({"category_id": 55}, "of unknown category: not trained on"),
+        ({"ignore": 1}, "marked `ignore`: not trained on; evaluation still counts them"),
         ({"bbox": [4, 4, 0, 9]}, "without area: not trained on"),
         ({"bbox": [400, 4, 9, 9]}, "outside: not trained on"),
         ({"iscrowd": 1}, "crowds: not trained on"),
         ({"bbox": [60, 4, 9, 9]}, "reach beyond their image: cut"),
     ],
-    ids=["category", "area", "outside", "crowd", "beyond"],
+    ids=["category", "ignore", "area", "outside", "crowd", "beyond"],
 )
 def test_what_is_left_out_is_found_and_stops_nothing(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
     change_training(write_root(tmp_path), lambda d: d["annotations"][0].update(fields))
@@ -127,7 +128,8 @@ def test_the_upright_size_is_known_without_decoding(orientation: int, size: tupl
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture(0, (64, 48)).save(tmp_path / "a.jpg", exif=exif)
-    assert upright_size(tmp_path / "a.jpg") == size
+    assert size_of(tmp_path / "a.jpg") == size
+    assert size_of(tmp_path / "a.jpg", upright=False) == (64, 48)
 
 
 def test_images_without_objects_and_listed_twice_are_told(tmp_path: Path) -> None:

@@ -25,15 +25,15 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".t
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
-def read_image(file: str | Path | IO[bytes]) -> Image.Image:
-    """The image in ``file`` as upright RGB: turned as its EXIF data says, transparency laid on white, grey spread.
+def read_image(file: str | Path | IO[bytes], *, upright: bool = True) -> Image.Image:
+    """The image in ``file`` as RGB: transparency laid on white, grey spread, turned as EXIF says if ``upright``.
 
     Raises:
         OSError, SyntaxError, ValueError, ...: One of :data:`UNREADABLE` when it cannot be decoded.
     """
     with Image.open(file) as image:
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image) if upright else image)
 
 
 def reason_of(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -11,8 +12,9 @@ from rich.table import Table
 from slabformer.cli.common import console
 from slabformer.cli.data import STDOUT, progress_bar, write_json
 from slabformer.cli.recipe import config_of, recipe_parser
-from slabformer.tasks.detection.check import SplitReport, check_data
+from slabformer.tasks.detection.check import SPLITS, SplitReport, check_data, mend_data
 from slabformer.tasks.detection.config import TrainConfig
+from slabformer.tasks.detection.dataset import DetectionData, locate
 
 
 def parser() -> ArgumentParser:
@@ -22,8 +24,17 @@ def parser() -> ArgumentParser:
         "Look at images and annotations as training would: counts per class, what would be left out, what is missing "
         "or damaged. Exit code 2 if the data could not be trained on."
     )
-    made.usage = "slab detect check-data [--data PATH] [--decode] [--json FILE] [--config RECIPE] [any key of training]"
+    made.usage = (
+        "slab detect check-data [--data PATH] [--decode] [--fix OUTPUT] [--json FILE] [--config RECIPE] "
+        "[any key of training]"
+    )
     made.add_argument("--decode", action="store_true", help="read every image to its end, to find truncated ones")
+    made.add_argument(
+        "--fix",
+        type=Path | None,
+        metavar="OUTPUT",
+        help="write mended annotations into this folder; what means nothing is left out, and all of it is told",
+    )
     made.add_argument("--json", type=Path | None, help="also write the report as JSON; - for standard output alone")
     return made
 
@@ -42,9 +53,27 @@ def run(config: Namespace) -> None:
             _print(report)
         console().print(_class_table(reports))
     write_json(config.json, [report.to_dict() for report in reports])
+    if config.fix is not None:
+        data, reports = _fixed(data, config.fix, config.decode)
     reasons = [finding.what for report in reports for finding in report.findings if finding.stops]
     if reasons:
         raise ValueError(f"the data cannot be used as it is: {'; '.join(dict.fromkeys(reasons))}")
+
+
+def _fixed(data: DetectionData, output: Path, decode: bool) -> tuple[DetectionData, list[SplitReport]]:
+    """Mend the annotations of ``data``, say what became of them, and look at the result."""
+    settings = {"train": "train_annotations", "validation": "val_annotations"}
+    train, validation = (locate(data, split)[0] for split in SPLITS)
+    mended = replace(data, train_images=str(train), val_images=str(validation))
+    for file in mend_data(data, output):
+        console().print(f"{file.split}: {escape(str(file.path))}", soft_wrap=True)
+        for did, counts in (("mended", file.changed), ("left out", file.removed)):
+            for what, count in counts.items():
+                console().print(f"  {did} {count}: {escape(what)}", soft_wrap=True)
+        mended = replace(mended, **{settings[file.split]: str(file.path)})
+    options = " ".join(f"--data.{name} {getattr(mended, name)}" for name in settings.values())
+    console().print(f"use them with {escape(options)}", soft_wrap=True)
+    return mended, check_data(mended, decode=decode)
 
 
 def _print(report: SplitReport) -> None:

@@ -14,18 +14,22 @@ import torch
 from torch import Tensor
 
 from slabformer._extras import require
+from slabformer.tasks.detection.schema import (
+    FEWEST_CORNERS,
+    FIELDS,
+    PARTS,
+    Dataset,
+    check_structure,
+    problems,
+    without_nulls_,
+)
 
-#: what a COCO file holds, and the fields without which nothing can be done
-REQUIRED = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
 #: smaller images are not trained on
 SMALLEST_SIDE = 32
 #: why an object is not trained on, in the order of asking
 IGNORED, UNKNOWN, FLAT, OUTSIDE, CROWD = "marked `ignore`", "of unknown category", "without area", "outside", "crowds"
-FEWEST_CORNERS = 3
+#: which of them are not asked for in evaluation either: COCO takes crowds for neither found nor missed
+NOT_EVALUATED = {UNKNOWN, CROWD}
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,9 @@ class CocoAnnotations:
 
     def __init__(self, dataset: dict[str, Any], name: str) -> None:
         self.dataset, self.name = dataset, name
-        for part in REQUIRED:
+        for part in PARTS:
             _check_unique(dataset[part], part, name)
-        self.images = [CocoImage(**{key: row[key] for key in REQUIRED["images"]}) for row in dataset["images"]]
+        self.images = [CocoImage(**{key: row[key] for key in FIELDS["images"]}) for row in dataset["images"]]
         categories = sorted(dataset["categories"], key=lambda row: row["id"])
         self.category_ids = [int(row["id"]) for row in categories]
         self.class_names = [str(row["name"]) for row in categories]
@@ -101,11 +105,14 @@ class CocoAnnotations:
         return self._usable.get(image.id, [])
 
     def truth(self) -> list[dict[str, Any]]:
-        """What there is to find in evaluation: all objects of known category, what may be left out filled in."""
+        """What there is to find in evaluation: all objects of known category, what may be left out filled in.
+
+        Ids count from 1 on, whatever the file has: COCO's tools take an object of id 0 that was found for a miss.
+        """
+        known = (row for row in self.dataset["annotations"] if row["category_id"] in self._labels)
         filled = [
-            {**row, "area": area_of(row), "iscrowd": int(row.get("iscrowd", 0))}
-            for row in self.dataset["annotations"]
-            if row["category_id"] in self._labels
+            {**row, "id": number, "area": area_of(row), "iscrowd": int(row.get("iscrowd", 0))}
+            for number, row in enumerate(known, start=1)
         ]
         # COCO's tools take a polygon of two corners for a box
         return [{**row, "segmentation": polygons(row)} if not is_rle(row) else row for row in filled]
@@ -128,30 +135,37 @@ class CocoAnnotations:
 
 
 def read_coco(path: Path) -> dict[str, Any]:
-    """The contents of a COCO annotation file.
+    """The contents of a COCO annotation file, each field what it must be; optional ones that are null are left out.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is no such file.
+        ValueError: If it is no such file, or a field of a record is not what :mod:`.schema` wants.
+    """
+    dataset = load_coco(path)
+    found = problems(dataset)
+    first = next(found, None)
+    if first is not None:
+        others = sum(1 for _ in found)
+        more = f"; {others} more such field{'s' * (others > 1)}" if others else ""
+        raise ValueError(f"{path}: {first}{more}; `slab detect check-data` lists all, --fix OUTPUT mends what it can")
+    return without_nulls_(dataset)
+
+
+def load_coco(path: Path) -> Dataset:
+    """The contents of a COCO annotation file as they are: lists of records, nothing else is checked.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no JSON, or holds no such lists.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no annotations at {str(path)!r}; give the COCO JSON file")
     try:
-        with path.open("rb") as file:
-            dataset = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); is it a COCO annotation file?") from error
-    for part, fields in REQUIRED.items():
-        rows = dataset.get(part) if isinstance(dataset, dict) else None
-        if not isinstance(rows, list):
-            raise ValueError(f"{path} is no COCO annotation file: it has no list of {part}")
-        for index, row in enumerate(rows):
-            missing = next((field for field in fields if not isinstance(row, dict) or field not in row), None)
-            if missing is not None:
-                raise ValueError(f"{path} is no COCO annotation file: {part}[{index}] has no {missing}")
-            if part == "annotations" and not _is_box(row["bbox"]):
-                raise ValueError(f"{path}: bbox of annotation {row['id']} is not four numbers: {row['bbox']!r}")
-    return dataset
+        dataset = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} is not JSON ({why}); is it a COCO annotation file?") from error
+    return check_structure(dataset, str(path))
 
 
 def area_of(row: dict[str, Any]) -> float:
@@ -204,10 +218,6 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """A mask ``(H, W)`` as compressed RLE whose counts are text, as JSON needs them."""
     code = require("pycocotools.mask", extra="detection").encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
-
-
-def _is_box(bbox: Any) -> bool:
-    return isinstance(bbox, list) and len(bbox) == 4 and all(isinstance(value, (int, float)) for value in bbox)
 
 
 def _check_unique(rows: list[dict[str, Any]], part: str, name: str) -> None:

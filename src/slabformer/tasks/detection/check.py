@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -10,9 +11,27 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from slabformer.tasks.detection.annotations import REQUIRED, SMALLEST_SIDE, CocoAnnotations, has_mask, is_rle, read_coco
+from slabformer.tasks.detection.annotations import (
+    NOT_EVALUATED,
+    SMALLEST_SIDE,
+    CocoAnnotations,
+    has_mask,
+    load_coco,
+)
 from slabformer.tasks.detection.dataset import DetectionData, locate
 from slabformer.tasks.detection.digits import Split, make_digits
+from slabformer.tasks.detection.schema import (
+    PARTS,
+    Dataset,
+    Mended,
+    fits,
+    is_id,
+    mend,
+    nulls,
+    problems,
+    without_nulls_,
+)
+from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.images import UNREADABLE, read_image
 
 MOST_EXAMPLES = 3
@@ -83,14 +102,61 @@ def check_data(
     return reports
 
 
+@dataclass(frozen=True)
+class MendedFile:
+    """An annotation file in which every field is what it must be.
+
+    Attributes:
+        changed: How many fields were mended, by what was wrong with them.
+        removed: How many records had to go, by why.
+    """
+
+    split: Split
+    path: Path
+    changed: dict[str, int]
+    removed: dict[str, int]
+
+
+def mend_data(data: DetectionData, output: Path) -> list[MendedFile]:
+    """Write the annotations of both splits into the folder ``output``, mended; the images stay where they are.
+
+    Raises:
+        ValueError: If the data is embedded, ``output`` holds the annotations themselves, or ids are so mixed up that
+            nothing can be told; nothing is written then.
+    """
+    if data.embedded:
+        raise ValueError("the embedded digits need no mending; give --data with a folder")
+    files = {split: locate(data, split)[1] for split in SPLITS}
+    names = {split: file.name for split, file in files.items()}
+    if len(set(names.values())) < len(names):
+        names = {split: f"{split}_{name}" for split, name in names.items()}
+    mended: dict[Split, Mended] = {}
+    for split, file in files.items():
+        if (output / names[split]).resolve() == file.resolve():
+            raise ValueError(f"{output} holds {file.name} itself, which stays as it is; give another folder")
+        try:
+            mended[split] = mend(load_coco(file))
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be mended: {error}") from None
+    output.mkdir(parents=True, exist_ok=True)
+    for split, each in mended.items():
+        write_text(output / names[split], json.dumps(each.dataset))
+    return [MendedFile(s, output / names[s], dict(each.changed), dict(each.removed)) for s, each in mended.items()]
+
+
 def _check_split(data: DetectionData, split: Split, decode: bool, progress: Callable[[], None] | None) -> SplitReport:
     folder, file = locate(data, split)
-    dataset = make_digits(split)[0] if data.embedded else read_coco(file)
+    dataset = make_digits(split)[0] if data.embedded else load_coco(file)
     report = SplitReport(split, f"digits/{split}" if data.embedded else str(file))
     report.num_images, report.num_objects = len(dataset["images"]), len(dataset["annotations"])
-    report.findings += _id_findings(dataset)
-    if report.stops:  # which object is on which image is not known
-        return report
+    report.findings += [*_field_findings(dataset), *_id_findings(dataset)]
+    if report.stops:  # the rest is looked for in what mending would leave
+        try:
+            dataset = mend(dataset).dataset
+        except ValueError as error:
+            report.findings.append(Finding("what cannot be mended", 1, [str(error)], stops=True))
+            return report
+    without_nulls_(dataset)
     annotations = CocoAnnotations(dataset, report.annotations)
     report.classes, report.category_ids = _count_classes(annotations), annotations.category_ids
     report.findings += [*_object_findings(annotations, data, split), *_image_findings(annotations, split)]
@@ -106,13 +172,28 @@ def _finding(what: str, found: Iterable[Any], stops: bool = False) -> Iterator[F
         yield Finding(what, len(examples), examples[:MOST_EXAMPLES], stops)
 
 
-def _id_findings(dataset: dict[str, Any]) -> Iterator[Finding]:
-    for part in REQUIRED:
-        counts = Counter(row["id"] for row in dataset[part])
+def _field_findings(dataset: Dataset) -> Iterator[Finding]:
+    """Every field that is not what it must be, those of one kind together."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems(dataset):
+        example = f"{problem.place}: {problem.given}" if problem.given else problem.place
+        kinds.setdefault(f"{problem.part}: {problem.field} {problem.what}", []).append(example)
+    for kind, places in kinds.items():
+        yield from _finding(kind, places, stops=True)
+    for what, count in sorted(nulls(dataset).items()):
+        yield Finding(f"{what} is null, as if left out", count, [])
+
+
+def _id_findings(dataset: Dataset) -> Iterator[Finding]:
+    for part in PARTS:
+        counts = Counter(row["id"] for row in dataset[part] if is_id(row.get("id")))
         yield from _finding(f"ids used twice among the {part}", [i for i, n in counts.items() if n > 1], stops=True)
-    known = {row["id"] for row in dataset["images"]}
-    orphans = [row["id"] for row in dataset["annotations"] if row["image_id"] not in known]
+    known = {row["id"] for row in dataset["images"] if is_id(row.get("id"))}
+    given = ((row.get("id"), row.get("image_id")) for row in dataset["annotations"])
+    orphans = [number for number, image in given if is_id(image) and image not in known]
     yield from _finding("annotations of images that are not listed", orphans, stops=True)
+    names = Counter(str(row.get("name")) for row in dataset["categories"])
+    yield from _finding("categories of one name", [name for name, n in names.items() if n > 1])
 
 
 def _object_findings(annotations: CocoAnnotations, data: DetectionData, split: Split) -> Iterator[Finding]:
@@ -129,10 +210,11 @@ def _object_findings(annotations: CocoAnnotations, data: DetectionData, split: S
             matters = reason is None if split == "train" else row["id"] in counted
             if data.masks and matters and not has_mask(row):
                 unmasked.append(row["id"])
-            if data.masks and is_rle(row) and list(row["segmentation"]["size"]) != [image.height, image.width]:
+            if data.masks and not fits(row, image.height, image.width):
                 misfits.append(row["id"])
     for reason, ids in sorted(reasons.items()):
-        yield from _finding(f"annotations {reason}: not trained on", ids)
+        counts = "" if reason in NOT_EVALUATED else "; evaluation still counts them"
+        yield from _finding(f"annotations {reason}: not trained on{counts}", ids)
     yield from _finding("boxes that reach beyond their image: cut", beyond)
     yield from _finding("annotations without masks; data.masks=false trains on boxes alone", unmasked, stops=True)
     yield from _finding("masks of another size than their image", misfits, stops=True)
@@ -164,7 +246,7 @@ def _file_findings(
     for image in annotations.images:
         path = folder / image.file_name
         try:
-            size = read_image(path).size if decode else upright_size(path)
+            size = read_image(path, upright=data.upright).size if decode else size_of(path, upright=data.upright)
             if size != (image.width, image.height):
                 other.append(f"{image.file_name} ({size[0]}x{size[1]}, listed as {image.width}x{image.height})")
         except FileNotFoundError:
@@ -179,8 +261,8 @@ def _file_findings(
     yield from _finding("images of another size than listed", other, stops)
 
 
-def upright_size(path: Path) -> tuple[int, int]:
-    """Width and height of the image at ``path`` once turned as its EXIF data says, without decoding it.
+def size_of(path: Path, *, upright: bool = True) -> tuple[int, int]:
+    """Width and height of the image at ``path``, without decoding it: turned as its EXIF data says if ``upright``.
 
     Raises:
         OSError, SyntaxError, ValueError, ...: If it is no image.
@@ -189,7 +271,7 @@ def upright_size(path: Path) -> tuple[int, int]:
         width, height = image.size
         exif = Image.Exif()
         exif.load(image.info.get("exif", b""))  # image.getexif() would decode a PNG
-        lies = exif.get(ExifTags.Base.Orientation, 1) in LYING
+        lies = upright and exif.get(ExifTags.Base.Orientation, 1) in LYING
         return (height, width) if lies else (width, height)
 
 

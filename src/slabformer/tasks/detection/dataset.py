@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from slabformer.tasks.detection.annotations import SMALLEST_SIDE, CocoAnnotations, CocoImage, has_mask, read_coco
+from slabformer.tasks.detection.annotations import (
+    NOT_EVALUATED,
+    SMALLEST_SIDE,
+    CocoAnnotations,
+    CocoImage,
+    has_mask,
+    read_coco,
+)
 from slabformer.tasks.detection.digits import LAYOUT, Split, make_digits
 from slabformer.tasks.detection.transforms import Example, Transform, as_example, drop_empty
 from slabformer.tasks.engine.seeds import draws_from
@@ -40,6 +47,9 @@ class DetectionData:
     """Folder of the images to evaluate on, if not the usual one."""
     val_annotations: str | None = None
     """COCO file of the images to evaluate on, if not the usual one."""
+    orientation: Literal["exif", "stored"] = "exif"
+    """Which pictures were annotated: `exif` for those turned as their EXIF data says, as viewers show them, `stored`
+    for the pixels in the file, as tools show them that ignore EXIF."""
     masks: bool = True
     """Whether objects have masks; false for boxes alone."""
     max_unreadable: float = 0.01
@@ -50,6 +60,11 @@ class DetectionData:
         """Whether the images are the digits; paths given by name are files in any case."""
         given = (self.train_images, self.train_annotations, self.val_images, self.val_annotations)
         return self.path == "digits" and not any(given)
+
+    @property
+    def upright(self) -> bool:
+        """Whether pictures are turned as their EXIF data says."""
+        return self.orientation == "exif"
 
     def limit(self, num_images: int) -> int:
         """How many images may be unreadable."""
@@ -73,6 +88,8 @@ def open_source(data: DetectionData, split: Split) -> Source:
     """
     annotations, read = _open_digits(split) if data.embedded else _open_files(data, split)
     images = _trainable(annotations) if split == "train" else annotations.images
+    if split == "validation":
+        _tell_of_harder_objects(annotations)
     rows = [row for image in images for row in annotations.usable(image)] if split == "train" else annotations.truth()
     unmasked = [row["id"] for row in rows if not has_mask(row)] if data.masks else []
     if unmasked:
@@ -110,18 +127,21 @@ def _open_files(data: DetectionData, split: Split) -> tuple[CocoAnnotations, Cal
             f"{len(missing)} of {len(annotations.images)} images of {file} are not in {str(folder)!r} "
             f"(first: {missing[0]}); data.max_unreadable allows {data.limit(len(annotations.images))}"
         )
-    return annotations, partial(_read_sized, folder)
+    return annotations, partial(_read_sized, folder, data.upright)
 
 
 def _embedded(pictures: dict[int, np.ndarray], image: CocoImage) -> Image.Image:
     return Image.fromarray(pictures[image.id])
 
 
-def _read_sized(folder: Path, image: CocoImage) -> Image.Image:
-    picture = read_image(folder / image.file_name)
+def _read_sized(folder: Path, upright: bool, image: CocoImage) -> Image.Image:
+    picture = read_image(folder / image.file_name, upright=upright)
     if picture.size != (image.width, image.height):
         width, height = picture.size
-        raise ValueError(f"it is {width}x{height} when upright, its annotations are for {image.width}x{image.height}")
+        lies = "when upright" if upright else "as stored"
+        other = "stored" if upright else "exif"
+        hint = f"; try data.orientation={other}" if (height, width) == (image.width, image.height) else ""
+        raise ValueError(f"it is {width}x{height} {lies}, its annotations are for {image.width}x{image.height}{hint}")
     return picture
 
 
@@ -138,6 +158,14 @@ def _trainable(annotations: CocoAnnotations) -> list[CocoImage]:
     if left_out != "nothing":
         logger.info("%s: left out of training: %s", annotations.name, left_out)
     return kept
+
+
+def _tell_of_harder_objects(annotations: CocoAnnotations) -> None:
+    """Say which objects are looked for in evaluation though training leaves their like out."""
+    counts = {why: count for why, count in sorted(annotations.unusable.items()) if why not in NOT_EVALUATED}
+    if counts:
+        objects = ", ".join(f"{count} {why}" for why, count in counts.items())
+        logger.info("%s: training would leave these objects out, evaluation counts them: %s", annotations.name, objects)
 
 
 class Sample(NamedTuple):
