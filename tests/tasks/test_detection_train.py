@@ -38,7 +38,7 @@ def test_a_run_leaves_its_files_and_the_classes_with_the_weights(uninterrupted: 
     folder = uninterrupted.output
     assert {path.name for path in folder.iterdir()} == {
         *("config.yaml", "metrics.csv", "steps.csv", "result.json", "model.safetensors", "best.safetensors"),
-        *("checkpoint-4.pt", "checkpoint-6.pt"),
+        *("checkpoint-4.pt", "checkpoint-6.pt", "manifest.json"),
     }
     detector, info = load_detector(folder / "model.safetensors")
     assert info.class_names == NAMES

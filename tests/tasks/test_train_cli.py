@@ -55,7 +55,7 @@ def test_a_recipe_makes_a_folder(
     assert "gamma" in captured.err
     names = {path.name.split(".out.")[0] for path in out.iterdir()}
     assert names == {
-        *("config.yaml", "metrics.csv", "steps.csv", "result.json", "events"),
+        *("config.yaml", "metrics.csv", "steps.csv", "result.json", "events", "manifest.json"),
         *("model.safetensors", "ema.safetensors", "best.safetensors", "checkpoint-3.pt", "checkpoint-6.pt"),
     }
     resolved = yaml.safe_load((out / "config.yaml").read_text())

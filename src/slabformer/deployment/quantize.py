@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._extras import require
+from slabformer._files import workspace
 from slabformer.deployment.equality import verify_fused
 from slabformer.deployment.export import export
 from slabformer.deployment.integer_form import integer_form
@@ -64,11 +65,12 @@ class Int8Model(nn.Module):
     def save(self, path: Path) -> list[Path]:
         """Write ``path`` (``.xml``) and the weights beside it (``.bin``), the graph last: it is there when all is."""
         openvino = require("openvino", extra=EXTRA)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            openvino.save_model(self.graph, str(Path(folder) / path.name), compress_to_fp16=False)
+        with workspace(path.parent) as folder:
+            openvino.save_model(self.graph, str(folder / path.name), compress_to_fp16=False)
             files = [path.with_suffix(".bin"), path]
+            path.unlink(missing_ok=True)  # it fits its own weights alone
             for file in files:
-                (Path(folder) / file.name).replace(file)
+                (folder / file.name).replace(file)
         return files
 
     def _request(self, batch_size: int) -> Any:

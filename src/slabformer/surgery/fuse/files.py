@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._extras import require
+from slabformer._files import workspace
 from slabformer.nn import PadTokens
 from slabformer.nn.affine import Affine, Folded
 from slabformer.surgery.convert import switch_off_fast_paths
@@ -44,12 +45,10 @@ def save_fused(model: nn.Module, path: str | os.PathLike[str], metadata: dict[st
         raise ValueError(f"{type(model).__name__} is not fused; call slabformer.fuse(model, example_inputs) first")
     tensors, changes["tied"] = _untie(model.state_dict())
     target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with workspace(target.parent) as folder:
+        beside = folder / target.name
         safetensors.save_file(tensors, beside, metadata={**(metadata or {}), HEADER: json.dumps(changes)})
         beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _changes(model: nn.Module) -> dict[str, Any]:

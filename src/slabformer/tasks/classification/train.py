@@ -115,7 +115,7 @@ class _Run:
             config=build_loop_config(
                 config, epochs=epochs, clip_norm=config.optimizer.clip_norm, compile=config.compile
             ),
-            store=CheckpointStore(self.folder.path, config.keep),
+            store=CheckpointStore(self.folder.path, config.keep, self.folder.record),
             lr_schedule=lr_schedule,
             gamma_schedule=build_gamma_schedule(config.gamma, self.model, optimizer, epochs * steps_per_epoch),
             ema=ModelEma(self.model, config.ema.decay, config.ema.warmup) if config.ema.decay > 0 else None,
@@ -186,4 +186,5 @@ class _Run:
             interpolation=data.interpolation,
             crop_pct=data.crop_pct,
         )
+        self.folder.record(f"{name}.safetensors")
         save_model(model, self.folder.path / f"{name}.safetensors", info)

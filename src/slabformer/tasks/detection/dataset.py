@@ -27,6 +27,7 @@ from slabformer.tasks.detection.digits import LAYOUT, Split, make_digits
 from slabformer.tasks.detection.transforms import Example, Transform, as_example, drop_empty
 from slabformer.tasks.engine.seeds import draws_from
 from slabformer.tasks.images import Failure, candidates, first_readable, most_unreadable, read_image
+from slabformer.tasks.paths import path_inside
 
 logger = logging.getLogger(__name__)
 CHECK = "`slab detect check-data` tells more"
@@ -121,13 +122,20 @@ def _open_files(data: DetectionData, split: Split) -> tuple[CocoAnnotations, Cal
     if not folder.is_dir():
         setting = "data.train_images" if split == "train" else "data.val_images"
         raise FileNotFoundError(f"no folder {str(folder)!r} with the images of {file}; name theirs as {setting}")
-    missing = [image.file_name for image in annotations.images if not (folder / image.file_name).is_file()]
+    missing = [image.file_name for image in annotations.images if not _path_of(folder, image, file).is_file()]
     if len(missing) > data.limit(len(annotations.images)):
         raise FileNotFoundError(
             f"{len(missing)} of {len(annotations.images)} images of {file} are not in {str(folder)!r} "
             f"(first: {missing[0]}); data.max_unreadable allows {data.limit(len(annotations.images))}"
         )
     return annotations, partial(_read_sized, folder, data.upright)
+
+
+def _path_of(folder: Path, image: CocoImage, file: Path) -> Path:
+    try:
+        return path_inside(folder, image.file_name)
+    except ValueError as error:
+        raise ValueError(f"{file}: file_name of image {image.id}: {error}; {CHECK}") from error
 
 
 def _embedded(pictures: dict[int, np.ndarray], image: CocoImage) -> Image.Image:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from slabformer._extras import require
+from slabformer._files import workspace
 from slabformer.tasks.classification.digits import CLASS_NAMES, DigitsSource
 from slabformer.tasks.detection.annotations import encode_mask
 
@@ -79,15 +77,12 @@ def write_digits(
     if folder.exists():
         raise FileExistsError(f"{str(folder)!r} is there already; name a folder that is not, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}", dir=folder.parent))
-    try:
+    with workspace(folder.parent) as place:
+        unfinished = place / folder.name
+        unfinished.mkdir()
         _write_split(unfinished, "train", num_train, seed)
         _write_split(unfinished, "validation", num_validation, seed)
-        unfinished.chmod(0o777 & ~_umask())  # temporary folders are for their owner alone
         unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
 
 
 def _write_split(root: Path, split: Split, num_images: int | None, seed: int) -> None:
@@ -98,12 +93,6 @@ def _write_split(root: Path, split: Split, num_images: int | None, seed: int) ->
     for row, picture in zip(dataset["images"], pictures, strict=True):
         Image.fromarray(picture).save(images / row["file_name"])
     annotations.write_text(json.dumps(dataset), encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _random_crop(photo: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:

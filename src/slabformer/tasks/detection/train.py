@@ -155,7 +155,7 @@ class _Run:
             loader=self.train_loader,
             step_fn=detection_losses,
             config=build_loop_config(config, epochs=config.epochs, clip_norm=config.optimizer.clip_norm),
-            store=CheckpointStore(self.folder.path, config.keep),
+            store=CheckpointStore(self.folder.path, config.keep, self.folder.record),
             lr_schedule=RateSchedule(optimizer, config.lr_schedule, epochs=config.epochs, steps_per_epoch=steps),
             gamma_schedule=build_fading(config.gamma, self.detector, optimizer, config.epochs * steps),
             evaluate=self._evaluate,
@@ -210,4 +210,5 @@ class _Run:
         recalibrate_after(trainer, norms, self.config.recalibrate, forward)
 
     def _save(self, name: str) -> None:
+        self.folder.record(f"{name}.safetensors")
         save_detector(self.detector, self.folder.path / f"{name}.safetensors", self.info)

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-TEMPORARY = ".part"
+from slabformer._files import WORKSPACE, sync_file, sync_folder, workspace
+
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+#: how libraries in Rust and C++ spell an error of the operating system
+OS_ERROR = re.compile(r"os error (\d+)|Os \{ code: (\d+)")
+TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes ``path``'s place when the block ends, and vanishes if it fails.
+    """A path to write to; what is there when the block ends takes ``path``'s place, and nothing does if it fails.
 
     The file is on the disk before it is renamed, the rename before the block is left: a crash at any moment leaves
-    the old file or the new one.
+    the old file or the new one, and what else it leaves is deleted when a file is next written to the folder.
+
+    Raises:
+        OSError: If the file cannot be written, naming ``path``; also for what other libraries call such a failure.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    try:
+    with errors_of(path), workspace(path.parent) as folder:
+        temporary = folder / path.name
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # some writers put a file of their own there that nobody else may read
         sync_file(temporary)
         os.replace(temporary, path)  # noqa: PTH105 - the one call that is atomic on every platform
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 
@@ -39,8 +45,8 @@ def replaced_with(path: Path, companion: Path) -> Iterator[Path]:
     What the block writes into the folder of the path that it gets, under the two files' own names, takes their places.
     The two never stand beside each other unless they belong together: ``path`` is away while ``companion`` moves.
     """
-    with TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
+    with errors_of(path), workspace(path.parent) as folder:
+        temporary = folder / path.name
         yield temporary
         beside = temporary.with_name(companion.name)
         for file in (temporary, beside):
@@ -53,6 +59,33 @@ def replaced_with(path: Path, companion: Path) -> Iterator[Path]:
             if source.exists():
                 os.replace(source, target)  # noqa: PTH105 - the one call that is atomic on every platform
     sync_folder(path.parent)
+
+
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Tell a failure to write to a workspace, in whatever library, as an ``OSError`` about ``path``."""
+    try:
+        yield
+    except Exception as error:
+        code = _errno_of_write(error)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def _errno_of_write(error: Exception) -> int | None:
+    """The operating system's number of what went wrong in writing; None if it was something else."""
+    # torch wraps the error of a Python file in a RuntimeError about its own format
+    cause = error if isinstance(error, OSError) else error.__context__
+    if isinstance(cause, OSError):
+        file = None if cause.filename is None else Path(str(cause.filename))
+        if file is None:
+            return cause.errno if cause.errno in WRITE_ERRORS else None
+        return cause.errno if any(WORKSPACE.fullmatch(part) for part in file.parts) else None
+    number = OS_ERROR.search(str(error))
+    if number is not None:
+        return int(number[1] or number[2])
+    return errno.EIO if TORCH_WRITER.search(str(error)) else None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,24 +105,3 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
-
-
-def sync_file(path: Path) -> None:
-    """Wait until the contents of ``path`` are on the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in ``folder`` are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sweep(folder: Path) -> None:
-    """Delete what a killed process left half-written in ``folder``."""
-    for path in folder.glob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)

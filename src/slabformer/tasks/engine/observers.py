@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 from slabformer._extras import require
 from slabformer.tasks.engine.files import write_text
 
+#: files of TensorBoard
+EVENTS = "events.out.tfevents.*"
 STEP_COLUMNS = ("epoch", "step", "loss", "gamma", "lr", "images_per_second")
 
 
@@ -139,17 +141,25 @@ class CsvObserver(Observer):
 
 
 class TensorBoardObserver(Observer):
-    """TensorBoard events in a folder."""
+    """TensorBoard events in a folder.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: Of the run.
+        record: Told the name of the file that is made.
+    """
+
+    def __init__(self, folder: Path, record: Callable[[str], None]) -> None:
+        self.folder, self._record = folder, record
         self._writer: Any = None
 
     def on_start(self, start: RunStart) -> None:
         """Open the events; those after the resumed step are hidden by TensorBoard."""
         require("tensorboard", extra="train")
         writer = require("torch.utils.tensorboard", extra="train").SummaryWriter
+        before = set(self.folder.glob(EVENTS))
         self._writer = writer(str(self.folder), purge_step=start.step + 1 if start.step else None)
+        for path in set(self.folder.glob(EVENTS)) - before:
+            self._record(path.name)
 
     def on_step(self, report: StepReport) -> None:
         """Loss, gamma, rate and speed of a logged step."""

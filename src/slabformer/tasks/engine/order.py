@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from enum import IntEnum
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from slabformer.tasks.engine.signals import held_back, leave_signals_to_parent
 
 
 class Stream(IntEnum):
@@ -103,11 +106,19 @@ class OrderedLoader(ABC):
     def __iter__(self) -> Iterator[Any]: ...
 
 
+class WorkerLoader(DataLoader[Any]):
+    """A ``DataLoader`` whose workers leave signals to this process, however they are started."""
+
+    def __iter__(self) -> Any:
+        with held_back() if self.num_workers else nullcontext():
+            return super().__iter__()
+
+
 def decoding_loader(
     dataset: Dataset[Any], order: BatchOrder, num_workers: int, collate: Callable[[list[Any]], Any]
 ) -> DataLoader[Any]:
     """Batches of ``order`` out of ``num_workers`` processes that live on from epoch to epoch, or out of this one."""
-    return DataLoader(
+    return WorkerLoader(
         dataset,
         batch_sampler=order,
         num_workers=num_workers,
@@ -115,4 +126,5 @@ def decoding_loader(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that the global one does not move
+        worker_init_fn=leave_signals_to_parent,
     )

@@ -51,8 +51,11 @@ def open_folder(config: RunConfig, folder_type: type[Folder]) -> tuple[Folder, F
 
     Raises:
         ValueError: If another run is in it, or any at all where ``config.resume`` is "never".
+        FolderInUseError: If another process writes to it.
+        NotADirectoryError: If something else is in its place.
     """
     folder = folder_type(Path(config.output), config.to_dict(), config.harmless())
+    folder.refuse_if_taken()
     found = "new" if config.overwrite else folder.look()
     if config.resume == "never" and found != "new":
         raise ValueError(f"{config.output} holds a run already; pass --overwrite true, or --resume auto to go on")
@@ -70,15 +73,17 @@ def train_and_finish(run: Run[Result], csv: CsvObserver, observers: Sequence[Obs
     Raises:
         NonFiniteError: If the loss, a gradient or a weight is NaN or infinite; the last good checkpoint stays.
         StoppedError: After SIGTERM or SIGINT, once a checkpoint is written.
+        FolderInUseError: If another process writes to the folder.
         OSError: If the disk is full or not writable.
     """
     watchers: list[Observer] = [csv, *observers]
     if run.config.tensorboard:
-        watchers.append(TensorBoardObserver(run.folder.path))
+        watchers.append(TensorBoardObserver(run.folder.path, run.folder.record))
     trainer = run.trainer(watchers)
     with ExitStack() as stack:
         if run.accelerator.is_main_process:
-            run.folder.claim(run.config.overwrite)
+            stack.enter_context(run.folder.claimed(run.config.overwrite))
+            run.folder.record(csv.epochs.path.name, csv.steps.path.name)
             for observer in watchers:
                 stack.callback(observer.on_end)
         run.accelerator.wait_for_everyone()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -61,3 +65,38 @@ class StopSignals:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}
+
+
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """Let a loader's worker outlive the signals that a terminal or a scheduler sends to the whole group.
+
+    Its parent finishes the step, for which it needs the worker, and ends it afterwards. SIGTERM is told by its sender,
+    which Linux alone names; elsewhere it ends the worker, whoever sent it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_when_told, args=(parent.pid,), daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+
+
+def _exit_when_told(parent: int) -> None:
+    """Wait for the parent's SIGTERM, and for no one else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Deliver signals after the block. Processes that start in it have them blocked, while they import for seconds."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import slabformer.models.llama  # noqa: F401 (registers ours)
-from slabformer.tasks.engine.files import sync_file, sync_folder
+from slabformer._files import sync_file, sync_folder, workspace
+from slabformer.tasks.engine.checkpoint import LAST_FILE, CheckpointFolders
+from slabformer.tasks.engine.files import errors_of
 from slabformer.tasks.engine.folder import Found, RunFolder
-from slabformer.tasks.language.foreign import FUSED_WEIGHTS, is_foreign, load_foreign, save_foreign
+from slabformer.tasks.language.foreign import CONFIG, FUSED_WEIGHTS, is_foreign, load_foreign, save_foreign
 from slabformer.tasks.language.trainer import latest_checkpoint
 
 #: written last, since a folder with one of them is a whole model
@@ -51,25 +52,26 @@ def load_model_folder(
 
 
 class LanguageRunFolder(RunFolder):
-    """The output folder of one run; checkpoints are the Trainer's."""
+    """The output folder of one run; its checkpoints are folders of the Trainer's."""
 
-    @property
-    def result_path(self) -> Path:
-        """Written last: its presence says that the run is finished."""
-        return self.path / "summary.json"
+    RESULT = "summary.json"
+    OUTPUTS = (
+        *("metrics.csv", "steps.csv", *WEIGHTS, CONFIG),
+        *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    )
 
     def look(self) -> Found:
         """As :meth:`RunFolder.look`; a run that left no checkpoint holds nothing, and another may take its place."""
-        if self.path.is_dir() and not self.result_path.exists() and latest_checkpoint(self.path) is None:
+        if self.path.is_dir() and not self.result_path.exists() and not self.holds_checkpoint():
             return "new"
-        found = super().look()
-        return "unfinished" if found == "new" and latest_checkpoint(self.path) is not None else found
+        return super().look()
 
-    def _clear(self) -> None:
-        super()._clear()
-        self.result_path.unlink(missing_ok=True)
-        for path in self.path.glob("checkpoint-*"):
-            shutil.rmtree(path)
+    def holds_checkpoint(self) -> bool:
+        """Whether there is a checkpoint, damaged or not, that was written to its end."""
+        return latest_checkpoint(self.path) is not None
+
+    def _checkpoint_names(self) -> set[str]:
+        return {path.name for path in CheckpointFolders(self.path).paths() if (path / LAST_FILE).exists()}
 
 
 def holds_model(folder: Path) -> bool:
@@ -77,21 +79,40 @@ def holds_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in WEIGHTS)
 
 
-def save_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
+def save_model_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    record: Callable[..., None] | None = None,
+) -> None:
     """Write safetensors, configuration and tokenizer for :func:`load_model_folder`; the weights appear last.
 
     transformers' ``from_pretrained`` reads the folder too, after ``import slabformer.models.llama``, unless it is of a
     fused model that transformers has no class for.
+
+    Args:
+        model: Any causal language model, converted or fused or not.
+        tokenizer: Its own, if it has one.
+        folder: Made if it does not exist.
+        record: Told the names of all files before the first one appears.
+
+    Raises:
+        OSError: If the folder cannot be written to; what was there stays, or is replaced file by file.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".model-", dir=folder) as temporary:
-        save_foreign(model, Path(temporary))
+    with errors_of(folder), workspace(folder) as place:
+        temporary = place / "model"
+        temporary.mkdir()
+        save_foreign(model, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        files = sorted(Path(temporary).iterdir(), key=lambda path: path.name in WEIGHTS)
+        files = sorted(temporary.iterdir(), key=lambda path: path.name in WEIGHTS)
         for file in files:
             sync_file(file)
+        if record is not None:
+            record(*(file.name for file in files))
+        for file in files:
             os.replace(file, folder / file.name)  # noqa: PTH105 - the one call that is atomic on every platform
         for name in set(WEIGHTS) - {file.name for file in files}:
             (folder / name).unlink(missing_ok=True)  # of the model that was there

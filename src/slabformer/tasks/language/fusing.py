@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 import slabformer as sf
 from slabformer.models.llama import SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.tasks.engine.checkpoint import LAST_FILE
 from slabformer.tasks.language.callback import ProgressiveCallback
-from slabformer.tasks.language.trainer import LAST_FILE, latest_checkpoint
+from slabformer.tasks.language.trainer import latest_checkpoint
 
 #: batch and length of the two texts that a fused model is traced with
 SHAPES = ((2, 9), (1, 5))

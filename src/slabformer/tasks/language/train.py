@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 import slabformer as sf
 from slabformer.models.llama import SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.tasks.engine.checkpoint import CheckpointFolders
 from slabformer.tasks.engine.process import leaves_the_process_alone
 from slabformer.tasks.engine.seeds import reseed
 from slabformer.tasks.engine.session import open_folder
@@ -27,7 +28,7 @@ from slabformer.tasks.language.config import TrainConfig
 from slabformer.tasks.language.folders import LanguageRunFolder, save_model_folder
 from slabformer.tasks.language.packing import PackedBlocks, collate
 from slabformer.tasks.language.text import TrainingText, read_text
-from slabformer.tasks.language.trainer import LanguageTrainer, latest_checkpoint
+from slabformer.tasks.language.trainer import LanguageTrainer
 from slabformer.tasks.language.watch import RecordCallback, SignalCallback
 
 logger = logging.getLogger(__name__)
@@ -57,20 +58,23 @@ def train(config: TrainConfig) -> TrainResult:
         ValueError: If the recipe does not fit the text, the tokenizer or the run in the folder.
         NonFiniteError: If the loss is NaN or infinite; the last good checkpoint stays.
         StoppedError: After SIGTERM or SIGINT, once a checkpoint is written.
+        DamagedCheckpointError: If every checkpoint is damaged; a damaged one is told, and the one before it used.
+        FolderInUseError: If another process writes to the folder.
+        OSError: If the disk is full or not writable; the last checkpoint stays.
     """
     folder, found = open_folder(config, LanguageRunFolder)
     if found == "finished":
         return TrainResult(output=folder.path, summary=folder.result(), already_finished=True)
-    text = read_text(config, latest_checkpoint(folder.path) if found == "unfinished" else None)
+    checkpoint = CheckpointFolders(folder.path).latest() if found == "unfinished" else None
+    text = read_text(config, checkpoint)
     reseed(config.seed)
     model = build_model(config, text)
     arguments = training_arguments(config)
-    if arguments.process_index == 0:
-        folder.claim(config.overwrite)
-    if arguments.world_size > 1:
-        dist.barrier()
-        sf.sync_norms_(model)
-    return _run(config, folder, text, model, arguments)
+    with folder.claimed(config.overwrite) if arguments.process_index == 0 else nullcontext():
+        if arguments.world_size > 1:
+            dist.barrier()
+            sf.sync_norms_(model)
+        return _run(config, folder, text, model, arguments, checkpoint)
 
 
 def build_model(config: TrainConfig, text: TrainingText) -> SlabLlamaForCausalLM:
@@ -132,6 +136,7 @@ def _run(
     text: TrainingText,
     model: SlabLlamaForCausalLM,
     arguments: TrainingArguments,
+    checkpoint: Path | None,
 ) -> TrainResult:
     tokens_per_step = config.batch_size * config.accumulate * arguments.world_size * config.model.context
     record = RecordCallback(folder.path, tokens_per_step)
@@ -149,16 +154,18 @@ def _run(
             eval_dataset=text.held_out,
             processing_class=text.tokenizer,
             callbacks=callbacks,
+            record=folder.record,
         )
         trainer.remove_callback(PrinterCallback)
-        checkpoint = latest_checkpoint(folder.path)
+        if trainer.is_world_process_zero():
+            folder.record(record.steps.path.name, record.metrics.path.name)
         began = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train_to_end(checkpoint)
         seconds = time.perf_counter() - began
         summary = _finish(config, text, trainer) | {"seconds": round(seconds, 1), "resumed": checkpoint is not None}
     if trainer.is_world_process_zero():
         model.config.use_cache = True
-        save_model_folder(model, text.tokenizer, folder.path)
+        save_model_folder(model, text.tokenizer, folder.path, folder.record)
         folder.finish(summary)
     return TrainResult(output=folder.path, summary=summary)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
 
 import slabformer as sf
 from slabformer.nn.controls import prepbn_modules
+from slabformer.tasks.engine.checkpoint import LAST_FILE, CheckpointFolders
+from slabformer.tasks.engine.devices import broadcast
 from slabformer.tasks.engine.nonfinite import (
     NonFiniteError,
     NonFiniteGuard,
@@ -25,27 +28,53 @@ from slabformer.tasks.engine.nonfinite import (
 from slabformer.tasks.language.packing import BlockStream, batches_of
 from slabformer.tasks.language.perplexity import Perplexity, perplexity
 
-#: written last into a checkpoint: its presence says that the checkpoint is whole
-LAST_FILE = "trainer_state.json"
-
 
 class LanguageTrainer(Trainer):
     """A :class:`transformers.Trainer` over packed blocks.
 
     A loss that is not finite ends training with :class:`NonFiniteError` before it reaches a checkpoint: at once on a
     CPU, at the next logged or saved step on an accelerator, which is not waited for in between. Evaluation gives the
-    perplexity of the deployed form, and of the blend while gamma is above 0.
+    perplexity of the deployed form, and of the blend while gamma is above 0. Checkpoints appear when they are complete
+    and on the disk, with checksums.
+
+    Args:
+        args: The Trainer's.
+        record: Told the name of every checkpoint before it appears.
+        kwargs: The Trainer's.
+
+    Raises:
+        ValueError: If the best checkpoint is to be loaded at the end: the last ones are kept, whatever their scores.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, record: Callable[[str], None] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.load_best_model_at_end:
+            raise ValueError(
+                "LanguageTrainer keeps the last checkpoints, not the best; leave load_best_model_at_end out"
+            )
         self._guard = NonFiniteGuard(self.args.device)
+        self._checkpoints = CheckpointFolders(Path(str(self.args.output_dir)), self.args.save_total_limit, record)
+        self._place: Path | None = None
 
     @property
     def net(self) -> PreTrainedModel:
         """The model, not wrapped."""
         assert isinstance(self.model, PreTrainedModel)
         return self.model
+
+    def train_to_end(self, checkpoint: Path | None) -> None:
+        """Train, from ``checkpoint`` on if there is one: not at all if it was written after the last step."""
+        if checkpoint is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(str(checkpoint / LAST_FILE))
+        if state.global_step < self.args.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        # the Trainer would take one more step before it looks
+        self._load_from_checkpoint(str(checkpoint))
+        self._load_rng_state(str(checkpoint))
+        self.state = state
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As transformers'; of a stream, each process reads and tokenizes its own share."""
@@ -115,7 +144,21 @@ class LanguageTrainer(Trainer):
         name = first_nonfinite_tensor(self.net.state_dict())
         if name is not None:
             raise NonFiniteError(f"{name} became non-finite by step {self.state.global_step}; {self._kept()}")
-        super()._save_checkpoint(model, trial)
+        main = self.is_world_process_zero()
+        with self._checkpoints.writing() if main else nullcontext() as place:
+            self._place = Path(broadcast(None if place is None else str(place)))
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._place = None
+            if self.args.world_size > 1:
+                dist.barrier()  # each rank writes the state of its generators
+            if place is not None:
+                self._checkpoints.keep_from(place, self.state.global_step)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer puts a checkpoint's folder: out of sight while it is being written."""
+        return super()._get_output_dir(trial) if self._place is None else str(self._place)
 
     def _check_finite(self, inputs: dict[str, Any] | None = None) -> None:
         step = self._guard.first_bad_step()

@@ -1,0 +1,158 @@
+"""A language model's run that is killed ends where it would have ended; its checkpoints say when they are damaged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from csv_files import csv_rows
+from language_models import tiny_config
+from slabformer.tasks.engine.checkpoint import CheckpointFolders, DamagedCheckpointError
+from slabformer.tasks.language.config import TrainConfig
+from slabformer.tasks.language.train import train
+from slabformer.tasks.language.trainer import LanguageTrainer
+from tiny_training import assert_same, die
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["slabformer.tasks.language.train", "accelerate.utils"])
+
+
+def die_in(name: str) -> None:
+    """Die when the Trainer's method ``name`` is called in its last step."""
+    original = getattr(LanguageTrainer, name)
+
+    def method(self: LanguageTrainer, *args: object, **kwargs: object) -> object:
+        if self.state.global_step == self.args.max_steps:
+            die()
+        return original(self, *args, **kwargs)
+
+    setattr(LanguageTrainer, name, method)
+
+
+def _child(config: TrainConfig, setup: Callable[[], None]) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    setup()
+    train(config)
+
+
+def killed(config: TrainConfig, setup: Callable[[], None]) -> None:
+    """Train in a process of its own, which ``setup`` has killed."""
+    process = CONTEXT.Process(target=_child, args=(config, setup), daemon=True)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny_config(tmp_path_factory.mktemp("whole") / "run")).output
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    assert_same(*(load_file(path / "model.safetensors") for path in (folder, reference)))
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (folder, reference)]
+    left, right = ({k: v for k, v in row.items() if k not in ("seconds", "resumed", "data")} for row in summaries)
+    assert left == right
+    assert csv_rows(folder / "metrics.csv") == csv_rows(reference / "metrics.csv")
+
+
+@pytest.mark.parametrize(
+    "moment", ["recalibrate", "_save_rng_state"], ids=["after the last checkpoint", "while saving"]
+)
+def test_a_run_killed_near_its_end_ends_with_the_same_weights(moment: str, whole: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run")
+    killed(config, partial(die_in, moment))
+    result = train(config)
+    assert result.summary["steps"] == 10
+    assert result.summary["resumed"]
+    assert_same_run(result.output, whole)
+    assert not list(result.output.glob(".*"))
+
+
+def die_moving_the_model() -> None:
+    """Die when the files of the finished model are moved to their places, the weights last."""
+    move = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target).name == "model.safetensors":
+            die()
+        move(source, target)
+
+    os.replace = replace
+
+
+def test_a_run_killed_while_it_writes_the_model_leaves_nothing_half_written(whole: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run")
+    killed(config, die_moving_the_model)
+    assert list(config_folder(config).glob(".slabformer-*.part"))
+    assert_same_run(train(config).output, whole)
+    assert not list(config_folder(config).glob(".*"))
+
+
+def config_folder(config: TrainConfig) -> Path:
+    return Path(config.output)
+
+
+@pytest.fixture
+def stopped(whole: Path, tmp_path: Path) -> TrainConfig:
+    """A run whose result is missing, with the checkpoints of steps 5 and 10."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    shutil.copy(whole.parent / "text.txt", tmp_path)
+    (folder / "summary.json").unlink()
+    return tiny_config(folder)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink], ids=["bit", "truncated", "missing"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named(
+    name: str, damage: Callable[[Path], None], stopped: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = config_folder(stopped)
+    damage(folder / "checkpoint-10" / name)
+    with caplog.at_level(logging.WARNING):
+        assert CheckpointFolders(folder).latest() == folder / "checkpoint-5"
+    assert f"checkpoint-10/{name} is missing, truncated or altered" in caplog.text
+    assert "using the one before" in caplog.text
+
+
+def test_the_checkpoint_before_a_damaged_one_goes_on_the_same(stopped: TrainConfig, whole: Path) -> None:
+    flip_a_bit(config_folder(stopped) / "checkpoint-10" / "optimizer.pt")
+    assert_same_run(train(stopped).output, whole)
+    assert CheckpointFolders(config_folder(stopped)).latest() == config_folder(stopped) / "checkpoint-10"
+
+
+def test_nothing_but_damaged_checkpoints_is_not_a_fresh_start(stopped: TrainConfig) -> None:
+    for step in (5, 10):
+        flip_a_bit(config_folder(stopped) / f"checkpoint-{step}" / "checksums.json")
+    with pytest.raises(DamagedCheckpointError, match=r"every checkpoint in .* damaged; start again with --overwrite"):
+        train(stopped)
+
+
+def test_a_checkpoint_without_checksums_is_taken_with_a_warning(
+    stopped: TrainConfig, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (config_folder(stopped) / "checkpoint-10" / "checksums.json").unlink()
+    assert_same_run(train(stopped).output, whole)
+    assert "checkpoint-10 has no checksums.json and cannot be checked" in caplog.text

@@ -1,0 +1,55 @@
+"""Signals end a run after its step, wherever its loader's workers come from."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+#: prints a line when a worker has delivered, and goes on as training does: it needs one more batch to finish its step
+SCRIPT = """
+import multiprocessing, sys, time
+from torch.utils.data import Dataset
+from slabformer.tasks.engine.order import BatchOrder, decoding_loader
+from slabformer.tasks.engine.signals import StopSignals
+
+class Numbers(Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, key): return key[1]
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    order = BatchOrder(8, batch_size=1, seed=0, rank=0, world_size=1, shuffle=False, drop_last=True)
+    loader = decoding_loader(Numbers(), order, 1, list)
+    seen = []
+    with StopSignals() as signals:
+        for batch in loader:
+            seen += batch
+            if len(seen) == 1:
+                print("delivered", flush=True)
+                while not signals.received:
+                    time.sleep(0.01)
+                time.sleep(0.1)
+    print(signals.received, seen, flush=True)
+    list(loader)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups that take signals")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(start: str, signum: int, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py", start], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "delivered\n"
+    os.killpg(process.pid, signum)
+    output, _ = process.communicate(timeout=60)
+    assert output == f"{int(signum)} [0, 1, 2, 3, 4, 5, 6, 7]\n"
+    assert process.returncode == 0
