@@ -235,9 +235,9 @@ def test_a_kill_while_the_run_is_deleted_leaves_the_rest_listed(
 def test_a_manifest_that_names_files_elsewhere_is_refused(entry: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "outside.txt").write_text("mine")
-    manifest = {"writer": "slabformer run", "files": [entry]}
+    manifest = {"writer": "run", "files": [entry]}
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"manifest\.json is not the list of a run's files"):
+    with pytest.raises(ValueError, match=r"manifest\.json is not the list of what a run wrote"):
         run_in(tmp_path / "run").claimed(overwrite=True).__enter__()
     assert (tmp_path / "outside.txt").exists()
 

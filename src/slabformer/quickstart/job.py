@@ -28,11 +28,17 @@ from slabformer.tasks.classification.sources import DataConfig
 from slabformer.tasks.classification.train import TrainResult, train
 from slabformer.tasks.engine.config import LrConfig, OptimizerConfig
 from slabformer.tasks.engine.files import replaced, write_text
+from slabformer.tasks.engine.manifest import Manifest, read_mapping
 from slabformer.tasks.engine.observers import Observer
 from slabformer.tasks.saved_model import load_model, save_model
 
 SLAB, TWIN = "slab_deit_micro", "deit_micro"
 BATCH_SIZES = (1, 64)
+#: what is written beside the two runs
+OUTPUTS = (
+    *("summary.json", "report.html", "metrics.csv", "config.yaml", "bench.csv", "bench.json", "bench.png"),
+    *("model.safetensors", "twin.safetensors", "fused.safetensors"),
+)
 #: what the fused model may differ by, as a share of the output's root mean square
 FUSED_RTOL = 1e-5
 
@@ -137,14 +143,26 @@ def _silent(title: str) -> AbstractContextManager[Callable[[str], None]]:
 
 
 def _clear(output: Path) -> None:
-    """Remove what an earlier quickstart left in ``output``, and nothing else."""
+    """Remove what an earlier quickstart wrote to ``output``, and nothing else; its runs do so by themselves.
+
+    Raises:
+        NotADirectoryError: If ``output`` is a file.
+        ValueError: If a file of the user's is in the way.
+    """
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output} is a file; give another output folder")
     output.mkdir(parents=True, exist_ok=True)
-    for name in (SLAB, TWIN):
-        shutil.rmtree(output / name, ignore_errors=True)
-    for name in ("summary.json", "report.html", "metrics.csv", "config.yaml", "model.safetensors", "fused.safetensors"):
-        (output / name).unlink(missing_ok=True)
+    manifest = Manifest(output, "quickstart")
+    known = manifest.names() if manifest.exists else _written_without_manifest(output)
+    manifest.delete(known)
+    manifest.refuse_strangers(OUTPUTS, set())
+    manifest.write(OUTPUTS)
+
+
+def _written_without_manifest(output: Path) -> set[str]:
+    """What a quickstart of an older version wrote, known by its configuration, which it wrote last but one."""
+    config = output / "config.yaml"
+    return set(OUTPUTS) if config.is_file() and "quickstart" in read_mapping(config, yaml.safe_load) else set()
 
 
 def _test_images(config: TrainConfig) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -19,14 +19,13 @@ import yaml
 
 from slabformer._files import FileLock, acquire, sweep
 from slabformer.tasks.engine.checkpoint import CheckpointStore
-from slabformer.tasks.engine.files import read_text, write_text
+from slabformer.tasks.engine.files import write_text
+from slabformer.tasks.engine.manifest import Manifest, read_mapping
 from slabformer.tasks.engine.observers import EVENTS
 
 logger = logging.getLogger(__name__)
 Found = Literal["new", "unfinished", "finished"]
-MANIFEST, LOCK = "manifest.json", ".run.lock"
-#: what marks a manifest as ours
-WRITER = "slabformer run"
+LOCK = ".run.lock"
 #: keys that every resolved recipe has
 RECIPE_KEYS = {"output", "resume", "overwrite", "save_every"}
 #: errors of file systems that know no locks
@@ -60,6 +59,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Mapping[str, Any], harmless: Iterable[str] = ()) -> None:
         self.path, self.config, self.harmless = path, json.loads(json.dumps(config)), frozenset(harmless)
+        self.manifest = Manifest(path, "run")
 
     @property
     def config_path(self) -> Path:
@@ -74,7 +74,7 @@ class RunFolder:
     @property
     def reserved(self) -> set[str]:
         """Names that the run writes, which must be free for it."""
-        return {MANIFEST, self.config_path.name, self.RESULT, *self.OUTPUTS}
+        return {self.config_path.name, self.RESULT, *self.OUTPUTS}
 
     def look(self) -> Found:
         """What is in the folder; nothing is written.
@@ -109,21 +109,15 @@ class RunFolder:
         with self._locked():
             sweep(self.path)
             if overwrite:
-                self._delete_run()
+                self.manifest.delete(self._known())
             known = self._known()
             if self.RESULT in known and self.result_path.exists():
                 raise FolderInUseError(
                     f"another process has just finished the run in {self.path}; give the command again"
                 )
             self._sweep_old(known)
-            present = {name for name in self.reserved if (self.path / name).exists()} | self._checkpoint_names()
-            foreign = sorted(present - known)
-            if foreign:
-                raise ValueError(
-                    f"{self.path / foreign[0]} is in the way and no run of this folder wrote it; move it, or choose "
-                    "another output folder"
-                )
-            self._write_manifest(known | {MANIFEST, self.config_path.name})
+            self.manifest.refuse_strangers(self.reserved | self._checkpoint_names(), known)
+            self.manifest.write(known | {self.config_path.name})
             write_text(self.config_path, yaml.safe_dump(self.config, sort_keys=False))
             yield
 
@@ -133,20 +127,24 @@ class RunFolder:
         Raises:
             FolderInUseError: If another process writes to it.
             NotADirectoryError: If something else is in its place.
+            ValueError: If a file of the user's is in the way.
         """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"{self.path} is a file; give another output folder")
         # of several ranks one writes: the others must not take it for another run
-        if (self.path / LOCK).exists() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not self.path.exists():
+            return
+        if (self.path / LOCK).exists():
             with self._locked():
                 pass
+        self.manifest.refuse_strangers(self.reserved | self._checkpoint_names(), self._known())
 
     def record(self, *names: str) -> None:
         """Note in the manifest that the run is about to write ``names``; checkpoints that are gone are dropped."""
         known = self._known()
         if not known.issuperset(names):
             kept = {name for name in known if name in self.reserved or (self.path / name).exists()}
-            self._write_manifest(kept.union(names))
+            self.manifest.write(kept.union(names))
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Note ``result``; from now on the run is finished."""
@@ -196,15 +194,7 @@ class RunFolder:
 
     def _known(self) -> set[str]:
         """Names of what runs in this folder wrote: of its manifest, or of what an older version's run leaves."""
-        if not (self.path / MANIFEST).exists():
-            return self._written_without_manifest()
-        manifest = read_mapping(self.path / MANIFEST, json.loads)
-        names = manifest.get("files")
-        if manifest.get("writer") != WRITER or not isinstance(names, list) or not all(map(_is_name, names)):
-            raise ValueError(
-                f"{self.path / MANIFEST} is not the list of a run's files; move it, or choose another output folder"
-            )
-        return set(names)
+        return self.manifest.names() if self.manifest.exists else self._written_without_manifest()
 
     def _written_without_manifest(self) -> set[str]:
         """What is unmistakably of a run of ours, by the recipe beside it and by its exact name."""
@@ -217,24 +207,6 @@ class RunFolder:
     def _checkpoint_names(self) -> set[str]:
         return {path.name for path in CheckpointStore(self.path).paths()}
 
-    def _write_manifest(self, names: Iterable[str]) -> None:
-        text = json.dumps({"writer": WRITER, "files": sorted(names)}, indent=2)
-        write_text(self.path / MANIFEST, text + "\n")
-
-    def _delete_run(self) -> None:
-        """Delete what runs in this folder wrote, the manifest last: a kill leaves the rest listed."""
-        known = self._known()
-        for name in sorted(known - {MANIFEST}):
-            path = self.path / name
-            if path.is_dir() and not path.is_symlink():
-                logger.info("deleting %s", path)
-                shutil.rmtree(path)
-            elif path.exists() or path.is_symlink():
-                logger.info("deleting %s", path)
-                path.unlink()
-        if MANIFEST in known:
-            (self.path / MANIFEST).unlink(missing_ok=True)
-
     def _sweep_old(self, known: set[str]) -> None:
         """Delete what a killed run of an older version left half-written."""
         if self.config_path.name not in known:
@@ -243,26 +215,6 @@ class RunFolder:
             if HALF_WRITTEN.fullmatch(path.name):
                 logger.info("deleting %s, left by a killed run", path)
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """What ``parse`` makes of the text in ``path``.
-
-    Raises:
-        ValueError: If it is not text, does not parse, or is no mapping; names the file.
-    """
-    try:
-        value = parse(read_text(path))
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} cannot be read: it holds {type(value).__name__}, not keys and values")
-    return value
-
-
-def _is_name(value: Any) -> bool:
-    """Whether an entry of a manifest is a file's name, and no path out of the folder."""
-    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & set("/\\:\0")
 
 
 def _owner(lock: Path) -> str:
