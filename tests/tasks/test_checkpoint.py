@@ -66,7 +66,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
             return Path.touch, (tmp_path / "ran",)
 
     write_checkpoint(tmp_path / "checkpoint-1.pt", {"model": Evil()})
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint-1.pt holds other things .*[Ww]eights.only"):
         read_checkpoint(tmp_path / "checkpoint-1.pt")
     assert not (tmp_path / "ran").exists()
 

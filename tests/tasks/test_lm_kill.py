@@ -156,3 +156,24 @@ def test_a_checkpoint_without_checksums_is_taken_with_a_warning(
     (config_folder(stopped) / "checkpoint-10" / "checksums.json").unlink()
     assert_same_run(train(stopped).output, whole)
     assert "checkpoint-10 has no checksums.json and cannot be checked" in caplog.text
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    config = tiny_config(tmp_path / "run")
+    save = LanguageTrainer._save_optimizer_and_scheduler
+
+    def fill(self: LanguageTrainer, folder: str) -> None:
+        if self.state.global_step == 10:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        save(self, folder)
+
+    monkeypatch.setattr(LanguageTrainer, "_save_optimizer_and_scheduler", fill)
+    try:
+        with pytest.raises(OSError, match=str(tmp_path / "run" / "checkpoint-10")):
+            train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert CheckpointFolders(config_folder(config)).paths() == [config_folder(config) / "checkpoint-5"]
+    assert not list(config_folder(config).glob(".*"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import slabformer as sf
-from slabformer.tasks.engine.checkpoint import CheckpointStore
+from slabformer.tasks.engine.checkpoint import CheckpointStore, read_checkpoint
 from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.loop import Trainer
 from slabformer.tasks.engine.nonfinite import NonFiniteError
@@ -226,3 +226,30 @@ def test_bf16_autocasts_the_step_and_keeps_weights_in_float32() -> None:
     trainer.fit()
     assert set(seen) == {torch.bfloat16}
     assert trainer.model.weight.dtype == torch.float32
+
+
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused_in_words(tmp_path: Path) -> None:
+    def adam(width: int, folder: Path) -> Trainer:
+        model = nn.Linear(6, width)
+        trainer = make_trainer(model=model, store=CheckpointStore(folder))
+        trainer.optimizer = torch.optim.AdamW(model.parameters())
+        return trainer
+
+    trainer = adam(2, tmp_path)
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    trainer.optimizer.step()
+    trainer.position.step = 1
+    trainer.save()
+    state = read_checkpoint(tmp_path / "checkpoint-1.pt")
+    with pytest.raises(
+        ValueError, match=r"another model: 2 tensors differ \(first: bias, \(2,\) in the checkpoint, \(3,\)"
+    ):
+        adam(3, tmp_path).resume()
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3, 6)
+    CheckpointStore(tmp_path).save(1, state)
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is \(3, 6\), the parameter \(2, 6\)"):
+        adam(2, tmp_path).resume()
+    CheckpointStore(tmp_path).save(1, {name: part for name, part in state.items() if name != "meter"})
+    with pytest.raises(ValueError, match="the checkpoint holds no 'meter'"):
+        adam(2, tmp_path).resume()

@@ -42,7 +42,15 @@ class ModelInfo(SavedInfo):
         return self.model
 
     def build(self) -> nn.Module:
-        """The model as timm builds it."""
+        """The model as timm builds it.
+
+        Raises:
+            ValueError: If the arguments are not those of an architecture: a file may not name another one to load.
+        """
+        # here, so that the package can be used without timm
+        from slabformer.models.arguments import check_arguments
+
+        check_arguments(self.model, self.model_args)
         return create_model(self.model, **self.model_args)
 
     @classmethod

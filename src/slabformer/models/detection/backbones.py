@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slabformer.models import deit, swin
+from slabformer.models.arguments import check_arguments
 from slabformer.models.detection.token_pyramid import STRIDES, TokenPyramid
 from slabformer.models.norms import NormLayer, resolve_norm_layer
 from slabformer.models.official import PublishedLayout
@@ -161,6 +162,20 @@ def create_backbone(
     if isinstance(body, FeatureGetterNet) and len(set(body.feature_info.reduction())) == 1:
         return _from_tokens(body.model, "layernorm", output_norm)
     return TimmBackbone(body, _output_norm(output_norm or "none"))
+
+
+def check_backbone_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments for :func:`create_backbone` that a file or a recipe may not set.
+
+    Raises:
+        ValueError: See :func:`slabformer.models.arguments.check_arguments`; ``norm``, ``output_norm`` and ``published``
+            are allowed beside those.
+    """
+    own = {"norm": str, "output_norm": str, "published": bool}
+    for key, kind in own.items():
+        if not isinstance(arguments.get(key), kind | None):
+            raise ValueError(f"argument {key!r} of a backbone must be {kind.__name__} or null, got {arguments[key]!r}")
+    check_arguments(name, {key: value for key, value in arguments.items() if key not in own})
 
 
 def freeze_norm_statistics_(model: nn.Module, frozen: bool = True) -> None:

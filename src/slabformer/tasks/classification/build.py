@@ -9,6 +9,7 @@ from torch import nn
 
 import slabformer as sf
 from slabformer._extras import require
+from slabformer.models.arguments import check_arguments
 from slabformer.tasks.classification.config import ModelConfig
 from slabformer.tasks.saved_model import create_model, load_model
 
@@ -32,7 +33,12 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> tuple
 
 
 def model_arguments(config: ModelConfig, num_classes: int, image_size: int) -> dict[str, Any]:
-    """What ``timm.create_model`` is given: ``img_size`` only where the model's own is another."""
+    """What ``timm.create_model`` is given: ``img_size`` only where the model's own is another.
+
+    Raises:
+        ValueError: If one of ``config.args`` is not of the model's architecture.
+    """
+    check_arguments(config.name, config.args)
     default = require("timm.models", extra="vision").get_pretrained_cfg(config.name)
     own = default.input_size[-1] if default is not None else None
     size = {} if image_size == own else {"img_size": image_size}

@@ -9,7 +9,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 import slabformer as sf
-from slabformer.models.detection.backbones import Backbone, create_backbone, freeze_norm_statistics_
+from slabformer.models.detection.backbones import (
+    Backbone,
+    check_backbone_arguments,
+    create_backbone,
+    freeze_norm_statistics_,
+)
 from slabformer.models.detection.config import DetectorConfig
 from slabformer.models.detection.mask_rcnn import Detector, build_detector
 from slabformer.models.detection.weights import load_backbone_weights
@@ -51,7 +56,12 @@ def build_model(config: ModelConfig, settings: DetectorConfig, class_names: list
 
 
 def backbone_args(config: ModelConfig) -> dict[str, Any]:
-    """What :func:`slabformer.models.detection.backbones.create_backbone` is given beside the name."""
+    """What :func:`slabformer.models.detection.backbones.create_backbone` is given beside the name.
+
+    Raises:
+        ValueError: If one of ``config.args`` is not of the backbone's architecture.
+    """
+    check_backbone_arguments(config.backbone, config.args)
     switches = {"norm": config.norm, "output_norm": config.output_norm, "published": config.published or None}
     return {**config.args, **{name: value for name, value in switches.items() if value is not None}}
 

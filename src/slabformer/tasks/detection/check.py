@@ -33,6 +33,7 @@ from slabformer.tasks.detection.schema import (
 )
 from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.images import UNREADABLE, read_image
+from slabformer.tasks.paths import path_inside
 
 MOST_EXAMPLES = 3
 #: EXIF orientations that swap width and height
@@ -242,9 +243,13 @@ def _image_findings(annotations: CocoAnnotations, split: Split) -> Iterator[Find
 def _file_findings(
     annotations: CocoAnnotations, data: DetectionData, folder: Path, decode: bool, progress: Callable[[], None] | None
 ) -> Iterator[Finding]:
-    missing, damaged, other = [], [], []
+    missing, damaged, other, outside = [], [], [], []
     for image in annotations.images:
-        path = folder / image.file_name
+        try:
+            path = path_inside(folder, image.file_name)
+        except ValueError:
+            outside.append(f"{image.file_name!r} of image {image.id}")
+            continue
         try:
             size = read_image(path, upright=data.upright).size if decode else size_of(path, upright=data.upright)
             if size != (image.width, image.height):
@@ -256,6 +261,7 @@ def _file_findings(
         if progress is not None:
             progress()
     stops = len(missing) + len(damaged) + len(other) > data.limit(len(annotations.images))
+    yield from _finding(f"images whose file_name leaves {folder}", outside, stops=bool(outside))
     yield from _finding(f"images that are not in {folder}", missing, stops)
     yield from _finding("images that cannot be read", damaged, stops)
     yield from _finding("images of another size than listed", other, stops)

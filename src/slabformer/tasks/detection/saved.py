@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slabformer.models.detection.backbones import create_backbone
+from slabformer.models.detection.backbones import check_backbone_arguments, create_backbone
 from slabformer.models.detection.config import DetectorConfig
 from slabformer.models.detection.mask_rcnn import Detector, build_detector
 from slabformer.tasks.saved_file import SavedInfo, load_with_info, save_with_info
@@ -45,7 +45,12 @@ class DetectorInfo(SavedInfo):
         return f"a detector on {self.backbone}"
 
     def build(self) -> Detector:
-        """The detector with fresh weights."""
+        """The detector with fresh weights.
+
+        Raises:
+            ValueError: If the arguments are not those of an architecture: a file may not name another one to load.
+        """
+        check_backbone_arguments(self.backbone, self.backbone_args)
         return build_detector(create_backbone(self.backbone, **self.backbone_args), self.detector)
 
     @classmethod

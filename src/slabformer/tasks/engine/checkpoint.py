@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import pickle
 import re
 import shutil
 from abc import ABC
@@ -77,7 +78,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     header, payload = bytes(data[:HEADER_LENGTH]), data[HEADER_LENGTH:]
     if header != MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n":
         raise DamagedCheckpointError(f"{path} is truncated or altered: its checksum does not fit its contents")
-    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DamagedCheckpointError(f"{path} holds other things than tensors and plain values: {reason}") from error
+    if not isinstance(state, dict):
+        raise DamagedCheckpointError(f"{path} holds {type(state).__name__}, not the state of a run")
+    return state
 
 
 class Checkpoints(ABC):
@@ -160,9 +168,13 @@ class CheckpointFolders(Checkpoints):
         return f"checkpoint-{step}"
 
     @contextmanager
-    def writing(self) -> Iterator[Path]:
-        """A folder for :meth:`keep_from` that is gone when the block ends; it lies where a rename is enough."""
-        with errors_of(self.folder), workspace(self.folder) as place:
+    def writing(self, step: int) -> Iterator[Path]:
+        """A folder for :meth:`keep_from` that is gone when the block ends; it lies where a rename is enough.
+
+        Raises:
+            OSError: If the disk is full or the folder cannot be written to, naming the checkpoint of ``step``.
+        """
+        with errors_of(self.folder / self.name(step)), workspace(self.folder) as place:
             yield place
 
     def keep_from(self, place: Path, step: int) -> Path:

@@ -62,7 +62,7 @@ class Trainer(Training):
         if found is None:
             return None
         path, state = found
-        refuse_difference(state["fingerprint"], self.fingerprint, f"{path} belongs to another run")
+        refuse_difference(state.get("fingerprint", {}), self.fingerprint, f"{path} belongs to another run")
         restore(self, state)
         self._saved_step = self.position.step
         return path

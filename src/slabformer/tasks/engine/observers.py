@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slabformer._extras import require
-from slabformer.tasks.engine.files import write_text
+from slabformer.tasks.engine.files import errors_of, write_text
 
 #: files of TensorBoard
 EVENTS = "events.out.tfevents.*"
@@ -97,8 +97,12 @@ class CsvFile:
         write_text(self.path, self._format([dict(zip(self.columns, self.columns, strict=True)), *kept]))
 
     def append(self, row: dict[str, float]) -> None:
-        """Add ``row`` in one write."""
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        """Add ``row`` in one write.
+
+        Raises:
+            OSError: If the disk is full or the file cannot be written to.
+        """
+        with errors_of(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(self._format([row]))
 
     def _format(self, rows: Iterable[dict[str, Any]]) -> str:

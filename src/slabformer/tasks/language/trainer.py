@@ -145,7 +145,7 @@ class LanguageTrainer(Trainer):
         if name is not None:
             raise NonFiniteError(f"{name} became non-finite by step {self.state.global_step}; {self._kept()}")
         main = self.is_world_process_zero()
-        with self._checkpoints.writing() if main else nullcontext() as place:
+        with self._checkpoints.writing(self.state.global_step) if main else nullcontext() as place:
             self._place = Path(broadcast(None if place is None else str(place)))
             try:
                 super()._save_checkpoint(model, trial)
