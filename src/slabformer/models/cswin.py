@@ -29,7 +29,7 @@ class MapLinearAttention(WindowLinearAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid_size: Grid, window_size: Grid | None = None) -> Tensor:
         """Attention over all tokens on ``grid_size``, or in windows if such are given."""
-        return super().forward(q, k, v, grid_size, window_size or grid_size)
+        return self.inside(q, k, v, grid_size, grid_size if window_size is None else window_size)
 
 
 class CrossShapedAttention(nn.Module):
@@ -56,7 +56,10 @@ class CrossShapedAttention(nn.Module):
         """Attention over tokens on ``grid_size``."""
         count = len(self.attns)
         shares = self.qkv(x).chunk(3 * count, dim=-1)  # every branch's queries, then their keys, then their values
-        out = [branch(*shares[i::count], grid_size) for i, branch in enumerate(self.attns)]
+        out = [
+            branch(shares[i], shares[count + i], shares[2 * count + i], grid_size)
+            for i, branch in enumerate(self.attns)
+        ]
         return self.proj_drop(self.proj(torch.cat(out, -1) if count > 1 else out[0]))
 
     def set_grid_size(self, grid_size: Grid) -> None:

@@ -103,7 +103,10 @@ class SlabDeiT(DeiT):
         """Images ``(B, in_chans, H, W)`` to normed tokens ``(B, N, C)``."""
         x, grid = self._embed(x)
         for block in self.blocks:
-            x = self._run(block, x, grid, attn_mask, is_causal)
+            if self.grad_checkpointing and not torch.jit.is_scripting() and torch.is_grad_enabled():
+                x = checkpoint(block, x, attn_mask, is_causal, grid)
+            else:
+                x = block(x, attn_mask, is_causal, grid)
         return self.norm(x)
 
     def forward_intermediates(
@@ -154,7 +157,7 @@ class SlabDeiT(DeiT):
         return block(x, attn_mask, is_causal, grid)
 
 
-_FIXED: dict[str, Any] = {"fixed_input_size": True}
+_FIXED: dict[str, Any] = {"fixed_input_size": True, "pool_size": None}
 _MICRO_CFG: dict[str, Any] = _FIXED | {"num_classes": 10, "input_size": (3, 32, 32)}
 _CFGS: dict[str, Any] = {
     "deit_tiny_prepbn": cfg("deit_tiny_prepbn", **_FIXED),

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from timm.layers import Mlp, to_2tuple
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import nn
 
 from slabformer.models.norms import NormLayer, resolve_norm_layer
 from slabformer.models.official import PublishedLayout
@@ -20,42 +19,14 @@ from slabformer.models.stages import (
     Block,
     ConvEmbed,
     ConvMerge,
+    PVTStage,
     Stage,
     check_attention,
     drop_path_rates,
     grid_sizes,
 )
 from slabformer.nn.attention_variants import PyramidAttention, PyramidLinearAttention, Resize
-from slabformer.nn.resample import Grid, resample_table
-
-
-class PVTStage(Stage):
-    """A stage whose tokens get a position table of their own.
-
-    Args:
-        dim: Channels ``C`` of its maps.
-        grid_size: Grid ``(H, W)`` that the table is made for.
-    """
-
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, dim: int, grid_size: Grid) -> None:
-        super().__init__(blocks, downsample)
-        self.grid_size = grid_size
-        self.pos_embed = nn.Parameter(torch.empty(1, grid_size[0] * grid_size[1], dim))
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Downsampling, then positions."""
-        x = super().embed(x)
-        grid = (x.shape[1], x.shape[2])
-        return x + resample_table(self.pos_embed, self.grid_size, grid).unflatten(1, grid)
-
-    @torch.no_grad()
-    def set_grid_size(self, grid_size: Grid) -> None:
-        """Resample every table of the stage to maps of another size for good."""
-        super().set_grid_size(grid_size)
-        table = resample_table(self.pos_embed, self.grid_size, grid_size)
-        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
-        self.grid_size = grid_size
+from slabformer.nn.resample import Grid
 
 
 class PVT(PyramidTransformer):

@@ -20,10 +20,12 @@ from slabformer.nn.resample import Grid
 class MapMlp(MlpWithDepthwiseConv):
     """timm's MLP with a depthwise 3x3 convolution before its activation, on maps ``(B, H, W, C)``."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # timm's takes tokens and their grid
+    # timm's takes tokens and their grid
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``(B, H, W, C)`` to the same."""
-        grid = [x.shape[1], x.shape[2]]
-        return super().forward(x.flatten(1, 2), grid).unflatten(1, grid)
+        maps = self.relu(self.fc1(x).permute(0, 3, 1, 2))
+        x = self.drop(self.act(self.dwconv(maps).permute(0, 2, 3, 1)))
+        return self.drop(self.fc2(x))
 
 
 class NormedStage(Stage):
@@ -39,7 +41,7 @@ class NormedStage(Stage):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps through the stage."""
-        return self.norm(super().forward(x))
+        return self.norm(self.run(x))
 
 
 class PVTv2(PVT):

@@ -1,20 +1,16 @@
 """What hierarchical families share: maps ``(B, H, W, C)`` through stages, then final norm, mean, head."""
 
-from __future__ import annotations
-
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from timm.layers import to_2tuple
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from slabformer.models.official import PublishedLayout, State, load_published, published_names, read_published
 from slabformer.models.pretrained import fit_head, fit_stem
-from slabformer.models.stages import Stage, grid_sizes
+from slabformer.models.stages import Stage, grid_sizes, pad_images
 from slabformer.nn.resample import resample_table
 
 
@@ -39,6 +35,8 @@ class PyramidTransformer(nn.Module):
     """
 
     published_layout: PublishedLayout
+    #: of :meth:`forward_features`
+    output_fmt = "NHWC"
 
     def __init__(
         self,
@@ -64,19 +62,21 @@ class PyramidTransformer(nn.Module):
             for i, (dim, stride) in enumerate(zip(embed_dims, strides, strict=True))
         ]
         self.patch_embed = patch_embed
+        self.in_chans = self._stem().in_channels
         self.stages = nn.ModuleList(stages)
         self.norm = norm
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         self.apply(_init_weights)
 
+    # this file has no postponed annotations: torch.fx copies these into its graphs, where TorchScript reads them
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, in_chans, H, W)`` to logits ``(B, num_classes)``."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to the last stage's maps ``(B, H, W, C)``, normed."""
-        x = self.patch_embed(self._pad(x))
+        x = self.patch_embed(pad_images(x, self.pad_to))
         for stage in self.stages:
             x = stage(x)
         return self.norm(x)
@@ -101,7 +101,7 @@ class PyramidTransformer(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
         taken, last = feature_take_indices(len(self.stages), indices)
-        x = self.patch_embed(self._pad(x))
+        x = self.patch_embed(pad_images(x, self.pad_to))
         features = []
         for index, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
@@ -137,8 +137,11 @@ class PyramidTransformer(nn.Module):
                 raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
             self.global_pool = global_pool
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        _init_weights(self.head)
+        stem = self._stem().weight
+        factory: dict[str, Any] = {"device": stem.device, "dtype": stem.dtype}
+        head = nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
+        _init_weights(head)
+        self.head = head.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in backward instead of keeping what they computed."""
@@ -165,9 +168,7 @@ class PyramidTransformer(nn.Module):
         """Load a published file, fitted to this model's head, input channels and image size; timm calls this."""
         state = read_published(checkpoint_path)
         fit_head(state, self.head)
-        stem = self.patch_embed.get_submodule("proj")
-        assert isinstance(stem, nn.Conv2d)
-        fit_stem(state, stem.in_channels, self.published_layout.name("patch_embed.proj"))
+        fit_stem(state, self.in_chans, self.published_layout.name("patch_embed.proj"))
         self.fit_tables(state)
         load_published(self, state)
 
@@ -186,16 +187,15 @@ class PyramidTransformer(nn.Module):
                 if side * side == state[name].shape[1]:
                     state[name] = resample_table(state[name], (side, side), grid)
 
+    def _stem(self) -> nn.Conv2d:
+        stem = self.patch_embed.get_submodule("proj")
+        assert isinstance(stem, nn.Conv2d)
+        return stem
+
     def _each_stage(self) -> Iterator[Stage]:
         for stage in self.stages:
             assert isinstance(stage, Stage)
             yield stage
-
-    def _pad(self, x: Tensor) -> Tensor:
-        # as plain numbers: a compiled graph then holds one size, where symbolic maps and windows compile for minutes
-        height, width = operator.index(x.shape[2]), operator.index(x.shape[3])
-        bottom, right = -height % self.pad_to, -width % self.pad_to
-        return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import difflib
 import sys
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import timm
-from timm.models import build_model_with_cfg
+import torch
+from timm.models import build_model_with_cfg, register_notrace_module
 from torch import nn
 
 from slabformer.models.pretrained import pretrained_source
 from slabformer.models.published import BY_MODEL
+from slabformer.nn import PRepBN, RepBN
+from slabformer.nn.attention import LinearAttentionCore
+from slabformer.nn.attention_variants import PyramidAttention
+from slabformer.nn.window_attention import StripeAttention
+from slabformer.nn.windows import ShiftedWindowAttention
+
+# leaves of traced graphs: their arithmetic on sizes is no place for proxies
+for _leaf in (RepBN, PRepBN, LinearAttentionCore, PyramidAttention, ShiftedWindowAttention, StripeAttention):
+    register_notrace_module(_leaf)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,7 +35,7 @@ def cfg(model: str, **kwargs: Any) -> dict[str, Any]:
         "custom_load": True,
         "num_classes": 1000,
         "input_size": (3, 224, 224),
-        "pool_size": None,
+        "pool_size": (7, 7),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
@@ -50,8 +61,10 @@ def create(
         variant: Its name.
         pretrained: Whether to load weights.
         defaults: Arguments of the variant; ``out_indices`` are the stages (or blocks) that ``features_only`` returns.
-        kwargs: The caller's arguments, which win; ``norm_layer`` is taken as timm's spelling of ``norm``.
+        kwargs: The caller's arguments, which win; ``norm_layer`` is taken as timm's spelling of ``norm``, ``device``
+            and ``dtype`` are those of all that is built.
     """
+    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     if "norm_layer" in kwargs:
         kwargs["norm"] = kwargs.pop("norm_layer")
     if pretrained:
@@ -59,7 +72,9 @@ def create(
         kwargs["pretrained_cfg_overlay"] = pretrained_source(variant, *sources)
     arguments = {"out_indices": (0, 1, 2, 3)} | defaults | kwargs
     features = {"out_indices": arguments.pop("out_indices"), "feature_cls": "getter"}
-    return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=features, **arguments)
+    with nullcontext() if device is None else torch.device(device):
+        model: Model = build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=features, **arguments)
+    return model if dtype is None else model.to(dtype)
 
 
 def twin_of(model: str) -> str | None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import DropPath, Mlp
-from timm.models import checkpoint
+from timm.models import checkpoint, register_notrace_function
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from slabformer.models.norms import NormLayer
-from slabformer.nn.resample import Grid
+from slabformer.nn.resample import Grid, resample_table
+
+register_notrace_function(resample_table)
 
 #: attention plans are one of these letters a stage
 ATTENTION = {"S": "softmax attention", "L": "simplified linear attention"}
@@ -120,6 +124,17 @@ class Block(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
+@register_notrace_function  # reason: sizes are proxies
+def pad_images(x: Tensor, multiple: int) -> Tensor:
+    """Images ``(B, in_chans, H, W)`` with zeros to the right and at the bottom, to a multiple on either axis."""
+    height, width = x.shape[2], x.shape[3]
+    if not torch.jit.is_scripting():
+        # as plain numbers: a compiled graph then holds one size, where symbolic maps and windows compile for minutes
+        height, width = operator.index(height), operator.index(width)
+    bottom, right = -height % multiple, -width % multiple
+    return F.pad(x, (0, right, 0, bottom)) if bottom > 0 or right > 0 else x
+
+
 class Stage(nn.Module):
     """Downsampling, then blocks: ``(B, H, W, C)`` to ``(B, H', W', C')``.
 
@@ -136,9 +151,16 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps through the stage."""
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The same, for subclasses that go on: TorchScript knows no ``super``."""
         x = self.embed(x)
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting() and torch.is_grad_enabled():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
         return x
 
     def embed(self, x: Tensor) -> Tensor:
@@ -151,3 +173,32 @@ class Stage(nn.Module):
             resample = getattr(block.attn, "set_grid_size", None)
             if resample is not None:
                 resample(grid_size)
+
+
+class PVTStage(Stage):
+    """A stage whose tokens get a position table of their own.
+
+    Args:
+        dim: Channels ``C`` of its maps.
+        grid_size: Grid ``(H, W)`` that the table is made for.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, dim: int, grid_size: Grid) -> None:
+        super().__init__(blocks, downsample)
+        self.grid_size = grid_size
+        self.pos_embed = nn.Parameter(torch.empty(1, grid_size[0] * grid_size[1], dim))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Downsampling, then positions."""
+        x = self.downsample(x)
+        grid = (x.shape[1], x.shape[2])
+        return x + resample_table(self.pos_embed, self.grid_size, grid).unflatten(1, grid)
+
+    @torch.no_grad()
+    def set_grid_size(self, grid_size: Grid) -> None:
+        """Resample every table of the stage to maps of another size for good."""
+        super().set_grid_size(grid_size)
+        table = resample_table(self.pos_embed, self.grid_size, grid_size)
+        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        self.grid_size = grid_size

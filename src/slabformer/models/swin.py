@@ -196,7 +196,7 @@ def stage_attention(
 
 
 _NAMES = ("swin_tiny_prepbn", "swin_small_prepbn", "slab_swin_tiny", "slab_swin_small", "slab_swin_base")
-_CFGS: dict[str, Any] = {name: cfg(name, pool_size=(7, 7)) for name in _NAMES}
+_CFGS: dict[str, Any] = {name: cfg(name) for name in _NAMES}
 default_cfgs = generate_default_cfgs(_CFGS)
 
 _TINY: dict[str, Any] = {"depths": (2, 2, 6, 2), "embed_dim": 96, "num_heads": (3, 6, 12, 24)}

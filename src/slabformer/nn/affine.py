@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -61,8 +63,9 @@ class Folded(nn.Module):
     is saved.
     """
 
-    weight: Tensor
-    bias: Tensor
+    if TYPE_CHECKING:  # TorchScript would read them
+        weight: Tensor
+        bias: Tensor
 
     def __init__(
         self,

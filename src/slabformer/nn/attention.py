@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from slabformer.nn.resample import Grid, resample_table, resize_tokens, resolve_
 from slabformer.ops.depthwise import depthwise_tokens
 from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.fused import fused_linear_attention
-from slabformer.ops.linear_attention import linear_attention, mask_tokens
+from slabformer.ops.linear_attention import composed_linear_attention, linear_attention, mask_tokens
 from slabformer.ops.native.linear_attention import Biases
 
 
@@ -35,7 +35,8 @@ class LinearAttentionCore(nn.Module):
         ValueError: If ``dim`` is no multiple of ``num_heads``.
     """
 
-    dwc: nn.Conv2d
+    if TYPE_CHECKING:  # TorchScript would read it
+        dwc: nn.Conv2d
     native = False
 
     def __init__(
@@ -55,7 +56,11 @@ class LinearAttentionCore(nn.Module):
 
     def heads(self, *tokens: Tensor) -> tuple[Tensor, ...]:
         """Tokens ``(B, N, C)`` as ``(B, num_heads, N, D)``, without a copy."""
-        return tuple(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in tokens)
+        return tuple(self.split(t) for t in tokens)
+
+    def split(self, x: Tensor) -> Tensor:
+        """The same for one tensor."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def attend(
         self,
@@ -106,7 +111,20 @@ class LinearAttentionCore(nn.Module):
         table: Tensor = self.positional_encoding
         if key_grid != self.grid_size:
             table = resample_table(table, self.grid_size, key_grid)
-        return self.heads(table)[0]
+        return self.split(table)
+
+    def composed(
+        self, q: Tensor, k: Tensor, v: Tensor, key_grid: Grid, grid: Grid | None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attention and depthwise branch of tokens ``(B, N, C)``, as TorchScript runs them: by torch's operators.
+
+        ``grid`` is that of the queries; without it the depthwise branch is off.
+        """
+        values = mask_tokens(self.split(v), mask).contiguous()
+        out = composed_linear_attention(self.split(q), self.split(k), values, self.table(key_grid), mask)
+        if grid is not None:
+            out = out + self.local(values, key_grid, grid)
+        return out.transpose(1, 2).flatten(2)
 
     def shared_kernels(self) -> tuple[Tensor, Tensor | None]:
         """The depthwise branch's kernels as :meth:`attend` takes them, one set for all heads."""
@@ -179,7 +197,6 @@ class SimplifiedLinearAttention(LinearAttentionCore):
         self,
         x: Tensor,
         context: Tensor | None = None,
-        *,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         grid_size: Grid | None = None,
@@ -198,6 +215,8 @@ class SimplifiedLinearAttention(LinearAttentionCore):
         """
         if is_causal:
             raise ValueError("SimplifiedLinearAttention is not causal; mask keys with a boolean (B, N) attn_mask")
+        if torch.jit.is_scripting():
+            return self.scripted(x, context, attn_mask, grid_size, context_grid_size)
         tokens, biases = self._project(x, context)
         q, k, v = self.heads(*tokens)
         key_grid = resolve_grid(k.shape[2], grid_size if context is None else context_grid_size, self.grid_size)
@@ -212,6 +231,26 @@ class SimplifiedLinearAttention(LinearAttentionCore):
             out = self.attend(q, k, v, key_grid, mask)
             out = out if grid is None else out + self.local(v, key_grid, grid)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def scripted(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        grid_size: Grid | None = None,
+        context_grid_size: Grid | None = None,
+    ) -> Tensor:
+        """The forward in what TorchScript knows."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        given = grid_size
+        if context is not None:
+            _, k, v = self.qkv(context).chunk(3, dim=-1)
+            given = context_grid_size
+        key_grid = resolve_grid(k.shape[1], given, self.grid_size)
+        grid: Grid | None = None
+        if grid_size is not None or k.shape[1] == q.shape[1]:
+            grid = resolve_grid(q.shape[1], grid_size, key_grid)
+        return self.proj_drop(self.proj(self.composed(q, k, v, key_grid, grid, key_mask(attn_mask))))
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Sequence[Tensor], Biases]:
         if context is None:
@@ -250,11 +289,12 @@ def key_mask(attn_mask: Tensor | None) -> Tensor | None:
     """
     if attn_mask is None:
         return None
-    mask = attn_mask[:, 0, 0] if attn_mask.ndim == 4 and attn_mask.shape[1:3] == (1, 1) else attn_mask
+    for_all_queries = attn_mask.ndim == 4 and attn_mask.shape[1] == 1 and attn_mask.shape[2] == 1
+    mask = attn_mask[:, 0, 0] if for_all_queries else attn_mask
     if mask.dtype != torch.bool or mask.ndim != 2:
         raise ValueError(
             f"linear attention masks keys alone: attn_mask must be boolean (B, M) or (B, 1, 1, M), "
-            f"got {attn_mask.dtype} {tuple(attn_mask.shape)}"
+            f"got {attn_mask.dtype} {list(attn_mask.shape)}"
         )
     return mask
 

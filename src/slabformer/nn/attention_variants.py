@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,27 @@ from slabformer.ops.native.linear_attention import Biases
 Resize = Literal["2d", "1d"]
 
 
-class PyramidAttention(nn.Module):
+class SpatialReduction(nn.Module):
+    """What both have: a map reduced by an unpadded strided convolution and a norm."""
+
+    if TYPE_CHECKING:  # TorchScript would read them
+        sr: nn.Conv2d
+        norm: nn.Module
+        sr_ratio: int
+
+    def reduced(self, x: Tensor, grid_size: Grid) -> Tensor:
+        """Tokens ``(B, N, C)`` on ``grid_size`` to fewer ones.
+
+        Raises:
+            ValueError: If the grid is smaller than a stride.
+        """
+        if min(grid_size[0], grid_size[1]) < self.sr_ratio:
+            raise ValueError(f"a grid of {grid_size[0]}x{grid_size[1]} cannot be reduced by sr_ratio {self.sr_ratio}")
+        maps = self.sr(x.unflatten(1, grid_size).permute(0, 3, 1, 2))
+        return self.norm(maps.permute(0, 2, 3, 1).flatten(1, 2))
+
+
+class PyramidAttention(SpatialReduction):
     """Softmax attention with spatial reduction (Wang et al. 2021, PVT), on ``F.scaled_dot_product_attention``.
 
     With ``sr_ratio > 1`` keys and values come from the map reduced by an unpadded strided convolution and a norm. Where
@@ -67,12 +87,11 @@ class PyramidAttention(nn.Module):
 
     def forward(self, x: Tensor, grid_size: Grid | None = None) -> Tensor:
         """Attention over tokens ``(B, N, C)`` on ``grid_size``, by default a square."""
-        reduced = x
-        if self.sr_ratio > 1:
-            grid = resolve_grid(x.shape[1], grid_size, (0, 0))
-            reduced = reduce_tokens(x, grid, self.sr, self.norm)
-        tokens = (self.q(x), *self.kv(reduced).chunk(2, dim=-1))
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in tokens)
+        keys_values = x
+        if hasattr(self, "sr"):
+            keys_values = self.reduced(x, resolve_grid(x.shape[1], grid_size, (0, 0)))
+        k, v = self.kv(keys_values).chunk(2, dim=-1)
+        q, k, v = [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (self.q(x), k, v)]
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
@@ -81,7 +100,7 @@ class PyramidAttention(nn.Module):
         return f"{self.dim}, num_heads={self.num_heads}, sr_ratio={self.sr_ratio}"
 
 
-class PyramidLinearAttention(LinearAttentionCore):
+class PyramidLinearAttention(SpatialReduction, LinearAttentionCore):
     """:class:`SimplifiedLinearAttention` as pyramid backbones hold it: separate ``q`` and ``kv``, spatial reduction.
 
     With ``sr_ratio > 1`` keys and values come from the map reduced by an unpadded strided convolution and a norm, the
@@ -142,14 +161,18 @@ class PyramidLinearAttention(LinearAttentionCore):
         """Attention over tokens ``(B, N, C)`` on ``grid_size``; by default the table's, or a square."""
         r = self.sr_ratio
         grid = resolve_grid(x.shape[1], grid_size, (self.grid_size[0] * r, self.grid_size[1] * r))
-        reduced = reduce_tokens(x, grid, self.sr, self.norm) if r > 1 else x
+        reduced = x
+        if hasattr(self, "sr"):
+            reduced = self.reduced(x, grid)
+        key_grid = _reduced(grid, r)
+        if torch.jit.is_scripting():
+            return self.scripted(x, reduced, grid, key_grid)
         biases: Biases = (None, None, None)
         if r > 1:
             tokens = [self.q(x), self.kv(reduced)]
         else:
             tokens, biases = self.project(x, self.q, self.kv)
         q, k, v = self.heads(tokens[0], *tokens[1].chunk(2, dim=-1))
-        key_grid = _reduced(grid, r)
         if grid == key_grid and has_kernel(q, k, v, self.native):
             out = self.attend(q, k, v, key_grid, None, self.shared_kernels(), biases)
         else:
@@ -160,21 +183,18 @@ class PyramidLinearAttention(LinearAttentionCore):
             out = out + self.local(v, key_grid, grid)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
+    def scripted(self, x: Tensor, reduced: Tensor, grid: Grid, key_grid: Grid) -> Tensor:
+        """The rest of the forward in what TorchScript knows."""
+        k, v = self.kv(reduced).chunk(2, dim=-1)
+        if self.resize == "2d" or key_grid == grid:
+            return self.proj_drop(self.proj(self.composed(self.q(x), k, v, key_grid, grid)))
+        out = self.composed(self.q(x), k, v, key_grid, None)
+        values = resize_tokens_1d(self.split(v).flatten(0, 1), x.shape[1]).unflatten(0, (x.shape[0], self.num_heads))
+        return self.proj_drop(self.proj(out + self.local(values, grid, grid).transpose(1, 2).flatten(2)))
+
     def set_grid_size(self, grid_size: Grid) -> None:
         """Resample the position table for inputs on a new grid for good."""
         super().set_grid_size(_reduced(grid_size, self.sr_ratio))
-
-
-def reduce_tokens(x: Tensor, grid_size: Grid, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """Tokens ``(B, N, C)`` on ``grid_size`` through a strided convolution and a norm: fewer tokens.
-
-    Raises:
-        ValueError: If the grid is smaller than a stride.
-    """
-    if min(grid_size) < conv.stride[0]:
-        raise ValueError(f"a grid of {grid_size[0]}x{grid_size[1]} cannot be reduced by sr_ratio {conv.stride[0]}")
-    maps = conv(x.unflatten(1, grid_size).permute(0, 3, 1, 2))
-    return norm(maps.permute(0, 2, 3, 1).flatten(1, 2))
 
 
 def _reduced(grid_size: Grid, sr_ratio: int) -> Grid:

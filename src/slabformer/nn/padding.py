@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,8 +30,9 @@ class PadTokens(nn.Module):
         ValueError: If the input is no map of ``dim`` channels.
     """
 
-    value: Tensor | None
-    _place: Tensor
+    if TYPE_CHECKING:  # TorchScript would read them
+        value: Tensor | None
+        _place: Tensor
 
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -40,8 +43,8 @@ class PadTokens(nn.Module):
     def forward(self, x: Tensor, pad_h: int, pad_w: int) -> Tensor:
         """``x`` with ``pad_h`` more rows and ``pad_w`` more columns; ``x`` itself where both are 0."""
         if x.ndim != 4 or x.shape[-1] != self.dim:
-            raise ValueError(f"PadTokens takes maps (B, H, W, {self.dim}), got {tuple(x.shape)}")
-        if not (pad_h or pad_w):
+            raise ValueError(f"PadTokens takes maps (B, H, W, {self.dim}), got {list(x.shape)}")
+        if pad_h == 0 and pad_w == 0:
             return x
         if self.value is None:
             return F.pad(x, (0, 0, 0, pad_w, 0, pad_h))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,9 @@ class PRepBN(nn.Module):
         ValueError: As :class:`RepBN`; and if ``channel_dim`` is 1 and no ``norm`` is given.
     """
 
-    gamma: Tensor
+    if TYPE_CHECKING:  # TorchScript would read it
+        gamma: Tensor
+    __jit_unused_properties__ = ("normalized_shape", "eps", "weight", "bias", "phase")
 
     def __init__(
         self,
@@ -66,6 +68,10 @@ class PRepBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The branches that ``phase`` calls for; see the class."""
+        if torch.jit.is_scripting():
+            if self.training or self.blend_in_eval:
+                raise RuntimeError("norms in TorchScript are for inference; call eval() on the scripted model")
+            return self.rep(x)
         if not (self.training or self.blend_in_eval):
             return self.rep(x)
         if self.phase == "done":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -43,9 +45,10 @@ class RepBN(nn.Module):
             training batch holds a single token.
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
+    if TYPE_CHECKING:  # TorchScript would read them
+        running_mean: Tensor
+        running_var: Tensor
+        num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -79,6 +82,12 @@ class RepBN(nn.Module):
 
     def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor:
         """RepBN of ``x``, times the scalar tensor ``share`` where one is given."""
+        if torch.jit.is_scripting():
+            if self.training or share is not None:
+                raise RuntimeError("norms in TorchScript are for inference; call eval() on the scripted model")
+            return self._by_running_statistics(
+                x.movedim(self.channel_dim, -1), self.weight, self.bias, self.eta
+            ).movedim(-1, self.channel_dim)
         tokens = self._tokens_last(x)
         weight: Tensor = self.weight
         bias: Tensor = self.bias
@@ -91,11 +100,14 @@ class RepBN(nn.Module):
             group = self.sync.group if self.sync is not None else None
             y = rep_norm(tokens, weight, bias, eta, moments, self.eps, self.token_mask, shared, group)
         else:
-            variance = self.running_var.to(accumulation_dtype(x.dtype))
-            scale = weight * torch.rsqrt(variance + self.eps)
-            shift = torch.addcmul(bias, self.running_mean, scale, value=-1)
-            y = torch.addcmul(shift, tokens, scale + eta).to(x.dtype)
+            y = self._by_running_statistics(tokens, weight, bias, eta)
         return y.movedim(-1, self.channel_dim)
+
+    def _by_running_statistics(self, tokens: Tensor, weight: Tensor, bias: Tensor, eta: Tensor) -> Tensor:
+        variance = self.running_var.to(accumulation_dtype(tokens.dtype))
+        scale = weight * torch.rsqrt(variance + self.eps)
+        shift = torch.addcmul(bias, self.running_mean, scale, value=-1)
+        return torch.addcmul(shift, tokens, scale + eta).to(tokens.dtype)
 
     def observe(self, x: Tensor, tokens_last: bool = False) -> Moments:
         """Take the batch's statistics into the running ones (or the accumulator) and return them, without gradient."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ def resolve_grid(num_tokens: int, given: Grid | None, default: Grid) -> Grid:
         return given[0], given[1]
     if default[0] * default[1] == num_tokens:
         return default
-    side = math.isqrt(num_tokens)
+    side = int(math.sqrt(num_tokens)) if torch.jit.is_scripting() else math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise ValueError(f"{num_tokens} tokens form no square grid; pass grid_size=(H, W)")
     return side, side

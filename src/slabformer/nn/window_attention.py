@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +12,7 @@ from slabformer.nn.attention import LinearAttentionCore, refuse_uneven_heads, sh
 from slabformer.nn.resample import Grid, window_merge, window_partition
 from slabformer.ops.depthwise import depthwise_tokens
 from slabformer.ops.dispatch import has_kernel
+from slabformer.ops.linear_attention import composed_linear_attention
 
 Direction = Literal["vertical", "horizontal"]
 
@@ -50,10 +50,17 @@ class WindowLinearAttention(LinearAttentionCore):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid_size: Grid, window_size: Grid | None = None) -> Tensor:
         """Attention of tokens on ``grid_size`` inside windows; ``window_size`` by default is the table's."""
-        window = window_size or self.grid_size
-        q, k, v = (window_partition(t, grid_size, window) for t in (q, k, v))
+        return self.inside(q, k, v, grid_size, self.grid_size if window_size is None else window_size)
+
+    def inside(self, q: Tensor, k: Tensor, v: Tensor, grid_size: Grid, window: Grid) -> Tensor:
+        """Attention of tokens on ``grid_size`` inside windows that tile it."""
+        q, k, v = [window_partition(t, grid_size, window) for t in (q, k, v)]
         values = v.contiguous()  # once for both branches
         weight, bias = self.kernels()
+        if torch.jit.is_scripting():
+            out = composed_linear_attention(self.split(q), self.split(k), self.split(values), self.table(window))
+            out = out.transpose(1, 2).flatten(2) + depthwise_tokens(values, window, weight, bias)
+            return window_merge(out, grid_size, window)
         q, k, v = self.heads(q, k, values)
         if has_kernel(q, k, v, self.native):
             shape = (self.num_heads, -1)
@@ -68,9 +75,10 @@ class WindowLinearAttention(LinearAttentionCore):
         """Weight ``(C, 1, K, K)`` and bias of both convolutions in one."""
         border = (self.dwc.kernel_size[0] - self.get_v.kernel_size[0]) // 2
         weight = self.dwc.weight.repeat(self.num_heads, 1, 1, 1) + F.pad(self.get_v.weight, (border,) * 4)
-        assert self.dwc.bias is not None
-        assert self.get_v.bias is not None
-        return weight, self.dwc.bias.repeat(self.num_heads) + self.get_v.bias
+        shared, own = self.dwc.bias, self.get_v.bias
+        assert shared is not None
+        assert own is not None
+        return weight, shared.repeat(self.num_heads) + own
 
 
 class StripeAttention(nn.Module):
@@ -113,24 +121,27 @@ class StripeAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid_size: Grid) -> Tensor:
         """Attention of tokens on ``grid_size`` inside stripes."""
-        maps = [t.unflatten(1, grid_size) for t in (q, k, v)]
-        length, across = grid_size[self.axis], 1 + self.axis
-        rest = length % self.width if self.width is not None and self.width < length else 0
-        if not rest:
-            return self._attend(maps).flatten(1, 2)
-        tiled, narrower = zip(*(t.split([length - rest, rest], across) for t in maps), strict=True)
-        return torch.cat([self._attend(tiled), self._attend(narrower)], across).flatten(1, 2)
+        q, k, v = [t.unflatten(1, grid_size) for t in (q, k, v)]
+        length, across = grid_size[1] if self.axis == 1 else grid_size[0], 1 + self.axis
+        tiled = length - length % min(length if self.width is None else self.width, length)
+        if tiled == length:
+            return self._attend(q, k, v).flatten(1, 2)
+        rest = length - tiled
+        stripes = self._attend(q.narrow(across, 0, tiled), k.narrow(across, 0, tiled), v.narrow(across, 0, tiled))
+        last = self._attend(q.narrow(across, tiled, rest), k.narrow(across, tiled, rest), v.narrow(across, tiled, rest))
+        return torch.cat([stripes, last], across).flatten(1, 2)
 
-    def _attend(self, maps: Sequence[Tensor]) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries, keys and values ``(B, H, W, C)`` that stripes tile to ``(B, H, W, C)``."""
-        grid = (maps[0].shape[1], maps[0].shape[2])
-        width = min(self.width or grid[self.axis], grid[self.axis])
-        window = (grid[0], width) if self.axis else (width, grid[1])
-        q, k, v = (window_partition(t, grid, window) for t in maps)
+        H, W = q.shape[1], q.shape[2]
+        across = W if self.axis == 1 else H
+        width = across if self.width is None else min(self.width, across)
+        window = (H, width) if self.axis == 1 else (width, W)
+        q, k, v = [window_partition(t, (H, W), window) for t in (q, k, v)]
         local = depthwise_tokens(v, window, self.get_v.weight, self.get_v.bias)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return window_merge(out + local, grid, window).unflatten(1, grid)
+        return window_merge(out + local, (H, W), window).unflatten(1, (H, W))
 
     def extra_repr(self) -> str:
         """Heads and stripes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from slabformer.nn.attention import SimplifiedLinearAttention, refuse_uneven_heads
 from slabformer.nn.padding import PadTokens
-from slabformer.nn.resample import Grid, resample_table, window_partition
+from slabformer.nn.resample import Grid, resample_table, window_merge, window_partition
 
 #: added to the logits of tokens that only a shift has brought into one window, as published
 APART = -100.0
@@ -32,22 +32,17 @@ class Windows(NamedTuple):
     @classmethod
     def fitted(cls, grid: Grid, window: Grid, shift: Grid) -> Windows:
         """Windows no larger than the map, and no shift along an axis that one window spans."""
-        (H, W), (h, w) = grid, window
-        return cls(grid, (min(h, H), min(w, W)), (shift[0] if h < H else 0, shift[1] if w < W else 0))
+        return cls(grid, *fitted_windows(grid, window, shift))
 
     @property
     def padded(self) -> Grid:
         """The map in whole windows."""
-        (H, W), (h, w) = self.grid, self.window
-        return H + -H % h, W + -W % w
+        return whole_windows(self.grid, self.window)
 
     def cut(self, x: Tensor, pad: PadTokens) -> Tensor:
         """Tokens ``(B, N, C)`` to windows ``(B * num_windows, h * w, C)``, row by row."""
         (H, W), (rows, columns) = self.grid, self.padded
-        x = pad(x.unflatten(1, self.grid), rows - H, columns - W)
-        if any(self.shift):
-            x = x.roll((-self.shift[0], -self.shift[1]), (1, 2))
-        return window_partition(x.flatten(1, 2), self.padded, self.window)
+        return cut_windows(pad(x.unflatten(1, self.grid), rows - H, columns - W), self.window, self.shift)
 
     def join(self, heads: Tensor) -> Tensor:
         """Back from :meth:`cut`, heads too: ``(B * num_windows, num_heads, h * w, D)`` to ``(B, N, num_heads * D)``."""
@@ -55,23 +50,50 @@ class Windows(NamedTuple):
         num_heads, D = heads.shape[1], heads.shape[3]
         x = heads.reshape(-1, columns // w, num_heads, h, w, D).permute(0, 3, 1, 4, 2, 5)  # one copy for both
         x = x.reshape(-1, rows, columns, num_heads * D)
-        if any(self.shift):
-            x = x.roll(self.shift, (1, 2))
-        return x[:, : self.grid[0], : self.grid[1]].flatten(1, 2)
+        return uncut(x, self.grid, self.shift)
 
     def mask(self, device: torch.device | None = None) -> Tensor | None:
         """What keeps tokens apart that come from opposite borders: 0 or -100, ``(num_windows, N, N)``; None unshifted.
 
         Tokens of the padding are no different from others, as published.
         """
-        if not any(self.shift):
-            return None
-        (rows, columns), (down, right) = self.padded, self.shift
-        below = torch.arange(rows, device=device) >= rows - down
-        beside = torch.arange(columns, device=device) >= columns - right
-        regions = (2 * below[:, None] + beside).view(1, -1, 1)
-        regions = window_partition(regions, self.padded, self.window)  # (num_windows, N, 1)
-        return torch.where(regions == regions.mT, 0.0, APART)
+        return window_mask(self.padded, self.window, self.shift, device) if any(self.shift) else None
+
+
+def fitted_windows(grid: Grid, window: Grid, shift: Grid) -> tuple[Grid, Grid]:
+    """Window and shift of :meth:`Windows.fitted`."""
+    (H, W), (h, w) = grid, window
+    return (min(h, H), min(w, W)), (shift[0] if h < H else 0, shift[1] if w < W else 0)
+
+
+def whole_windows(grid: Grid, window: Grid) -> Grid:
+    """``grid`` padded to whole windows."""
+    (H, W), (h, w) = grid, window
+    return H + -H % h, W + -W % w
+
+
+def cut_windows(maps: Tensor, window: Grid, shift: Grid) -> Tensor:
+    """Padded maps ``(B, H, W, C)``, rolled, to windows ``(B * num_windows, h * w, C)``."""
+    grid = (maps.shape[1], maps.shape[2])
+    if shift[0] > 0 or shift[1] > 0:
+        maps = maps.roll((-shift[0], -shift[1]), (1, 2))
+    return window_partition(maps.flatten(1, 2), grid, window)
+
+
+def uncut(maps: Tensor, grid: Grid, shift: Grid) -> Tensor:
+    """Padded, rolled maps ``(B, rows, columns, C)`` to tokens ``(B, N, C)`` in their places on ``grid``."""
+    if shift[0] > 0 or shift[1] > 0:
+        maps = maps.roll(shift, (1, 2))
+    return maps[:, : grid[0], : grid[1]].flatten(1, 2)
+
+
+def window_mask(padded: Grid, window: Grid, shift: Grid, device: torch.device | None) -> Tensor:
+    """:meth:`Windows.mask` of windows that are shifted."""
+    below = torch.arange(padded[0], device=device) >= padded[0] - shift[0]
+    beside = torch.arange(padded[1], device=device) >= padded[1] - shift[1]
+    regions = (2 * below[:, None] + beside[None].long()).view(1, -1, 1)
+    regions = window_partition(regions, padded, window)  # (num_windows, N, 1)
+    return torch.where(regions == regions.mT, 0.0, -100.0)  # APART, which TorchScript does not see
 
 
 def relative_position_index(window: Grid, table_window: Grid, device: torch.device | None = None) -> Tensor:
@@ -82,9 +104,9 @@ def relative_position_index(window: Grid, table_window: Grid, device: torch.devi
         table_window: The window whose ``(2 h - 1) * (2 w - 1)`` offsets are the table's rows.
         device: Of the result.
     """
-    axes = (torch.arange(side, device=device) for side in window)
-    tokens = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # (2, N)
-    down, right = tokens[:, :, None] - tokens[:, None, :]
+    tokens = torch.arange(window[0] * window[1], device=device)
+    rows, columns = tokens // window[1], tokens % window[1]
+    down, right = rows[:, None] - rows[None], columns[:, None] - columns[None]
     H, W = table_window
     return (down + H - 1) * (2 * W - 1) + right + W - 1
 
@@ -120,8 +142,9 @@ class ShiftedWindowAttention(nn.Module):
         ValueError: If ``dim`` is no multiple of ``num_heads``.
     """
 
-    index: Tensor
-    mask: Tensor | None
+    if TYPE_CHECKING:  # TorchScript would read them
+        index: Tensor
+        mask: Tensor | None
 
     def __init__(
         self,
@@ -150,10 +173,32 @@ class ShiftedWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, grid_size: Grid | None = None) -> Tensor:
         """Attention over tokens ``(B, N, C)`` on ``grid_size``; by default the one that tables are kept for."""
+        if torch.jit.is_scripting():
+            return self.scripted(x, self.grid_size if grid_size is None else grid_size)
         windows = self.windows if grid_size is None else self._windows(grid_size)
         q, k, v = self.qkv(windows.cut(x, self.pad)).chunk(3, -1)
         out = windows.join(self.attend(q, k, v, windows))
         # on tokens in their places: the residual is added as the projection writes
+        return self.proj_drop(self.proj(out))
+
+    def scripted(self, x: Tensor, grid: Grid) -> Tensor:
+        """The forward in what TorchScript knows, which keeps neither index nor mask."""
+        window, shift = self.window_size, self.shift
+        if not self.fixed:
+            window, shift = fitted_windows(grid, window, shift)
+        padded = whole_windows(grid, window)
+        maps = self.pad(x.unflatten(1, grid), padded[0] - grid[0], padded[1] - grid[1])
+        q, k, v = self.qkv(cut_windows(maps, window, shift)).chunk(3, -1)
+        index = relative_position_index(window, self.window_size, x.device)
+        bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
+        if shift[0] > 0 or shift[1] > 0:
+            bias = bias + window_mask(padded, window, shift, x.device)[:, None]
+        q, k, v = [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
+        q, k, v = [t.unflatten(0, (-1, len(bias))).flatten(1, 2) for t in (q, k, v)]
+        drop = self.attn_drop if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None].to(q.dtype), dropout_p=drop)
+        out = out.unflatten(1, (len(bias), -1)).flatten(0, 1).transpose(1, 2).flatten(2)
+        out = uncut(window_merge(out, padded, window).unflatten(1, padded), grid, shift)
         return self.proj_drop(self.proj(out))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:
@@ -168,6 +213,7 @@ class ShiftedWindowAttention(nn.Module):
 
     def set_grid_size(self, grid_size: Grid) -> None:
         """Keep index and mask of maps of another size; the bias table holds for every size."""
+        self.grid_size = grid_size
         self.windows, device = self._windows(grid_size), self.relative_position_bias_table.device
         index = relative_position_index(self.windows.window, self.window_size, device)
         self.register_buffer("index", index, persistent=False)
@@ -214,8 +260,14 @@ class ShiftedWindowLinearAttention(SimplifiedLinearAttention):
         self.shift = shift
         self.pad = PadTokens(dim)
 
-    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:  # type: ignore[override]  # its own tokens alone
+    # its own tokens alone
+    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:  # type: ignore[override]
         """Attention over tokens ``(B, N, C)`` on ``grid_size``."""
+        if torch.jit.is_scripting():
+            padded = whole_windows(grid_size, self.grid_size)
+            maps = self.pad(x.unflatten(1, grid_size), padded[0] - grid_size[0], padded[1] - grid_size[1])
+            out = self.scripted(cut_windows(maps, self.grid_size, self.shift), grid_size=self.grid_size)
+            return uncut(window_merge(out, padded, self.grid_size).unflatten(1, padded), grid_size, self.shift)
         windows = Windows(grid_size, self.grid_size, self.shift)
         out = super().forward(windows.cut(x, self.pad), grid_size=self.grid_size)
         return windows.join(out.unsqueeze(1))

@@ -55,10 +55,23 @@ def linear_attention(
     _check(q, k, v, table, mask, order)
     if order is None and cheaper_order(q, v) == "linear" and has_kernel(q, k, v, native):
         return fused_linear_attention(q, k, v, table=table, mask=mask, eps=eps)
+    return composed_linear_attention(q, k, v, table, mask, order, eps)
+
+
+def composed_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None = None,
+    mask: Tensor | None = None,
+    order: str | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """:func:`linear_attention` of torch's operators alone, unchecked; TorchScript compiles it."""
     k = k if table is None else k + table.to(k.dtype)
     q, k = q.relu(), k.relu()
     k, v = mask_tokens(k, mask), mask_tokens(v, mask)
-    if (order or cheaper_order(q, v)) == "linear":
+    if (cheaper_order(q, v) if order is None else order) == "linear":
         return _linear(q, k, v, eps)
     return _quadratic(q, k, v, eps)
 
@@ -68,7 +81,7 @@ def mask_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(~mask[:, None, :, None], 0)
 
 
-def cheaper_order(q: Tensor, v: Tensor) -> Order:
+def cheaper_order(q: Tensor, v: Tensor) -> str:
     """The order of products with fewer multiplications per head."""
     (N, D), (M, E) = q.shape[2:], v.shape[2:]
     return "linear" if (N + M) * D * E <= N * M * (D + E) else "quadratic"
@@ -82,7 +95,7 @@ def _linear(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     kv = k.transpose(2, 3) @ v  # (B, num_heads, D, E)
     normaliser = (q * k.sum(2, keepdim=True, dtype=wide)).sum(3, keepdim=True, dtype=wide) + eps * scale
     if kv.dtype == torch.float16:  # dividing first keeps the product in range; keys all 0 would give infinity times 0
-        q = (q / normaliser).clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
+        q = (q / normaliser).clamp(max=65504.0).to(torch.float16)
         return (q @ kv).to(dtype)
     # dividing last, in the pass that reads the product anyway: the queries are written without waiting for the keys
     return (q.to(kv.dtype) @ kv / normaliser).to(dtype)
