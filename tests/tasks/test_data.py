@@ -211,7 +211,7 @@ def test_an_empty_class_is_named(folder: DataConfig, tmp_path: Path) -> None:
 
 def test_a_missing_split_says_what_was_looked_for(folder: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "val").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="no validation images; looked for a sub-folder named val, validation"):
+    with pytest.raises(ValueError, match="no validation images; looked for a sub-folder named val, valid"):
         create_loader(folder, AugmentConfig(), "validation", batch_size=2, seed=0)
     folder.validation_split = "elsewhere"
     assert len(create_loader(folder, AugmentConfig(), "validation", batch_size=2, seed=0)) == 5

@@ -112,7 +112,11 @@ def _tell(config: Namespace, title: str, results: dict[str, EvalResult]) -> None
 
 
 def _compare_names(info: ModelInfo, loader: Loader) -> None:
-    """Say so if classes that are as many as the model's are called otherwise: labels may mean something else."""
+    """Say so if classes that are as many as the model's are called otherwise: labels may mean something else.
+
+    Raises:
+        ValueError: If they are the model's in another order.
+    """
     if len(info.class_names) != len(loader.class_names):
         return  # a model given by name has none; a wrong number is refused when the first logits are there
     pairs = zip(info.class_names, loader.class_names, strict=True)
@@ -120,6 +124,11 @@ def _compare_names(info: ModelInfo, loader: Loader) -> None:
     if different:
         message = "%d classes are named otherwise than in the model (first: label %d is %r here, %r there)"
         label, model_name, data_name = different[0]
+        if sorted(info.class_names) == sorted(loader.class_names):
+            raise ValueError(
+                f"the data has the classes of the model in another order (first: label {label} is {data_name!r} here, "
+                f"{model_name!r} there); name their folders as in training"
+            )
         logger.warning(message, len(different), label, data_name, model_name)
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from slabformer.tasks.images import IMAGE_SUFFIXES, read_image
+from slabformer.tasks.classification.folders import SPLIT_WORDS, Split
+from slabformer.tasks.images import image_suffixes, read_image
+from slabformer.tasks.listing import is_hidden, matches
 
-#: words in a shard's name that tell its split
-SPLIT_WORDS = {"train": ("train",), "validation": ("val", "test")}
+_ALL_WORDS = {word for words in SPLIT_WORDS.values() for word in words}
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -41,7 +42,7 @@ class ShardSource:
         ValueError: If there is no such folder, no shard of that split, or a shard is no tar file or has no labels.
     """
 
-    def __init__(self, folder: Path, split: str, pattern: str | None = None) -> None:
+    def __init__(self, folder: Path, split: Split, pattern: str | None = None) -> None:
         if not folder.is_dir():
             raise ValueError(f"no shards at {str(folder)!r}: no such folder; give wds/FOLDER, or data.root")
         shards = _find_shards(folder, split, pattern)
@@ -75,19 +76,25 @@ class ShardSource:
         return f"{member.shard}:{member.key}"
 
 
-def _find_shards(folder: Path, split: str, pattern: str | None) -> list[Path]:
+def _find_shards(folder: Path, split: Split, pattern: str | None) -> list[Path]:
     listed = _listed(folder, pattern or split)
     if listed is not None:
         shards = [folder / name for name in listed]
     elif pattern is not None:
-        shards = [path for part in _expand(pattern) for path in sorted(folder.glob(part))]
+        shards = [Path(path) for part in _expand(pattern) for path in matches(str(folder / part))]
     else:
-        shards = sorted(path for path in folder.glob("*.tar") if any(word in path.name for word in SPLIT_WORDS[split]))
+        tars = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tar" and not is_hidden(path.name))
+        called = ([path for path in tars if _words(path) & _ALL_WORDS == {word}] for word in SPLIT_WORDS[split])
+        shards = next(filter(None, called), [])
     missing = [shard for shard in shards if not shard.is_file()]
     if not shards or missing:
         what = f"{missing[0].name} is listed but missing" if missing else f"no shard for {pattern or split!r}"
         raise ValueError(f"{what} in {folder}; name them by data.{split}_split, e.g. '{split}-{{000..127}}.tar'")
     return shards
+
+
+def _words(shard: Path) -> set[str]:
+    return set(re.findall("[a-z]+", shard.stem.lower()))
 
 
 def _listed(folder: Path, split: str) -> list[str] | None:
@@ -116,11 +123,13 @@ def _index(shard: Path) -> list[Member]:
         with tarfile.open(shard, "r:") as tar:
             for entry in tar:
                 folder, slash, file = entry.name.rpartition("/")
+                if is_hidden(file) or not entry.isfile():
+                    continue
                 stem, _, suffix = file.partition(".")
                 key = f"{folder}{slash}{stem}"
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                if f".{suffix.lower()}" in image_suffixes():
                     images[key] = (entry.offset_data, entry.size)
-                elif suffix == "cls" and (content := tar.extractfile(entry)) is not None:
+                elif suffix.lower() == "cls" and (content := tar.extractfile(entry)) is not None:
                     labels[key] = int(content.read())
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(f"{shard} is not an uncompressed tar of images and .cls labels ({error})") from error

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from slabformer._extras import require
 from slabformer.tasks.classification.digits import DigitsSource
+from slabformer.tasks.classification.folders import (
+    SPLIT_WORDS,
+    Split,
+    check_classes,
+    class_folders,
+    images_outside_classes,
+    split_folder,
+)
 from slabformer.tasks.classification.shards import ShardSource
 from slabformer.tasks.classification.split import held_out
-from slabformer.tasks.images import IMAGE_SUFFIXES, read_image, to_rgb
+from slabformer.tasks.images import is_image_name, read_image, to_rgb
+from slabformer.tasks.listing import files_below
 
 logger = logging.getLogger(__name__)
-Split = Literal["train", "validation"]
-#: sub-folders that hold a split, first found first
-SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "test")}
 
 
 @dataclass(kw_only=True)
@@ -31,7 +36,8 @@ class DataConfig:
     path: str = "digits"
     """A folder, `hfds/NAME`, `torch/NAME`, `wds/FOLDER`, or `digits` (1,797 images that scikit-learn brings).
 
-    A folder holds `train` and `val` (or `validation`, `test`) with a sub-folder for each class, or just the classes."""
+    A folder holds `train` and `val` (or `Training` and `Validation`, `training_set` and `test_set` ...) with a
+    sub-folder for each class, or just the classes."""
     root: str | None = None
     """Where a named data set lies or is downloaded to; the libraries' own caches by default."""
     download: bool = False
@@ -178,14 +184,15 @@ def _open_folder(data: DataConfig, split: Split, name: str | None) -> FolderSour
     if not root.is_dir():
         known = "a folder, hfds/NAME, torch/NAME, wds/FOLDER or digits"
         raise FileNotFoundError(f"no data at {data.path!r}: no such folder; data.path is {known}")
-    folder, train = _split_folder(root, split, name), _split_folder(root, "train", data.train_split)
+    folder, train = split_folder(root, split, name), split_folder(root, "train", data.train_split)
     if folder is None and train is None and not name:
         return _divide(data, root, split)
     if folder is None:
-        expected = name or ", ".join(SPLIT_FOLDERS[split])
+        expected = name or ", ".join(SPLIT_WORDS[split])
         raise ValueError(f"{data.path!r} has no {split} images; looked for a sub-folder named {expected}")
-    classes = _class_folders(train or folder)
-    unknown = sorted(set(_class_folders(folder)) - set(classes))
+    classes = class_folders(train or folder)
+    check_classes(train or folder, classes)
+    unknown = sorted(set(class_folders(folder)) - set(classes))
     if unknown:
         raise ValueError(f"{folder} has class {unknown[0]!r}, which {train} has not; both need the same sub-folders")
     present = classes if folder == train else [name for name in classes if (folder / name).is_dir()]
@@ -194,14 +201,10 @@ def _open_folder(data: DataConfig, split: Split, name: str | None) -> FolderSour
     return FolderSource(_list_images(folder, present, classes), classes)
 
 
-def _split_folder(root: Path, split: Split, name: str | None) -> Path | None:
-    found = (root / folder for folder in ((name,) if name else SPLIT_FOLDERS[split]))
-    return next((folder for folder in found if folder.is_dir()), None)
-
-
 def _divide(data: DataConfig, root: Path, split: Split) -> FolderSource:
     """Split a folder of classes by ``validation_fraction``."""
-    classes = _class_folders(root)
+    classes = class_folders(root)
+    check_classes(root, classes)
     files = _list_images(root, classes, classes)
     chosen = held_out([label for _, label in files], data.validation_fraction, data.split_seed)
     chosen = chosen if split == "validation" else ~chosen
@@ -211,27 +214,17 @@ def _divide(data: DataConfig, root: Path, split: Split) -> FolderSource:
     return FolderSource([file for file, keep in zip(files, chosen, strict=True) if keep], classes)
 
 
-def _class_folders(folder: Path) -> list[str]:
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise ValueError(f"{folder} holds no classes; it needs one sub-folder of images a class")
-    return classes
-
-
 def _list_images(folder: Path, present: list[str], classes: list[str]) -> list[tuple[str, int]]:
     """Images of the classes ``present``, numbered as in ``classes``, by class and name."""
     numbers = {name: number for number, name in enumerate(classes)}
+    if outside := images_outside_classes(folder):
+        logger.warning("%s holds %d images beside its folders of classes: left out", folder, outside)
     files = []
     for name in present:
-        found = sorted(path for path in _walk(folder / name) if Path(path).suffix.lower() in IMAGE_SUFFIXES)
+        found = files_below(folder / name, is_image_name)
         if not found:
-            suffixes = " ".join(sorted(IMAGE_SUFFIXES))
             raise ValueError(
-                f"class {name!r} is empty: no images in {folder / name} ({suffixes}); add some or remove it"
+                f"class {name!r} is empty: no images in {folder / name} (such as .jpg or .png); add some or remove it"
             )
         files += [(path, numbers[name]) for path in found]
     return files
-
-
-def _walk(folder: Path) -> list[str]:
-    return [os.path.join(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names]  # noqa: PTH118 - a million strings

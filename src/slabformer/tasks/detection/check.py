@@ -33,6 +33,7 @@ from slabformer.tasks.detection.schema import (
 )
 from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.images import UNREADABLE, read_image
+from slabformer.tasks.listing import check_regular
 from slabformer.tasks.paths import path_inside
 
 MOST_EXAMPLES = 3
@@ -273,6 +274,7 @@ def size_of(path: Path, *, upright: bool = True) -> tuple[int, int]:
     Raises:
         OSError, SyntaxError, ValueError, ...: If it is no image.
     """
+    check_regular(path)
     with Image.open(path) as image:
         width, height = image.size
         exif = Image.Exif()

@@ -18,6 +18,7 @@ from slabformer.tasks.detection.evaluate import Detection, Size, at_original_siz
 from slabformer.tasks.detection.saved import DetectorInfo
 from slabformer.tasks.detection.transforms import DetectionAugment, as_example, eval_transform
 from slabformer.tasks.images import UNREADABLE, expand_paths, read_image, reason_of
+from slabformer.tasks.listing import matches
 
 #: one image ``(3, H, W)`` in [0, 1] to what is on it, in its pixels, masks not pasted
 Detect = Callable[[Tensor], Detection]
@@ -116,14 +117,10 @@ def picture_paths(given: Iterable[str]) -> list[Path]:
     """
     paths: list[str] = []
     for path in given:
-        # a file may be called like a pattern
-        if Path(path).exists() or not glob.has_magic(path):
-            paths.append(path)
-            continue
-        matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - patterns may start at the root
-        if not matches:
+        found = matches(path) if glob.has_magic(path) else [path]
+        if not found:
             raise ValueError(f"no file matches {path!r}")
-        paths += matches
+        paths += found
     return expand_paths(paths)
 
 
