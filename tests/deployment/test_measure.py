@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -89,3 +90,10 @@ def test_machine_names_processor_versions_and_command(monkeypatch: pytest.Monkey
     assert f"torch {torch.__version__}" in text
     assert "thread" in text
     assert text.endswith("slab bench 'my model'")
+
+
+def test_a_system_without_load_averages_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "getloadavg")
+    machine = Machine.here(CPU)
+    assert machine.load is None
+    assert "load unknown" in str(machine)

@@ -37,12 +37,13 @@ class Machine:
 
     Attributes:
         load: Processes that wanted a core, over the last minute: above ``cores`` the machine was busy with other work.
+            None where the system does not tell (Windows).
     """
 
     device: str
     threads: int
     cores: int
-    load: float
+    load: float | None
     versions: dict[str, str]
     command: str
     date: str
@@ -55,7 +56,7 @@ class Machine:
             device=name,
             threads=torch.get_num_threads(),
             cores=os.cpu_count() or 1,
-            load=round(os.getloadavg()[0], 1),
+            load=round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
             versions=_versions(),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             date=time.strftime("%Y-%m-%d %H:%M %Z"),
@@ -63,7 +64,8 @@ class Machine:
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        threads = f"{self.threads} thread{'s' * (self.threads != 1)} of {self.cores} cores (load {self.load})"
+        load = "unknown" if self.load is None else self.load
+        threads = f"{self.threads} thread{'s' * (self.threads != 1)} of {self.cores} cores (load {load})"
         return f"{self.device}, {threads}; {versions}; {self.date}; {self.command}"
 
     def to_dict(self) -> dict[str, object]:
