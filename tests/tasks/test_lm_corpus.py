@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_the_digest_sees_where_documents_end() -> None:
         ({"path": "mixed"}, r"mixes json and text files"),
         ({"path": "mixed/a.jsonl", "text_field": "body"}, r"no field 'body' in .*, which has text, id"),
         ({"path": "mixed/a.jsonl", "text_field": "id"}, r"holds int, not text"),
-        ({"path": "broken.jsonl"}, r"broken\.jsonl cannot be read: JSON parse error"),
+        ({"path": "broken.jsonl"}, r"broken\.jsonl, line 2 cannot be read: it is not JSON"),
         ({"validation": 0.0}, r"above 0, got 0\.0"),
         ({"validation": 2.5}, r"whole number from 1 on, got 2\.5"),
         ({"path": "mixed", "stream": True}, r"cannot hold out a share of its documents \(0\.1\)"),
@@ -141,3 +142,62 @@ def test_mistakes_are_told(
 def test_too_little_text_is_told(texts: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         split_documents(DataConfig(), texts)
+
+
+def test_files_are_found_whatever_their_case_and_signs(tmp_path: Path) -> None:
+    folder = tmp_path / "lm[v2]"
+    folder.mkdir()
+    for name in ("a.txt", "B.TXT", "b [2020].txt", "c?.Md", "._a.txt", ".hidden.txt", "Thumbs.db"):
+        (folder / name).write_text(name)
+    (folder / "up").symlink_to(folder)
+    assert sorted(documents(folder)) == ["B.TXT", "a.txt", "b [2020].txt", "c?.Md"]
+    assert documents(folder / "b [2020].txt") == ["b [2020].txt"]
+    assert documents(f"{folder}/*.txt") == ["a.txt", "b [2020].txt"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("unit", ["file", "paragraph", "line"])
+def test_byte_order_marks_are_no_text(encoding: str, unit: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("caf\u00e9\r\n\r\nend".encode(encoding))
+    expected = {"file": ["caf\u00e9\n\nend"], "paragraph": ["caf\u00e9", "end"], "line": ["caf\u00e9", "end"]}
+    assert documents(tmp_path, document=unit) == expected[unit]
+    (tmp_path / "a.txt").rename(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(json.dumps({"text": "caf\u00e9"}).encode(encoding))
+    assert documents(tmp_path) == ["caf\u00e9"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": null}\n', r"field 'text' of .*a\.jsonl, line 3 holds null, not text"),
+        ("a.jsonl", b'{"text": "a"}\nnull\n', r"a\.jsonl, line 2 holds null, not an object with a field 'text'"),
+        ("a.json", b'[{"text": "a"},\n {"text": 7}]', r"field 'text' of .*a\.json, row 2 holds int"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl cannot be read: its JSON is nested too deeply"),
+        ("a.txt", b"x" * 3_000_000 + b"\xff", r"a\.txt is no text in UTF-8 \(invalid start byte at byte 3000000\)"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', r"a\.jsonl is no text in UTF-8 \(.* at byte 24\)"),
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz cannot be expanded"),
+        ("a.parquet", b"no parquet", r"a\.parquet cannot be read after row 0"),
+    ],
+    ids=["null", "null-line", "number", "deep", "byte", "byte-in-json", "gzip", "parquet"],
+)
+def test_a_bad_row_is_named_with_its_file(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "0.txt" if name == "a.txt" else tmp_path / "0.md").write_text("good")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        documents(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_null_row_of_parquet_is_named(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", None]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"field 'text' of .*a\.parquet, row 3 holds null, not text"):
+        documents(tmp_path / "a.parquet")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this platform")
+def test_a_named_pipe_is_no_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(OSError, match=r"a\.txt is a named pipe, not a regular file"):
+        documents(tmp_path / "a.txt")
+    with pytest.raises(FileNotFoundError, match="no text at"):
+        documents(tmp_path)

@@ -7,17 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from slabformer._extras import require
+from slabformer.tasks.language.rows import Unit, kind_of, rows_of
+from slabformer.tasks.listing import check_regular, files_below, matches
 
 EMBEDDED = "pydoc"
 HUB = "hf:"
-#: suffix -> which reader of `datasets`; text, JSON lines or columns
-READERS = {".txt": "text", ".md": "text", ".rst": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
-Unit = Literal["file", "paragraph", "line"]
-SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}
 
 
 @dataclass(kw_only=True)
@@ -58,7 +55,8 @@ class DataConfig:
 class Corpus:
     """The documents of ``config.path``, in their order, again at every iteration; empty ones are left out.
 
-    Iterating raises ``ValueError`` where a file cannot be read, or the text field is missing or is no text.
+    Iterating raises ``ValueError`` where a file cannot be read, or the text field is missing or is no text; it names
+    the file and the row.
 
     Args:
         config: Which text.
@@ -94,20 +92,30 @@ class Corpus:
 
     def _texts(self, rows: Any) -> Iterator[str]:
         field = self.config.text_field
-        for row in self._read(rows):
+        for row, where in self._read(rows):
+            if not isinstance(row, dict):
+                raise ValueError(f"{where} holds {_kind_of_value(row)}, not an object with a field {field!r}")
             if field not in row:
-                raise ValueError(
-                    f"no field {field!r} in {self.config.path}, which has {', '.join(row)}; set data.text_field"
-                )
+                raise ValueError(f"no field {field!r} in {where}, which has {', '.join(row)}; set data.text_field")
             if not isinstance(row[field], str):
-                raise ValueError(f"field {field!r} of {self.config.path} holds {type(row[field]).__name__}, not text")
+                raise ValueError(
+                    f"field {field!r} of {where} holds {_kind_of_value(row[field])}, not text; mend or remove it"
+                )
             yield row[field]
 
-    def _read(self, rows: Any) -> Iterator[dict[str, Any]]:
+    def _read(self, rows: Any) -> Iterator[tuple[Any, str]]:
+        if not self.config.path.startswith(HUB):
+            yield from ((found["row"], found["where"]) for found in rows)
+            return
         try:
-            yield from rows
-        except ValueError as error:  # a reader's own, which names neither file nor folder
+            for number, row in enumerate(rows, 1):
+                yield row, f"{self.config.path}, row {number} of those read"
+        except ValueError as error:  # a reader's own, which names no data set
             raise ValueError(f"{self.config.path} cannot be read: {error}") from error
+
+
+def _kind_of_value(value: object) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def split_documents(config: DataConfig, documents: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -151,37 +159,29 @@ def _open(config: DataConfig) -> Any:
     if config.path.startswith(HUB):
         return datasets.load_dataset(config.path.removeprefix(HUB), config.subset, split=config.split, streaming=True)
     files = _files(config.path)
-    kinds = {_reader(file) for file in files}
+    kinds = {_known_kind(file) for file in files}
     if len(kinds) > 1:
         raise ValueError(f"{config.path} mixes {' and '.join(sorted(kinds))} files; give a pattern for one of them")
-    (kind,) = kinds
-    options = {"sample_by": SAMPLE_BY[config.document]} if kind == "text" else {}
-    names = [str(file) for file in files]
-    return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **options)
+    return datasets.IterableDataset.from_generator(rows_of, gen_kwargs={"files": files, "unit": config.document})
 
 
-def _files(path: str) -> list[Path]:
+def _files(path: str) -> list[str]:
     given = Path(path)
-    if given.is_file():
-        return [given]
     if given.is_dir():
-        found = sorted(file for file in given.rglob("*") if file.is_file() and _kind(file) is not None)
+        found = files_below(given, lambda name: kind_of(name) is not None)
     else:
-        found = sorted(given.parent.glob(given.name)) if given.parent.is_dir() else []
+        found = [match for match in matches(path) if not Path(match).is_dir()]
     if not found:
         raise FileNotFoundError(
             f"no text at {path!r}; give .txt, .jsonl or .parquet files, a folder of them, hf:NAME, or {EMBEDDED}"
         )
+    for file in found:
+        check_regular(file)
     return found
 
 
-def _reader(file: Path) -> str:
-    kind = _kind(file)
+def _known_kind(file: str) -> str:
+    kind = kind_of(file)
     if kind is None:
         raise ValueError(f"cannot tell what {file} is; text (.txt), JSON lines (.jsonl) and .parquet can be read")
     return kind
-
-
-def _kind(file: Path) -> str | None:
-    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSED]
-    return READERS.get(suffixes[-1]) if suffixes else None
