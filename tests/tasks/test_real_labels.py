@@ -99,7 +99,7 @@ def test_shards_go_by_their_keys(tmp_path: Path) -> None:
         ("[[0], [1], [2], [3]]", "has labels up to 3, the data 3 classes"),
         ('{"a": [0]}', "is not a list of lists of classes"),
         ("[0, 1, 2, 2]", "is not a list of lists of classes"),
-        ("[[0], ", "is no JSON"),
+        ("[[0], ", "is not JSON"),
     ],
     ids=["count", "classes", "mapping", "flat", "cut-short"],
 )

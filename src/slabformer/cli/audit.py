@@ -16,6 +16,7 @@ from slabformer._extras import require
 from slabformer.cli.common import console, writable
 from slabformer.cli.fuse import fuse_table
 from slabformer.surgery.audit import audit, time_norms
+from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.saved_model import create_model
 
@@ -99,7 +100,9 @@ def _from_folder(folder: Path, input_size: int | None, batch_size: int) -> Built
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json; give a folder that timm or transformers saved")
-    settings = json.loads(path.read_text())
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings by name; give a folder that timm or transformers saved")
     if "architecture" in settings:
         return _from_timm(settings["architecture"], settings.get("model_args", {}), input_size, batch_size)
     if "model_type" not in settings:

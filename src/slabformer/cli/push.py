@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,6 +13,7 @@ from slabformer.cli.data import ExamplesFormatter, load_trained
 from slabformer.deployment.measure import count_macs
 from slabformer.models.hub import upload
 from slabformer.models.published import BY_MODEL
+from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.publish import save_folder
 from slabformer.tasks.saved_model import ModelInfo
 
@@ -77,7 +77,7 @@ def _measured(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        forms = json.loads(path.read_text(encoding="utf-8"))
+        forms = read_json(path)
         return {
             f"Accuracy, {form}": f"top-1 {result['top1']:.2%} of {result['images']:,} images"
             for form, result in forms.items()

@@ -6,11 +6,15 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import torch.distributed as dist
+import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from slabformer.tasks.engine.documents import check_yaml
+from slabformer.tasks.engine.files import read_text
 from slabformer.tasks.engine.signals import StoppedError
 
 C = TypeVar("C")
@@ -24,8 +28,24 @@ class _Parser(ArgumentParser):
     ) -> Namespace:
         """See ``ArgumentParser.parse_args``."""
         given = list(sys.argv[1:] if args is None else args)
+        for item, following in zip(given, [*given[1:], ""], strict=True):
+            if item == "--config" or item.startswith("--config="):
+                _check_recipe(following if item == "--config" else item.removeprefix("--config="))
         short = [f"--data.path{item[6:]}" if item == "--data" or item.startswith("--data=") else item for item in given]
         return super().parse_args(short, *rest, **options)
+
+
+def _check_recipe(given: str) -> None:
+    """Refuse a recipe that is no regular file, or out of bounds; what else is wrong with it the parser tells."""
+    path = Path(given)
+    if path.exists():
+        text = read_text(path)
+        try:
+            check_yaml(text)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        except yaml.YAMLError:
+            pass
 
 
 def recipe_parser(prog: str, description: str, example: str, config: type) -> ArgumentParser:

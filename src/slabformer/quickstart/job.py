@@ -27,6 +27,7 @@ from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.sources import DataConfig
 from slabformer.tasks.classification.train import TrainResult, train
 from slabformer.tasks.engine.config import LrConfig, OptimizerConfig
+from slabformer.tasks.engine.documents import parse_yaml
 from slabformer.tasks.engine.files import replaced, write_text
 from slabformer.tasks.engine.manifest import Manifest, read_mapping
 from slabformer.tasks.engine.observers import Observer
@@ -162,7 +163,7 @@ def _clear(output: Path) -> None:
 def _written_without_manifest(output: Path) -> set[str]:
     """What a quickstart of an older version wrote, known by its configuration, which it wrote last but one."""
     config = output / "config.yaml"
-    return set(OUTPUTS) if config.is_file() and "quickstart" in read_mapping(config, yaml.safe_load) else set()
+    return set(OUTPUTS) if config.is_file() and "quickstart" in read_mapping(config, parse_yaml) else set()
 
 
 def _test_images(config: TrainConfig) -> tuple[Tensor, Tensor]:

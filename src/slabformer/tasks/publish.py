@@ -12,6 +12,7 @@ from torch import nn
 from slabformer._extras import require
 from slabformer.models.hub import CARD, CONFIG, FOLDER, HUB, WEIGHTS
 from slabformer.nn import PRepBN, RepBN
+from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.saved_model import ModelInfo, save_model
 
@@ -131,7 +132,7 @@ def _write_config(model: nn.Module, path: Path, info: ModelInfo) -> None:
     hub = require("timm.models._hub", extra="vision")
     hub.save_config_for_hf(model, str(path), model_config=settings, model_args=info.model_args)
     if not for_timm(info):
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         how = "fused" if info.fused else "converted"
         config["architecture"] = f"{info.model} ({how}: load it with slabformer)"
         write_text(path, json.dumps(config, indent=2) + "\n")

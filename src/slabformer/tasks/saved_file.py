@@ -20,6 +20,7 @@ import slabformer as sf
 from slabformer._extras import require
 from slabformer.nn.affine import Affine, Folded
 from slabformer.tasks.conversion import Conversion, convert_as_described_, converted_norms, describe
+from slabformer.tasks.engine.documents import parse_json
 from slabformer.tasks.engine.files import replaced
 
 #: files that PyTorch pickles, as published weights are
@@ -66,7 +67,7 @@ class SavedInfo(ABC):
         Raises:
             ValueError: If ``text`` is not JSON, or lacks or adds a field.
         """
-        values = json.loads(text)
+        values = parse_json(text)
         if not isinstance(values, dict):
             raise ValueError("not a mapping")
         unknown = values.keys() - {f.name for f in fields(cls)}

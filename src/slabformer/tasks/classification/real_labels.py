@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from slabformer.tasks.classification.shards import ShardSource
 from slabformer.tasks.classification.sources import FolderSource, Source
+from slabformer.tasks.engine.documents import read_json
 
 
 class NumberedSource:
@@ -75,10 +75,7 @@ class RealLabels:
 
 
 def _read(path: Path) -> list[list[int]]:
-    try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
+    lists = read_json(path)
     if not isinstance(lists, list) or not all(
         isinstance(labels, list) and all(isinstance(label, int) and label >= 0 for label in labels) for labels in lists
     ):

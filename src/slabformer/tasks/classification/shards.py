@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import tarfile
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from slabformer.tasks.classification.folders import SPLIT_WORDS, Split
+from slabformer.tasks.engine.documents import read_json
+from slabformer.tasks.engine.files import read_text
 from slabformer.tasks.images import image_suffixes, read_image
 from slabformer.tasks.listing import is_hidden, matches
 
@@ -54,7 +55,7 @@ class ShardSource:
     def _class_names(self, folder: Path) -> list[str]:
         count = max(member.label for member in self.members) + 1
         file = folder / "classnames.txt"
-        names = file.read_text().splitlines() if file.is_file() else [str(label) for label in range(count)]
+        names = read_text(file).splitlines() if file.is_file() else [str(label) for label in range(count)]
         if len(names) < count:
             raise ValueError(f"{file} names {len(names)} classes, labels in the shards reach {count - 1}")
         return names
@@ -101,7 +102,7 @@ def _listed(folder: Path, split: str) -> list[str] | None:
     """The shards of ``split`` according to the folder's info file, None without one."""
     for name in ("_info.json", "info.json"):
         if (folder / name).is_file():
-            info = json.loads((folder / name).read_text())
+            info = read_json(folder / name)
             return info.get("splits", {}).get(split, {}).get("filenames")
     return None
 

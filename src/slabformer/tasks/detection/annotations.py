@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from slabformer.tasks.detection.schema import (
     problems,
     without_nulls_,
 )
+from slabformer.tasks.engine.documents import read_json
 
 #: smaller images are not trained on
 SMALLEST_SIDE = 32
@@ -158,13 +158,12 @@ def load_coco(path: Path) -> Dataset:
         FileNotFoundError: If there is none.
         ValueError: If it is no JSON, or holds no such lists.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no annotations at {str(path)!r}; give the COCO JSON file")
     try:
-        dataset = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{path} is not JSON ({why}); is it a COCO annotation file?") from error
+        dataset = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; is it a COCO annotation file?") from error
     return check_structure(dataset, str(path))
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slabformer._files import WORKSPACE, sync_file, sync_folder, workspace
+from slabformer.tasks.listing import check_regular
 
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 #: how libraries in Rust and C++ spell an error of the operating system
@@ -95,13 +96,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text in ``path``.
+    """The text in ``path``, without its byte order mark.
 
     Raises:
         FileNotFoundError: If there is no such file.
+        OSError: If it is no regular file: a named pipe, a device.
         ValueError: If it is no text.
     """
+    check_regular(path)
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error

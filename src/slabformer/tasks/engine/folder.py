@@ -19,6 +19,7 @@ import yaml
 
 from slabformer._files import FileLock, acquire, sweep
 from slabformer.tasks.engine.checkpoint import CheckpointStore
+from slabformer.tasks.engine.documents import parse_json, parse_yaml
 from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.engine.manifest import Manifest, read_mapping
 from slabformer.tasks.engine.observers import EVENTS
@@ -157,10 +158,10 @@ class RunFolder:
         Raises:
             ValueError: If the file was altered since.
         """
-        return read_mapping(self.result_path, json.loads)
+        return read_mapping(self.result_path, parse_json)
 
     def _recipe(self) -> dict[str, Any]:
-        return read_mapping(self.config_path, yaml.safe_load)
+        return read_mapping(self.config_path, parse_yaml)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

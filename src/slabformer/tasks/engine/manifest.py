@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from slabformer.tasks.engine.documents import parse_json
 from slabformer.tasks.engine.files import read_text, write_text
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Manifest:
         """
         if not self.exists:
             return set()
-        found = read_mapping(self.folder / MANIFEST, json.loads)
+        found = read_mapping(self.folder / MANIFEST, parse_json)
         names = found.get("files")
         if found.get("writer") != self.writer or not isinstance(names, list) or not all(map(_is_name, names)):
             raise ValueError(

@@ -7,7 +7,6 @@ name, whose header says which norms are gone: ``from_pretrained`` finds no weigh
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import slabformer as sf
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.nn.affine import Affine, Folded
 from slabformer.tasks.conversion import Conversion, convert_as_described_, converted_norms, describe
+from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.saved_file import load_strictly
 
 #: what a configuration calls the conversions
@@ -109,7 +109,7 @@ def fresh_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 def _noted(folder: Path) -> list[Conversion]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         return [Conversion(**row) for row in config.get(NOTE) or []]
     except (OSError, ValueError, TypeError):
         return []  # whoever reads the folder next says what is wrong with it

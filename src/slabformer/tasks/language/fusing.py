@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import slabformer as sf
 from slabformer.models.llama import SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.engine.checkpoint import LAST_FILE
+from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.language.callback import ProgressiveCallback
 from slabformer.tasks.language.trainer import latest_checkpoint
 
@@ -101,7 +101,7 @@ def steps_missing_in(folder: Path) -> int | None:
     checkpoint = folder if (folder / LAST_FILE).is_file() else latest_checkpoint(folder)
     if checkpoint is None:
         return None
-    state: dict[str, Any] = json.loads((checkpoint / LAST_FILE).read_text(encoding="utf-8"))
+    state: dict[str, Any] = read_json(checkpoint / LAST_FILE)
     schedule = state.get("stateful_callbacks", {}).get(ProgressiveCallback.__name__)
     if schedule is None:
         return None

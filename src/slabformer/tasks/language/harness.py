@@ -6,7 +6,6 @@ format. The nine need the hub; files need nothing.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -14,9 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slabformer._extras import require
+from slabformer.tasks.engine.documents import check_yaml, parse_json
 from slabformer.tasks.engine.files import read_text
 
 #: task in the harness -> its name in the paper, and percent right there with RMSNorm and with PRepBN
@@ -138,7 +139,12 @@ def _task(name: str, manager: Any) -> str | dict[str, Any]:
 
 def _harness_name(path: Path) -> str:
     """What a YAML file in the harness's format calls its task."""
-    found = re.search(r"^task:\s*['\"]?([^'\"\s]+)", read_text(path), re.MULTILINE)
+    text = read_text(path)
+    try:
+        check_yaml(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    found = re.search(r"^task:\s*['\"]?([^'\"\s]+)", text, re.MULTILINE)
     if found is None:
         raise ValueError(f"{path} names no task; it needs a line 'task: NAME'")
     return found[1]
@@ -155,7 +161,7 @@ FILES: dict[str, Callable[[Path], str | dict[str, Any]]] = {
 
 def _check_question(line: str, where: str) -> None:
     try:
-        question = json.loads(line)
+        question = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     for name, kind in FIELDS.items():

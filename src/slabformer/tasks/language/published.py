@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.models.official import load_published
+from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.language.tokens import tokenizer_beside
 
 WEIGHTS, CONFIG = "pytorch_model.bin", "config.json"
@@ -42,10 +42,7 @@ def import_published(folder: Path) -> tuple[SlabLlamaForCausalLM, PreTrainedToke
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    given = read_json(path)
     missing = [name for name in SIZES if name not in given]
     if missing:
         raise ValueError(f"{path} lacks {missing[0]}; is it a LLaMA's?")

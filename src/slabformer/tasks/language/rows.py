@@ -5,12 +5,12 @@ from __future__ import annotations
 import codecs
 import importlib
 import io
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from slabformer.tasks.engine.documents import parse_json
 from slabformer.tasks.listing import check_regular
 
 Unit = Literal["file", "paragraph", "line"]
@@ -94,11 +94,9 @@ def _json(file: str) -> Iterator[Row]:
 
 def _parsed(text: str, title: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{title}: it is not JSON ({error})") from error
-    except RecursionError as error:
-        raise ValueError(f"{title}: its JSON is nested too deeply") from error
 
 
 def _parquet(file: str) -> Iterator[Row]:
