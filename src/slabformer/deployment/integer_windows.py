@@ -47,5 +47,5 @@ class GatheredWindowAttention(nn.Module):
         h, w = self.windows.window
         cut = x.index_select(1, self.order).reshape(-1, h * w, x.shape[-1])
         out = self.attention.attend(self.q(cut), self.k(cut), self.v(cut), self.windows)
-        out = out.transpose(1, 2).reshape(x.shape)
+        out = out.transpose(2, 3).reshape(x.shape)
         return self.attention.proj(out.index_select(1, self.places))

@@ -45,11 +45,17 @@ class Windows(NamedTuple):
         return cut_windows(pad(x.unflatten(1, self.grid), rows - H, columns - W), self.window, self.shift)
 
     def join(self, heads: Tensor) -> Tensor:
-        """Back from :meth:`cut`, heads too: ``(B * num_windows, num_heads, h * w, D)`` to ``(B, N, num_heads * D)``."""
+        """Back from :meth:`cut`, heads too: ``(*, num_heads, h * w, D)`` to ``(B, N, num_heads * D)``.
+
+        The first two axes are images and windows, ``(B, num_windows)`` or ``(B * num_windows, 1)``.
+        """
         (h, w), (rows, columns) = self.window, self.padded
-        num_heads, D = heads.shape[1], heads.shape[3]
-        x = heads.reshape(-1, columns // w, num_heads, h, w, D).permute(0, 3, 1, 4, 2, 5)  # one copy for both
-        x = x.reshape(-1, rows, columns, num_heads * D)
+        num_heads, D = heads.shape[2], heads.shape[4]
+        grid = (rows // h, columns // w)
+        x = heads.squeeze(1).unflatten(0, (-1, *grid)) if heads.shape[1] == 1 else heads.unflatten(1, grid)
+        x = x.unflatten(-2, self.window).permute(0, 1, 4, 2, 5, 3, 6)  # (B, rows / h, h, columns / w, w, num_heads, D)
+        # strides of an attention's output differ between kernels: a view of it would not survive an export
+        x = x.clone(memory_format=torch.contiguous_format).view(-1, rows, columns, num_heads * D)
         return uncut(x, self.grid, self.shift)
 
     def mask(self, device: torch.device | None = None) -> Tensor | None:
@@ -202,14 +208,17 @@ class ShiftedWindowAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:
-        """Three ``(B * num_windows, N, C)`` to heads ``(B * num_windows, num_heads, N, D)``."""
+        """Three ``(B * num_windows, N, C)`` to heads ``(B, num_windows, num_heads, N, D)``.
+
+        Without a mask, images and windows share the first axis: ``(B * num_windows, 1, num_heads, N, D)``.
+        """
         bias = self._bias(windows)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         # heads of the windows that a mask tells apart share an axis, so that one bias serves every image
         q, k, v = (t.unflatten(0, (-1, len(bias))).flatten(1, 2) for t in (q, k, v))
         drop = self.attn_drop if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None].to(q.dtype), dropout_p=drop)
-        return out.unflatten(1, (len(bias), -1)).flatten(0, 1)
+        return out.unflatten(1, (len(bias), -1))
 
     def set_grid_size(self, grid_size: Grid) -> None:
         """Keep index and mask of maps of another size; the bias table holds for every size."""
@@ -270,7 +279,7 @@ class ShiftedWindowLinearAttention(SimplifiedLinearAttention):
             return uncut(window_merge(out, padded, self.grid_size).unflatten(1, padded), grid_size, self.shift)
         windows = Windows(grid_size, self.grid_size, self.shift)
         out = super().forward(windows.cut(x, self.pad), grid_size=self.grid_size)
-        return windows.join(out.unsqueeze(1))
+        return windows.join(out[:, None, None])
 
     def set_grid_size(self, grid_size: Grid) -> None:
         """Nothing to do: windows and their table are constants."""

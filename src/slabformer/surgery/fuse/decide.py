@@ -77,7 +77,7 @@ class _Decider:
             except RefusalError as error:
                 reasons.append(str(error))
         # the third way is of interest only where zeros are what bars the first
-        barred = any(word in reasons[0] for word in ("padded", "to pad in its stead"))
+        barred = any(word in reasons[0] for word in ("padded", "unevenly", "to pad in its stead"))
         raise RefusalError("; ".join(reasons if barred else reasons[:2]))
 
     def forward(self, norm: Norm) -> tuple[Target, ...]:
@@ -142,7 +142,8 @@ class _Decider:
             raise RefusalError(f"its output serves as a weight or state of {describe(end.node)}")
         index = along(end.labels, site.axis, site.num_in, site.words)
         if site.padded and role == "map":
-            raise RefusalError(f"it is followed by a padded convolution ({name_of(site, trace)})")
+            how = "transposed convolution, which spreads it unevenly" if site.transposed else "padded convolution"
+            raise RefusalError(f"it is followed by a {how} ({name_of(site, trace)})")
         return self.known.at_site(site, index, trace, role, "next")
 
     def backward(self, norm: Norm) -> tuple[Target, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from slabformer._extras import require
 from slabformer._files import workspace
@@ -165,7 +166,8 @@ def _expected_shapes(skeleton: nn.Module, changes: Mapping[str, Any]) -> dict[st
     for name in changes["new_biases"]:
         weight = shapes.get(_weight_beside(name))
         if weight is not None:
-            shapes[name] = (weight[0],)
+            owner = skeleton.get_submodule(name.rpartition(".")[0])
+            shapes[name] = (owner.out_channels if isinstance(owner, _ConvNd) else weight[0],)
     return shapes
 
 

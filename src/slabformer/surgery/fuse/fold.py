@@ -88,7 +88,8 @@ def _share(scale_shift: ScaleShift, target: Target) -> ScaleShift:
 
 def _take_over(model: nn.Module, solution: Solution, scale_shift: ScaleShift, target: Target, part: Part) -> None:
     whole = _current(model, solution, part.name)
-    weight = whole.movedim(part.axis, 0)[part.rows]
+    opened = part.opened(whole)
+    weight = opened[part.rows]
     scale, shift = (t.to(weight.device) for t in _share(scale_shift, target))
     if target.gain is not None:
         shift = shift / gain_of(model, target.gain)
@@ -98,11 +99,11 @@ def _take_over(model: nn.Module, solution: Solution, scale_shift: ScaleShift, ta
         weight, bias = fold_into_next(weight, bias, scale, shift, target.groups)
     else:
         weight, bias = fold_into_previous(weight, bias, scale, shift)
-    solution.tensors[part.name] = whole.index_copy(part.axis, part.rows.to(whole.device), weight.movedim(0, part.axis))
+    solution.tensors[part.name] = part.closed(opened.index_copy(0, part.rows.to(whole.device), weight))
     for own in target.bias if needs_bias else ():
         if target.new_bias:
             solution.new_biases[own.name] = part.name
-            solution.tensors.setdefault(own.name, whole.new_zeros(whole.shape[part.axis]))
+            solution.tensors.setdefault(own.name, whole.new_zeros(len(opened)))
         values = bias[own.channels.to(bias.device)]
         solution.tensors[own.name] = _current(model, solution, own.name).index_copy(0, own.rows.to(bias.device), values)
 

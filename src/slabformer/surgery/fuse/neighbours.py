@@ -80,7 +80,7 @@ class Neighbours:
     def _new_bias(self, weight: Part, role: Role) -> tuple[Part, ...]:
         try:
             self._wrappers.need_no_merging(weight.name)
-            return (replace(weight, name=self.owners.new_bias(weight.name), axis=0),)
+            return (replace(weight, name=self.owners.new_bias(weight.name), axis=0, groups=1),)
         except RefusalError:
             if role != "scale":
                 raise

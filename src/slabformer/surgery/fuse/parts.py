@@ -29,17 +29,31 @@ class Part:
         axis: Its axis that counts output channels.
         rows: Which elements along it.
         channels: The output channel that each of them serves.
+        groups: Of a transposed convolution, whose weight ``(in, out / groups, *kernel)`` holds them group by group.
     """
 
     name: str
     axis: int
     rows: Tensor
     channels: Tensor
+    groups: int = 1
 
     def agrees(self, other: Part) -> bool:
         """Whether both are the same elements for the same channels."""
         mine, others = (self.name, self.axis), (other.name, other.axis)
         return mine == others and torch.equal(self.rows, other.rows) and torch.equal(self.channels, other.channels)
+
+    def opened(self, stored: Tensor) -> Tensor:
+        """The whole parameter with its output channels first, ``(out, in / groups, *kernel)``."""
+        if self.groups == 1:
+            return stored.movedim(self.axis, 0)
+        return stored.unflatten(0, (self.groups, -1)).movedim(2, 1).flatten(0, 1)
+
+    def closed(self, opened: Tensor) -> Tensor:
+        """Back from :meth:`opened`."""
+        if self.groups == 1:
+            return opened.movedim(0, self.axis)
+        return opened.unflatten(0, (self.groups, -1)).movedim(1, 2).flatten(0, 1)
 
 
 def weight_part(site: Site, trace: Trace) -> Part:
@@ -51,6 +65,11 @@ def weight_part(site: Site, trace: Trace) -> Part:
     refusal = RefusalError(f"the weight of {located(site.node)} is computed in the forward (parametrized?)")
     if not isinstance(site.weight, Node):
         raise refusal
+    if site.transposed and site.groups > 1:
+        if site.weight not in trace.parameters:
+            raise refusal
+        channels = torch.arange(site.num_out)
+        return Part(trace.parameters[site.weight], 1, channels, channels, site.groups)
     parts = _parts(site.weight, int(site.transposed), trace.parameters)
     if len(parts) != 1 or _is_parametrized(parts[0]) or len(parts[0].rows) != site.num_out:
         raise refusal
@@ -81,7 +100,7 @@ def _is_parametrized(part: Part) -> bool:
 def name_of(site: Site, trace: Trace) -> str:
     """The module of ``site``; which rows of its weight, where it is not all of them."""
     weight = weight_part(site, trace)
-    num_rows = trace.sources(weight.name)[0].meta["val"].shape[weight.axis]
+    num_rows = trace.sources(weight.name)[0].meta["val"].shape[weight.axis] * weight.groups
     whole = len(weight.rows) == num_rows
     rows = "" if whole else f"[{int(weight.rows.min())}:{int(weight.rows.max()) + 1}]"
     return display(weight.name) + rows

@@ -21,6 +21,11 @@ _CONVS = {
     aten.conv2d.padding: 2,
     aten.conv3d.padding: 3,
 }
+_TRANSPOSED_CONVS = {
+    aten.conv_transpose1d.default: 1,
+    aten.conv_transpose2d.input: 2,
+    aten.conv_transpose3d.input: 3,
+}
 #: a Linear where what they multiply by is a parameter, written as ``x @ weight.T`` (Falcon)
 _PRODUCTS = {aten.matmul.default, aten.mm.default}
 EMBEDDING = aten.embedding.default
@@ -41,8 +46,8 @@ class Site:
         words: What it is, for a reason.
         axis: Axis of its channels, counted from the end.
         groups: Of a Conv.
-        padded: Whether zeros are set around the input.
-        transposed: Whether the weight is ``(in, out)``, as in GPT-2's Conv1D.
+        padded: Whether zeros are set around the input, or between its elements, so that a shift does not arrive evenly.
+        transposed: Whether the weight is ``(in, out / groups, *kernel)``, as in GPT-2's Conv1D or a ConvTranspose.
     """
 
     node: Node
@@ -65,7 +70,7 @@ class Site:
     def num_out(self) -> int:
         """Output channels."""
         shape = self.weight.meta["val"].shape
-        return shape[1] if self.transposed else shape[0]
+        return shape[1] * self.groups if self.transposed else shape[0]
 
 
 def site_of(node: Node) -> Site | None:
@@ -80,12 +85,20 @@ def site_of(node: Node) -> Site | None:
         return Site(node, arg(0, "input"), arg(1, "mat2"), None, transposed=True)
     if node.target is aten.addmm.default and arg(3, "beta", 1) == arg(4, "alpha", 1) == 1:
         return Site(node, arg(1, "mat1"), arg(2, "mat2"), arg(0, "self"), transposed=True)
+    operands = (arg(0, "input"), arg(1, "weight"), arg(2, "bias"))
+    groups = arg(6, "groups", 1)
+    spatial = _TRANSPOSED_CONVS.get(node.target)  # type: ignore[call-overload]
+    if spatial is not None:
+        # each output element is reached by other elements of a kernel, but for a kernel of one at each input element
+        steps = (*operands[1].meta["val"].shape[2:], *arg(3, "stride", [1]))
+        uneven = any(step != 1 for step in steps) or any(arg(5, "output_padding", [0]))
+        words = "transposed convolution"
+        return Site(node, *operands, words, axis=-1 - spatial, groups=groups, padded=uneven, transposed=True)
     spatial = _CONVS.get(node.target)  # type: ignore[call-overload]
     if spatial is None:
         return None
-    padding, groups = arg(4, "padding", [0]), arg(6, "groups", 1)
+    padding = arg(4, "padding", [0])
     padded = padding == "same" or (not isinstance(padding, str) and any(padding))
-    operands = (arg(0, "input"), arg(1, "weight"), arg(2, "bias"))
     return Site(node, *operands, words="convolution", axis=-1 - spatial, groups=groups, padded=padded)
 
 
