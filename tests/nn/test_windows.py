@@ -69,7 +69,8 @@ def test_windows_are_cut_as_published_and_joined_again(cut):
     assert_close(windows.cut(x, pad), torch.stack(expected), EXACT)
     for num_heads in (1, C // 2):
         heads = windows.cut(x, pad).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        assert_close(windows.join(heads), x, EXACT)
+        assert_close(windows.join(heads[:, None]), x, EXACT)
+        assert_close(windows.join(heads.unflatten(0, (len(x), -1))), x, EXACT)
 
 
 @each_cut

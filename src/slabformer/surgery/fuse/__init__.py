@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from slabformer.surgery.fuse.asked import OutputLike, check_keep, check_outputs, rehearse, watched_outputs
 from slabformer.surgery.fuse.check import check_examples, check_model, check_not_compiled, shapes_of
 from slabformer.surgery.fuse.files import load_fused, save_fused
 from slabformer.surgery.fuse.fold import commit
+from slabformer.surgery.fuse.methods import changed_methods
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.plan import Plan, outcomes
 from slabformer.surgery.fuse.propose import propose
@@ -18,7 +21,8 @@ from slabformer.surgery.fuse.report import FuseReport, NormOutcome
 from slabformer.surgery.fuse.size import at_another_size, fix_size_, sizes_of
 from slabformer.surgery.fuse.ties import Untied
 from slabformer.surgery.fuse.trial import Trial
-from slabformer.surgery.fuse.twin import Example, twin
+from slabformer.surgery.fuse.twin import Example, Output, deployed_twin, twin
+from slabformer.surgery.fuse.watch import hooked
 
 __all__ = ["FuseReport", "NormOutcome", "fuse", "fuse_", "load_fused", "save_fused"]
 
@@ -30,6 +34,8 @@ def fuse(
     example_inputs: Tensor | tuple[Any, ...] | list[Any],
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    keep: str | Sequence[str] = (),
+    outputs: OutputLike | Sequence[OutputLike] = (),
     fixed_size: bool = False,
     untie: bool = False,
     allow_gamma: bool = False,
@@ -47,10 +53,18 @@ def fuse(
     shows in no graph. Other inputs whose size matters need several examples, and so do other ways in: a table that took
     a norm over holds what the norm made of its rows, which ``inputs_embeds`` must then be, too.
 
+    Only the forward is held fast unless ``outputs`` and ``keep`` say more: a norm behind the last block may go into the
+    head, so that ``forward_features`` returns what comes before it. The report names the methods that this is true of.
+    Layers that hold more than their forward shows keep their norms: adapters must be merged for good first.
+
     Args:
         model: In eval mode. The copy keeps class, names, dtype, device and hooks.
         example_inputs: A tensor, a tuple of positional arguments, or a list of such: a fold must hold for each of them.
         example_kwargs: Keyword arguments of every example.
+        keep: Names of modules whose outputs must stay too, or patterns (``"blocks.*"``; ``*`` matches dots). A norm
+            among them stays, as an :class:`Affine`.
+        outputs: What must stay beside the forward: names of methods that take the example inputs
+            (``"forward_features"``), or functions of ``(model, *inputs)`` that return tensors.
         fixed_size: Take a pad by 0 at these sizes as none, try no other, and let the fused model refuse them.
         untie: Where a fold needs that, give a head that shares its weight with an embedding one of its own, and a layer
             that stands under several names, each called behind another norm, one under each; the rest stays shared.
@@ -60,14 +74,15 @@ def fuse(
         The fused copy, and one outcome per norm.
 
     Raises:
-        TypeError: If the example inputs are of the wrong kind.
+        TypeError: If the example inputs, ``keep`` or ``outputs`` are of the wrong kind.
         ValueError: If the model is in train mode, wrapped, compiled, sharded, quantised, on the meta device, without
-            norms, still fading, cannot be copied, or does not run on the example inputs.
+            norms, still fading, cannot be copied, or does not run on the example inputs; if ``keep`` matches nothing
+            that runs, or an output of ``outputs`` is missing, fails or holds no tensor.
     """
     check_model(model, allow_gamma)
     examples = check_examples(example_inputs, example_kwargs)
     copied = twin(model)
-    return copied, _fuse(copied, examples, fixed_size, untie, allow_gamma)
+    return copied, _fuse(copied, examples, keep, outputs, fixed_size, untie, allow_gamma)
 
 
 def fuse_(
@@ -75,6 +90,8 @@ def fuse_(
     example_inputs: Tensor | tuple[Any, ...] | list[Any],
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    keep: str | Sequence[str] = (),
+    outputs: OutputLike | Sequence[OutputLike] = (),
     fixed_size: bool = False,
     untie: bool = False,
     allow_gamma: bool = False,
@@ -82,42 +99,58 @@ def fuse_(
     """:func:`fuse` in place: the same arguments and errors, all raised before anything changes; returns the report."""
     check_model(model, allow_gamma)
     check_not_compiled(model)
-    return _fuse(model, check_examples(example_inputs, example_kwargs), fixed_size, untie, allow_gamma)
+    examples = check_examples(example_inputs, example_kwargs)
+    return _fuse(model, examples, keep, outputs, fixed_size, untie, allow_gamma)
 
 
 def _fuse(
-    model: nn.Module, examples: Sequence[Example], fixed_size: bool, untie: bool, allow_gamma: bool
+    model: nn.Module,
+    inputs: Sequence[Example],
+    keep: str | Sequence[str],
+    outputs: OutputLike | Sequence[OutputLike],
+    fixed_size: bool,
+    untie: bool,
+    allow_gamma: bool,
 ) -> FuseReport:
     norms = check_model(model, allow_gamma)
+    kept, asked = check_keep(model, norms, keep), [Output(), *check_outputs(model, outputs)]
+    watched = (*watched_outputs(kept), *hooked(model))
+
+    def each_output(inputs: Sequence[Example]) -> list[Example]:
+        return [replace(example, output=output, watched=watched) for example in inputs for output in asked]
+
+    examples = each_output(inputs)
+    if kept or len(asked) > 1:
+        rehearse(deployed_twin(model), examples, kept)
     trial = Trial(model, norms, examples)
     untied = Untied(model) if untie else None
     plan = propose(model, norms, examples, fixed_size, untied)
     solution = trial.settle(plan)
-    other = None if fixed_size or len(examples) > 1 else _refuting(model, norms, examples[0], plan)
-    if other is not None:
-        examples = [*examples, other]
+    other = None if fixed_size or len(inputs) > 1 else at_another_size(inputs[0])
+    if other is not None and _refutes(model, norms, each_output([other]), plan):
+        inputs = [*inputs, other]
+        examples = each_output(inputs)
         plan = propose(model, norms, examples, fixed_size, untied)
         solution = Trial(model, norms, examples).settle(plan)
     if untied is not None:
         untied.put_together(solution.tensors)
+    before = deployed_twin(model, trial.dtype)
     commit(model, solution, plan.untouchable)
+    changed = changed_methods(before, deployed_twin(model, trial.dtype), trial.examples[0])
     if fixed_size:
-        fix_size_(model, [sizes_of(example) for example in examples])
-    report = FuseReport(outcomes(norms, plan), shapes_of(examples))
+        fix_size_(model, [sizes_of(example) for example in inputs])
+    report = FuseReport(outcomes(norms, plan), shapes_of(inputs), changed)
     logger.debug("%s: %s", type(model).__name__, report.summary())
     return report
 
 
-def _refuting(model: nn.Module, norms: Sequence[Norm], example: Example, plan: Plan) -> Example | None:
-    """``example`` at another image size, if ``plan`` changes the outputs there.
+def _refutes(model: nn.Module, norms: Sequence[Norm], examples: Sequence[Example], plan: Plan) -> bool:
+    """Whether ``plan`` changes what is asked for on ``examples``, which have another image size.
 
     A graph does not show what a forward does at other sizes only, such as ``if pad > 0: pad``.
     """
-    other = at_another_size(example)
-    if other is None:
-        return None
     try:
-        trial = Trial(model, norms, [other])
+        trial = Trial(model, norms, examples)
     except ValueError:  # a model for one size
-        return None
-    return None if trial.holds(plan) else other
+        return False
+    return not trial.holds(plan)

@@ -61,6 +61,8 @@ class _Decider:
             if readers:
                 self.plan.untouchable.add(norm.index)
                 raise RefusalError(f"left as it is, {name} is read raw by {describe(readers[0])}")
+        if any(name in trace.watched for trace in self.traces for name in norm.names):
+            raise RefusalError("keep names it")
         if has_hooks(norm.module):
             raise RefusalError("it has forward hooks, which see its output")
         if not any(norm.index in trace.calls for trace in self.traces):

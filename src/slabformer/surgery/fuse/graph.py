@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,13 @@ class Trace:
         parameters: Name of the parameter that a placeholder stands for; of tied ones, the first name.
         buffers: The same for buffers.
         names: Both.
+        watched: Names of the modules inside which tensors were watched.
     """
 
-    def __init__(self, graph: Graph, parameters: dict[Node, str], buffers: dict[Node, str]) -> None:
-        self.graph = graph
+    def __init__(
+        self, graph: Graph, parameters: dict[Node, str], buffers: dict[Node, str], watched: Collection[str] = ()
+    ) -> None:
+        self.graph, self.watched = graph, watched
         self.order = {node: position for position, node in enumerate(graph.nodes)}
         self.parameters, self.buffers, self.names = parameters, buffers, parameters | buffers
         self.calls = _by_index(graph, NORM)
@@ -65,14 +69,14 @@ def _by_index(graph: Graph, mark: Any) -> dict[int, list[Node]]:
 
 
 class _TensorsOnly(nn.Module):
-    """Returns the tensors in a model's output, so that the tracer need not know its containers."""
+    """Returns the tensors that a model is asked for, so that the tracer need not know their containers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example: Example) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.example = model, example
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        return tensors_of(self.model(*args, **kwargs))
+        return tensors_of(dataclasses.replace(self.example, args=args, kwargs=kwargs).outputs_of(self.model))
 
 
 def trace(model: nn.Module, norms: Sequence[Norm], example: Example) -> Trace:
@@ -83,7 +87,7 @@ def trace(model: nn.Module, norms: Sequence[Norm], example: Example) -> Trace:
     """
     mark_(model, norms, find_pads(model))
     with alone, quiet(), _no_fast_path(), no_logs("torch"):  # whole graphs, when an export fails
-        program = torch.export.export(_TensorsOnly(model), example.args, dict(example.kwargs), strict=False)
+        program = torch.export.export(_TensorsOnly(model, example), example.args, dict(example.kwargs), strict=False)
     graph, signature = inline_regions(program.graph_module), program.graph_signature
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     parameters, buffers = (
@@ -95,6 +99,7 @@ def trace(model: nn.Module, norms: Sequence[Norm], example: Example) -> Trace:
         graph,
         {node: first[model.get_parameter(name)] for node, name in parameters.items()},
         {node: first[model.get_buffer(name)] for node, name in buffers.items()},
+        {item.name for item in example.watched},
     )
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node, map_arg
 
+from slabformer.surgery.fuse.watch import WATCHED
+
 aten = torch.ops.aten
 Labels = Tensor | list[Tensor]
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
@@ -67,6 +69,8 @@ def describe(node: Node) -> str:
     """An operation in words."""
     if node.op == "output":
         return "the model's output"
+    if node.target is WATCHED:
+        return str(node.args[1])
     name = getattr(node.target, "_schema", None)
     bare = name.name.split("::")[-1] if name is not None else getattr(node.target, "__name__", str(node.target))
     return f"{'an' if bare[0] in 'aeiou' else 'a'} {bare}"

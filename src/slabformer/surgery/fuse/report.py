@@ -42,11 +42,14 @@ class FuseReport:
         outcomes: One per norm.
         input_shapes: Shapes of the tensors of each example input that the model was traced on; the folds hold for them.
         left: In an audit, what looks like a norm and cannot be converted; not among the outcomes.
+        changed_methods: Names of the model's usual methods and outputs beside its forward that compute something else
+            now, such as "forward_features", "hidden_states" or "reset_classifier" (the features that a new head reads).
     """
 
     outcomes: tuple[NormOutcome, ...]
     input_shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
     left: tuple[LeftNorm, ...] = ()
+    changed_methods: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[NormOutcome]:
         return iter(self.outcomes)
@@ -69,13 +72,17 @@ class FuseReport:
         return sum(outcome.action == "kept" for outcome in self)
 
     def summary(self) -> str:
-        """One line: how many went where, and the input shapes it holds for."""
+        """One line: how many went where, the input shapes it holds for, and which methods it does not hold for."""
         count = Counter(outcome.action for outcome in self)
         shapes = "; ".join(", ".join(map(str, example)) for example in self.input_shapes)
         left = f", {len(self.left)} that look like norms left as they are" if self.left else ""
         return (
             f"{self.num_folded} of {len(self)} norms folded ({count['forward']} forward, "
             f"{count['backward']} backward), {self.num_kept} kept{left}; traced on inputs of shape {shapes}"
+        changed = f"; computed otherwise now: {', '.join(self.changed_methods)}" if self.changed_methods else ""
+        return (
+            f"{self.num_folded} of {len(self)} norms folded ({count['forward']} forward, "
+            f"{count['backward']} backward), {self.num_kept} kept; traced on inputs of shape {shapes}{changed}"
         )
 
     def table(self) -> str:
@@ -91,6 +98,7 @@ class FuseReport:
             "num_folded": self.num_folded,
             "num_kept": self.num_kept,
             "input_shapes": [[list(shape) for shape in example] for example in self.input_shapes],
+            "changed_methods": list(self.changed_methods),
             "norms": [{**asdict(outcome), "into": list(outcome.into)} for outcome in self],
             "left": [norm._asdict() for norm in self.left],
         }

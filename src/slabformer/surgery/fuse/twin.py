@@ -13,14 +13,41 @@ from torch import Tensor, nn
 
 from slabformer._process import alone, no_warnings
 from slabformer.nn.prepbn import PRepBN
+from slabformer.surgery.fuse.watch import Watched, watching
+
+
+def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model(*args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Something that a model is asked for: its forward, a method, or any function of it.
+
+    Attributes:
+        call: Of the model and the example inputs.
+        words: What stands for it in a reason; empty for the forward.
+    """
+
+    call: Callable[..., Any] = _forward
+    words: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One set of inputs of the model's forward."""
+    """One set of inputs, what is asked of them, and what must stay on the way.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        output: What the model is asked for.
+        watched: Tensors inside the model that count as outputs.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    output: Output = Output()
+    watched: tuple[Watched, ...] = ()
 
     def tensors(self) -> list[Tensor]:
         """All tensors in it, in order."""
@@ -29,7 +56,15 @@ class Example:
     def map(self, change: Callable[[Tensor], Tensor]) -> Example:
         """The same with every tensor changed."""
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, change, (self.args, dict(self.kwargs)))
-        return Example(args, kwargs)
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
+    def outputs_of(self, model: nn.Module) -> Any:
+        """What ``model`` returns, and with it what is watched."""
+        with watching(model, self.watched, tensors_of) as seen:
+            output = self.output.call(model, *self.args, **self.kwargs)
+        if not self.output.words:
+            return (output, *seen) if self.watched else output
+        return [torch.ops.slabformer.watched(tensor, self.output.words) for tensor in tensors_of(output)] + seen
 
 
 def twin(model: nn.Module, share: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
@@ -81,7 +116,7 @@ def run(model: nn.Module, example: Example) -> list[Tensor]:
     devices = {tensor.device for tensor in example.tensors() if tensor.is_cuda}
     with alone, quiet(), torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        output = model(*example.args, **example.kwargs)
+        output = example.outputs_of(model)
     return [tensor.clone() for tensor in tensors_of(output) if tensor.is_floating_point()]
 
 
