@@ -139,7 +139,7 @@ def _fuse(
     changed = changed_methods(before, deployed_twin(model, trial.dtype), trial.examples[0])
     if fixed_size:
         fix_size_(model, [sizes_of(example) for example in inputs])
-    report = FuseReport(outcomes(norms, plan), shapes_of(inputs), changed)
+    report = FuseReport(outcomes(norms, plan), shapes_of(inputs), changed_methods=changed)
     logger.debug("%s: %s", type(model).__name__, report.summary())
     return report
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from slabformer.surgery.fuse.asked import method_output
-from slabformer.surgery.fuse.trial import equal_outputs
-from slabformer.surgery.fuse.twin import Example, Output
+from slabformer.surgery.fuse.trial import equal
+from slabformer.surgery.fuse.twin import Example, Output, first_line, quiet, run
+
+logger = logging.getLogger(__name__)
 
 #: methods that take what the forward takes, as timm, transformers, DINO and CLIP name them
 _METHODS = (
@@ -40,7 +43,7 @@ def _probes(model: nn.Module, example: Example) -> Iterator[tuple[str, Output, E
         if callable(getattr(model, name, None)):
             yield name, method_output(name), example
     if callable(getattr(model, "forward_features", None)) and callable(getattr(model, "forward_head", None)):
-        features = _tried(model, lambda: model.forward_features(*example.args, **example.kwargs))  # type: ignore[operator]
+        features = _tried(lambda: model.forward_features(*example.args, **example.kwargs))  # type: ignore[operator]
         if isinstance(features, Tensor):
             yield "forward_head", method_output("forward_head"), Example((features,), {})
             yield "forward_head(pre_logits=True)", method_output("forward_head"), Example((features,), _PRE_LOGITS)
@@ -72,14 +75,25 @@ def _embedded(model: Any, example: Example) -> Example | None:
     tokens = kwargs.pop("input_ids", example.args[0] if len(example.args) == 1 else None)
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or not hasattr(model, "get_input_embeddings"):
         return None
-    embeddings = _tried(model, lambda: model.get_input_embeddings()(tokens))
+    embeddings = _tried(lambda: model.get_input_embeddings()(tokens))
     return None if embeddings is None else Example((), {**kwargs, "inputs_embeds": embeddings})
 
 
-def _tried(model: nn.Module, call: Callable[[], Any]) -> Any:
+def _tried(call: Callable[[], Any]) -> Any:
     """What ``call`` returns, or None where it fails."""
-    raise NotImplementedError
+    try:
+        with quiet():
+            return call()
+    except Exception as error:
+        logger.debug("not tried: %s", first_line(error))
+        return None
 
 
 def _differs(before: nn.Module, after: nn.Module, example: Example) -> bool:
-    raise NotImplementedError
+    expected = _tried(lambda: run(before, example))
+    if not expected:
+        return False
+    actual = _tried(lambda: run(after, example))
+    if actual is None or len(actual) != len(expected):
+        return True
+    return not all(equal(one, other) for one, other in zip(expected, actual, strict=True))

@@ -75,14 +75,11 @@ class FuseReport:
         """One line: how many went where, the input shapes it holds for, and which methods it does not hold for."""
         count = Counter(outcome.action for outcome in self)
         shapes = "; ".join(", ".join(map(str, example)) for example in self.input_shapes)
+        changed = f"; computed otherwise now: {', '.join(self.changed_methods)}" if self.changed_methods else ""
         left = f", {len(self.left)} that look like norms left as they are" if self.left else ""
         return (
             f"{self.num_folded} of {len(self)} norms folded ({count['forward']} forward, "
-            f"{count['backward']} backward), {self.num_kept} kept{left}; traced on inputs of shape {shapes}"
-        changed = f"; computed otherwise now: {', '.join(self.changed_methods)}" if self.changed_methods else ""
-        return (
-            f"{self.num_folded} of {len(self)} norms folded ({count['forward']} forward, "
-            f"{count['backward']} backward), {self.num_kept} kept; traced on inputs of shape {shapes}{changed}"
+            f"{count['backward']} backward), {self.num_kept} kept{left}; traced on inputs of shape {shapes}{changed}"
         )
 
     def table(self) -> str:

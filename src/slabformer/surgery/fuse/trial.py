@@ -85,7 +85,7 @@ class Trial:
         except Exception as error:
             logger.debug("the fused model fails: %s", first_line(error))
             return False
-        return all(_equal(a, b) for a, b in zip(self.reference, outputs, strict=True))
+        return all(equal(a, b) for a, b in zip(self.reference, outputs, strict=True))
 
     @staticmethod
     def _outputs(model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
@@ -96,7 +96,8 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _equal(expected: Tensor, actual: Tensor) -> bool:
+def equal(expected: Tensor, actual: Tensor) -> bool:
+    """Whether two outputs are the same within the tolerance of their dtype."""
     if expected.shape != actual.shape or not torch.equal(expected.isfinite(), actual.isfinite()):
         return False
     finite = expected.isfinite()
