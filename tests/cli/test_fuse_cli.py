@@ -43,6 +43,23 @@ def test_a_saved_model_is_fused_verified_and_saved(
         assert torch.allclose(fused(images()), unfused(images()), atol=1e-4)
 
 
+def test_norms_and_methods_that_are_named_stay(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, report = tmp_path / "fused.safetensors", tmp_path / "report.json"
+    files = ["--output", str(output), "--json", str(report)]
+    assert main(["fuse", str(model), *files]) == 0
+    assert "computed otherwise now: forward_features" in " ".join(capsys.readouterr().out.split())
+    assert "forward_features" in json.loads(report.read_text())["changed_methods"]
+    assert main(["fuse", str(model), *files, "--keep", "blocks.0.norm?", "--outputs", "forward_features"]) == 0
+    found = json.loads(report.read_text())
+    kept = {row["name"]: row["reason"] for row in found["norms"] if row["action"] == "kept"}
+    assert kept["blocks.0.norm1"] == kept["blocks.0.norm2"] == "keep names it"
+    assert "the output of forward_features" in kept["norm"]
+    assert found["changed_methods"] == []
+    with torch.no_grad():
+        unfused, fused = load_model(model)[0], load_model(output)[0]
+        assert torch.allclose(fused.forward_features(images()), unfused.forward_features(images()), atol=1e-4)
+
+
 def test_a_model_whose_norms_still_fade_is_refused_and_nothing_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,12 +115,15 @@ def test_a_missing_folder_is_told_before_the_work(
         (["slab_deit_micro", "--checkpoint", "missing.pth"], "missing.pth"),
         (["slab_deit_micro", "--checkpoint", "x.pth", "--pretrained"], "exclude each other"),
         (["slab_deit_micro", "--input-sice", "32"], "did you mean 'input_size'?"),
+        (["MODEL", "--keep", "block.0"], "keep='block.0' matches no module of"),
+        (["MODEL", "--outputs", "features"], "outputs='features' is no method of"),
     ],
-    ids=["unknown-model", "missing-file", "missing-checkpoint", "two-sources", "unknown-option"],
+    ids=["unknown-model", "missing-file", "missing-checkpoint", "two-sources", "unknown-option", "keep", "outputs"],
 )
 def test_mistakes_are_one_line(
-    arguments: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], complaint: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    arguments = [str(model) if argument == "MODEL" else argument for argument in arguments]
     assert main(["fuse", *arguments, "--output", str(tmp_path / "fused.safetensors")]) == 2
     printed = capsys.readouterr().err
     assert complaint in printed

@@ -31,6 +31,12 @@ def parser() -> ArgumentParser:
     add_model_options(made)
     made.add_argument("--output", type=Path, required=True, help="the fused model, a .safetensors file")
     made.add_argument("--json", type=Path | None, help="also write where each norm went, as JSON")
+    made.add_argument(
+        "--keep", type=str, nargs="+", default=[], help="modules whose outputs stay, by name or pattern: 'blocks.*'"
+    )
+    made.add_argument(
+        "--outputs", type=str, nargs="+", default=[], help="methods that stay beside the forward: forward_features"
+    )
     made.add_argument("--fixed-size", action="store_true", help="fold for this input size alone; others are refused")
     made.add_argument("--untie", action="store_true", help="give a layer that stands under several names one for each")
     made.add_argument(
@@ -45,7 +51,14 @@ def run(config: Namespace) -> None:
     files = [writable(path) for path in (config.output, config.json) if path is not None]
     model, info = load(config)
     images = example_images(info, batch_size=2)
-    fused, report = sf.fuse(model, images, fixed_size=config.fixed_size, untie=config.untie)
+    fused, report = sf.fuse(
+        model,
+        images,
+        keep=config.keep,
+        outputs=config.outputs,
+        fixed_size=config.fixed_size,
+        untie=config.untie,
+    )
     result = verify_fused(model, fused, [example_images(info, batch_size=4, seed=seed) for seed in (1, 2)], config.rtol)
     recipe = plain_recipe(fused, info, config.rtol) if config.plain else ""
     output = console()
