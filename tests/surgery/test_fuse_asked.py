@@ -112,9 +112,7 @@ def test_patterns_keep_all_that_they_match(keep: Any) -> None:
 
 
 def test_the_output_of_a_kept_module_stays() -> None:
-    model = net(
-        lambda m, x: m.linear(m.drop(m.norm(x.sin()))), norm=norm(), drop=nn.Dropout(), linear=nn.Linear(6, 6)
-    )
+    model = net(lambda m, x: m.linear(m.drop(m.norm(x.sin()))), norm=norm(), drop=nn.Dropout(), linear=nn.Linear(6, 6))
     assert fused(model, X)[1]["norm"].action == "forward"
     result, report = fused(model, X, keep="drop")
     assert "its output feeds" in report["norm"].reason or "the output of drop (keep)" in report["norm"].reason

@@ -53,7 +53,7 @@ def test_a_norm_in_front_folds_forward_into_a_kernel_of_one_point(geometry: dict
 
 
 @pytest.mark.parametrize(
-    "geometry", [{**GEOMETRIES[name]} for name in GEOMETRIES if name != "points"], ids=[n for n in GEOMETRIES][:-1]
+    "geometry", [GEOMETRIES[name] for name in GEOMETRIES if name != "points"], ids=list(GEOMETRIES)[:-1]
 )
 def test_a_norm_in_front_is_kept_where_its_shift_spreads_unevenly(geometry: dict[str, Any]) -> None:
     model = net(lambda m, x: m.up(m.norm(x)), norm=norm(6, 1), up=nn.ConvTranspose2d(6, 4, **geometry))
