@@ -5,7 +5,7 @@ from slabformer import ops, testing
 from slabformer.deployment.deploy import deploy
 from slabformer.models.official import load_published, to_published
 from slabformer.nn import Affine, PRepBN, RepBN, SimplifiedLinearAttention
-from slabformer.nn.controls import blended, copy_gamma_, set_token_mask, sync_norms_, token_mask
+from slabformer.nn.controls import blended, copy_gamma_, norm_parameters, set_token_mask, sync_norms_, token_mask
 from slabformer.progressive import ProgressiveSchedule
 from slabformer.surgery.audit import audit
 from slabformer.surgery.convert import convert_norms_
@@ -36,6 +36,7 @@ __all__ = [
     "fuse_",
     "load_fused",
     "load_published",
+    "norm_parameters",
     "ops",
     "recalibrate_",
     "save_fused",

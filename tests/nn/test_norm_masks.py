@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from slabformer import RepBN, token_mask
+from slabformer import PRepBN, RepBN, set_token_mask, token_mask
+from slabformer.nn.controls import TokenMask, repbn_modules
 from small_norms import MASK, C, trained
-from tolerances import ALGEBRA, EXACT, assert_close
+from tolerances import ALGEBRA, EXACT, FLOAT32, assert_close
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["no_mask", "mask"])
@@ -84,3 +85,118 @@ def test_mask_of_another_shape_is_refused() -> None:
     norm = RepBN(C)
     with token_mask(norm, MASK), pytest.raises(ValueError, match="does not fit tokens"):
         norm(torch.zeros(2, 5, C))
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image = nn.Sequential(PRepBN(C), RepBN(C)), nn.Sequential(RepBN(C))
+        self.text[0].set_gamma(0)
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+        return self.text(text).mean(1) * self.image(image).mean(1)
+
+
+TEXT, IMAGE = torch.randn(2, 4, C), torch.randn(2, 3, C)
+
+
+def means(model: nn.Module, text: Tensor, image: Tensor) -> list[Tensor]:
+    for norm in repbn_modules(model).values():
+        norm.momentum = None
+    model(text, image)
+    return [norm.running_mean for norm in repbn_modules(model).values()]
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [{"text": MASK}, (MASK, torch.ones(2, 3, dtype=torch.bool)), (MASK, None), {"": None, "text": MASK}],
+    ids=["by name", "by shape", "by shape or all", "the longest name decides"],
+)
+def test_each_tower_has_its_own_mask(masks: TokenMask) -> None:
+    model = Towers()
+    with token_mask(model, masks):
+        first, second, image = means(model, TEXT, IMAGE)
+    assert_close(first, TEXT[MASK].mean(0), FLOAT32)
+    assert second.any()
+    assert_close(image, IMAGE.mean((0, 1)), FLOAT32)
+
+
+def test_masks_of_one_shape_are_told_apart_by_name() -> None:
+    model = Towers()
+    with token_mask(model, {"text": MASK, "image": ~MASK}):
+        first, _, image = means(model, TEXT, TEXT)
+    assert_close(first, TEXT[MASK].mean(0), FLOAT32)
+    assert_close(image, TEXT[~MASK].mean(0), FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"txt": MASK}, "Towers has no RepBN under 'txt' for a token mask"),
+        ({"txt": None}, "Towers has no RepBN under 'txt'"),
+        ((MASK, ~MASK), r"2 token masks of shape \(2, 4\); give each by the name of its submodule"),
+        ([[True]], "must be boolean, true where a token is valid, got list"),
+    ],
+)
+def test_masks_without_a_norm_of_their_own_are_refused(masks: TokenMask, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        set_token_mask(Towers(), masks)
+
+
+def test_a_model_without_norms_takes_no_mask() -> None:
+    with pytest.raises(ValueError, match="Linear has no RepBN for a token mask"):
+        set_token_mask(nn.Linear(2, 2), MASK)
+    set_token_mask(nn.Linear(2, 2), None)
+
+
+def test_a_norm_that_no_mask_fits_says_which_it_is() -> None:
+    model = Towers()
+    with pytest.raises(ValueError, match=r"\(2, 4\) does not fit .* \(2, 3\) at image.0"), token_mask(model, MASK):
+        model(TEXT, IMAGE)
+
+
+def test_a_mask_that_fits_no_norm_is_an_error_when_its_block_ends() -> None:
+    model = Towers()
+    idle = torch.ones(2, 9, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"\(2, 9\) fitted no norm"), token_mask(model, (MASK, idle, None)):
+        model(TEXT, IMAGE)
+    assert all(norm.token_mask is None for norm in repbn_modules(model).values())
+    with token_mask(model.eval(), (MASK, idle)):
+        model(TEXT, IMAGE)  # in eval nothing is asked
+
+
+def test_a_frozen_tower_may_leave_its_mask_unused() -> None:
+    model = Towers()
+    model.image.eval()
+    with token_mask(model, {"text": MASK, "image": torch.ones(2, 3, dtype=torch.bool)}):
+        model(TEXT, IMAGE)
+
+
+def test_tied_norms_take_the_mask_that_fits_in_either_place() -> None:
+    model = Towers()
+    model.image = model.text
+    with token_mask(model, {"text": MASK, "image": torch.ones(2, 3, dtype=torch.bool)}):
+        model(TEXT, IMAGE)
+    with pytest.raises(ValueError, match=r"2 token masks of shape \(2, 4\) for text.0.rep, which lies under several"):
+        set_token_mask(model, {"text": MASK, "image": ~MASK})
+
+
+def test_tokens_of_another_kind_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = Towers()
+    set_token_mask(model, (MASK, None))
+    model(TEXT, IMAGE)
+    model(TEXT, IMAGE)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("all tokens of shape (2, 3) at image.0 count for its statistics")
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, C), (2, 4, 3, C), (8, 3, C)], ids=["flat", "heads behind tokens", "flat with heads"]
+)
+def test_a_mask_fits_tokens_that_were_flattened_or_split_into_heads(shape: tuple[int, ...]) -> None:
+    norm = RepBN(C, momentum=None)
+    x = torch.randn(shape)
+    with token_mask(norm, MASK):
+        norm(x)
+    valid = MASK.flatten()[:, None].expand(8, x.numel() // C // 8).flatten()
+    assert_close(norm.running_mean, x.reshape(-1, C)[valid].mean(0), FLOAT32)

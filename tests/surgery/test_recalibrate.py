@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distributed import run_ranks
 from slabformer import PRepBN, RepBN, recalibrate_, sync_norms_, token_mask
-from tolerances import ALGEBRA, EXACT, assert_close
+from tolerances import ALGEBRA, EXACT, FLOAT32, assert_close
 
 C = 4
 
@@ -148,10 +148,16 @@ def test_bad_data_is_refused_and_changes_nothing(batches: Any, message: str) -> 
     assert model[0].rep.accumulator is None
 
 
-def test_variance_that_float16_buffers_cannot_hold_is_refused() -> None:
-    model = nn.Sequential(RepBN(C, dtype=torch.float16))
-    with pytest.raises(ValueError, match="recalibrate in float32"):
-        recalibrate_(model, [(1000 * torch.randn(64, C)).half()])
+def test_a_float16_model_holds_variances_beyond_float16() -> None:
+    model, x = nn.Sequential(RepBN(C, dtype=torch.float16)), (1000 * torch.randn(64, C)).half()
+    recalibrate_(model, [x])
+    assert_close(model[0].running_var, x.float().var(0, correction=0), FLOAT32)
+
+
+def test_variance_that_float32_cannot_hold_is_refused() -> None:
+    model = nn.Sequential(RepBN(C))
+    with pytest.raises(ValueError, match="statistics of 0 are not finite; check the data"):
+        recalibrate_(model, [1e25 * torch.randn(64, C)])
     assert model[0].running_var.isfinite().all()
 
 

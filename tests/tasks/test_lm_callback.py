@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import slabformer as sf
+from slabformer.models.padding import keep_padding_out_everywhere_
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.language.callback import ProgressiveCallback
 from slabformer.tasks.language.folders import load_model_folder
 from slabformer.tasks.language.fusing import check_finished
-from tolerances import EXACT, assert_close
+from tolerances import EXACT, FLOAT32, assert_close
 
 STEPS = 10
 TOKENS = torch.randint(0, 48, (40, 12), generator=torch.Generator().manual_seed(1))
@@ -34,7 +54,7 @@ def converted_llama() -> LlamaForCausalLM:
 
 
 def trainer_of(
-    model: LlamaForCausalLM, folder: Path, *callbacks: TrainerCallback, steps: int = STEPS, **changes: Any
+    model: PreTrainedModel, folder: Path, *callbacks: TrainerCallback, steps: int = STEPS, **changes: Any
 ) -> Trainer:
     settings: dict[str, Any] = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
     settings |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
@@ -146,3 +166,117 @@ def test_a_checkpoint_says_what_was_converted_and_how_many_steps_miss(tmp_path: 
         assert_close(actual[name], value, EXACT)
     with pytest.raises(ValueError, match=r"gamma is 0\.4\); 2 more steps of its run would finish its schedule"):
         check_finished(loaded, tmp_path / "checkpoint-3")
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {**SMALL, "vocab_size": 48, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1}
+UNNAMED_NORMS: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=48, n_positions=16, n_embd=16, n_layer=1, n_head=2)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=48, hidden_size=16, n_layer=1, n_head=2)),
+    "clip": lambda: CLIPModel(
+        CLIPConfig(text_config=TEXT, vision_config={**SMALL, "image_size": 8, "patch_size": 4}, projection_dim=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("progressive", [True, False], ids=["prepbn", "repbn"])
+@pytest.mark.parametrize("build", UNNAMED_NORMS.values(), ids=UNNAMED_NORMS.keys())
+def test_a_plain_trainer_decays_no_parameter_of_the_norms(
+    tmp_path: Path, build: Callable[[], PreTrainedModel], progressive: bool
+) -> None:
+    model = build()
+    sf.convert_norms_(model, progressive=progressive)
+    trainer = trainer_of(model, tmp_path, weight_decay=0.1)
+    decay, spared = trainer.create_optimizer().param_groups
+    assert (decay["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    own = {id(parameter) for parameter in sf.norm_parameters(model).values()}
+    assert not own & {id(parameter) for parameter in decay["params"]}
+    assert own <= {id(parameter) for parameter in spared["params"]}
+    assert decay["params"]
+
+
+def test_an_optimizer_of_the_callers_that_decays_norms_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = converted_llama()
+    trainer = trainer_of(model, tmp_path, ProgressiveCallback(), steps=2)
+    trainer.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    trainer.train()
+    assert "the optimizer decays 20 parameters of the norms (first: model.layers.0.input_layernorm" in caplog.text
+    caplog.clear()
+    trainer_of(converted_llama(), tmp_path, ProgressiveCallback(), steps=2, weight_decay=0.1).train()
+    assert "decays" not in caplog.text
+
+
+def statistics_of(model: PreTrainedModel, forward: Callable[[PreTrainedModel], Any]) -> dict[str, Tensor]:
+    """Running means after one forward of a copy in training, its padding hooked as the callback does it."""
+    made = copy.deepcopy(model).train()
+    keep_padding_out_everywhere_(made)
+    keep_padding_out_everywhere_(made)  # once is enough
+    forward(made)
+    return {name: norm.running_mean.clone() for name, norm in repbn_modules(made).items()}
+
+
+def assert_unmoved_by(model: PreTrainedModel, first: Any, second: Any) -> None:
+    for norm in prepbn_modules(model).values():
+        norm.set_gamma(0)
+        norm.rep.momentum = None
+    one, other = statistics_of(model, first), statistics_of(model, second)
+    for name, mean in one.items():
+        assert_close(mean, other[name], FLOAT32)
+        assert mean.any(), name
+
+
+def masked(length: int) -> Tensor:
+    """Two texts of ``length`` tokens, the second of which ends two before."""
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[1, -2:] = 0
+    return mask
+
+
+@pytest.mark.parametrize(("encoder_length", "decoder_length"), [(7, 5), (6, 6)], ids=["lengths differ", "same length"])
+def test_encoder_and_decoder_each_have_their_own_mask(encoder_length: int, decoder_length: int) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=48, decoder_start_token_id=0, **sizes))
+    sf.convert_norms_(model)
+
+    def forward(filler: int, decoder_mask: bool = True) -> Callable[[PreTrainedModel], Any]:
+        mask, decoder = masked(encoder_length), masked(decoder_length).flip(0)
+        batch = {"input_ids": torch.where(mask.bool(), TOKENS[:2, :encoder_length], filler), "attention_mask": mask}
+        batch["decoder_input_ids"] = torch.where(
+            decoder.bool() if decoder_mask else decoder >= 0, TOKENS[2:4, :decoder_length], filler
+        )
+        return lambda made: made(**batch, **({"decoder_attention_mask": decoder} if decoder_mask else {}))
+
+    assert_unmoved_by(model, forward(3), forward(5))
+    assert_unmoved_by(model, forward(3, decoder_mask=False), forward(5, decoder_mask=False))
+
+
+@pytest.mark.parametrize("text_length", [5, 7], ids=["as long as the image", "longer"])
+def test_the_mask_of_the_text_leaves_the_images_alone(text_length: int) -> None:
+    model = UNNAMED_NORMS["clip"]()
+    sf.convert_norms_(model)
+    images, mask = torch.randn(2, 3, 8, 8), masked(text_length)
+
+    def forward(filler: int, images: Tensor = images) -> Callable[[PreTrainedModel], Any]:
+        ids = torch.where(mask.bool(), TOKENS[:2, :text_length], filler)
+        return lambda made: made(input_ids=ids, pixel_values=images, attention_mask=mask)
+
+    assert_unmoved_by(model, forward(3), forward(5))
+    vision = {name for name in repbn_modules(model) if name.startswith("vision_model")}
+    moved = statistics_of(model, forward(3))
+    whole = statistics_of(model, lambda made: made.vision_model(images))
+    for name in vision:
+        assert_close(moved[name], whole[name], FLOAT32)  # every patch counts
+
+
+def test_norms_over_heads_keep_padding_out() -> None:
+    sizes = {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 48}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    assert any("q_norm" in name for name in sf.convert_norms_(model))
+    mask = masked(6)
+
+    def forward(filler: int) -> Callable[[PreTrainedModel], Any]:
+        return lambda made: made(torch.where(mask.bool(), TOKENS[:2, :6], filler), attention_mask=mask)
+
+    assert_unmoved_by(model, forward(3), forward(5))

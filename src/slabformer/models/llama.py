@@ -20,9 +20,10 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel, LlamaRMSNorm
 
 from slabformer.models.official import PublishedLayout, State
+from slabformer.models.padding import keep_padding_out
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Folded
-from slabformer.nn.controls import prepbn_modules, repbn_modules, set_token_mask
+from slabformer.nn.controls import prepbn_modules
 from slabformer.nn.prepbn import phase_of
 
 LlamaNorm = Literal["prepbn", "repbn", "rmsnorm", "folded"]
@@ -67,6 +68,9 @@ class SlabLlamaPreTrainedModel(LlamaPreTrainedModel):
 
     config: SlabLlamaConfig
     config_class = SlabLlamaConfig
+
+    #: whatever ``dtype`` a file is loaded in
+    _keep_in_fp32_modules_strict = ["running_mean", "running_var", "gamma"]  # noqa: RUF012 - as transformers has it
 
     #: rotary frequencies and counters follow from the architecture
     published_layout = PublishedLayout(
@@ -131,14 +135,6 @@ class SlabLlamaForCausalLM(SlabLlamaPreTrainedModel, LlamaForCausalLM):
 
 class SlabLlamaForSequenceClassification(GenericForSequenceClassification, SlabLlamaPreTrainedModel):
     """transformers' classification head on :class:`SlabLlamaModel`."""
-
-
-def keep_padding_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: statistics see only tokens that ``attention_mask`` ``(B, N)``, given by name, lets through."""
-    if any(norm.training or norm.accumulator is not None for norm in repbn_modules(model).values()):
-        mask = kwargs.get("attention_mask")
-        # left in place, since activation checkpointing runs the norms again in backward
-        set_token_mask(model, mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None)
 
 
 def _add_biases(module: nn.Module, *names: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from slabformer.nn.affine import Affine
 from slabformer.nn.repbn import RepBN
+from slabformer.nn.sync import StatisticsSync
 from slabformer.ops.rep_norm import keep_in_graph
 
 Phase = Literal["warm", "fading", "done"]
@@ -62,6 +63,7 @@ class PRepBN(nn.Module):
         self.rep = RepBN(
             dim, eps=bn_eps, momentum=momentum, eta=eta, channel_dim=channel_dim, device=device, dtype=dtype
         )
+        self.rep.kept_by_parent = True
         self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device))
         self.phase: Phase = "warm"
         self.blend_in_eval = False
@@ -77,7 +79,7 @@ class PRepBN(nn.Module):
         if self.phase == "done":
             return keep_in_graph(self.rep(x), *self.norm.parameters())
         if self.phase == "warm":
-            if self.rep.training and self.rep.warm_statistics:  # in eval beside a norm that trains, it is frozen
+            if self.rep.training and self.rep.observes_while_warm:  # in eval beside a norm that trains, it is frozen
                 self.rep.observe(x)
             return keep_in_graph(self.norm(x).to(x.dtype), *self.rep.parameters())
         gamma = self.gamma.to(x.dtype, copy=True)  # autograd keeps it, and the schedule or DDP may write in between
@@ -103,6 +105,21 @@ class PRepBN(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         if not self.gamma.is_meta:
             self.phase = phase_of(float(self.gamma))
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As nn.Module's, but RepBN stays where ``SyncBatchNorm.convert_sync_batchnorm`` would replace it.
+
+        Its ranks share their statistics from then on, as after :func:`slabformer.sync_norms_`.
+
+        Raises:
+            TypeError: If anything else is to replace it.
+        """
+        if name != "rep" or isinstance(module, RepBN):
+            super().add_module(name, module)
+        elif isinstance(module, nn.SyncBatchNorm):
+            self.rep.sync = StatisticsSync(module.process_group)
+        else:
+            raise TypeError(f"rep of a PRepBN must stay a RepBN, got {type(module).__name__}, which would lose eta")
 
     @property
     def normalized_shape(self) -> tuple[int, ...]:

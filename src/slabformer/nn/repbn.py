@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from slabformer.nn.affine import Affine
 from slabformer.nn.sync import StatisticsSync
@@ -21,13 +24,21 @@ from slabformer.ops.moments import (
 )
 from slabformer.ops.rep_norm import rep_norm
 
+logger = logging.getLogger(__name__)
 
-class RepBN(nn.Module):
+STATISTICS = ("running_mean", "running_var")
+
+
+class RepBN(_BatchNorm):
     """BatchNorm with a learnable skip, ``BN(x) + eta * x`` (Guo et al. 2024, RepBN).
 
     In eval mode it is one scale and shift per channel, so :func:`slabformer.fuse` can remove it. Which tokens count
     for the statistics is set by :func:`slabformer.token_mask`, which ranks share them by
     :func:`slabformer.sync_norms_`.
+
+    A BatchNorm to other libraries, so that parameter groups, freezing loops (``eval()`` holds the statistics still) and
+    ``torch.optim.swa_utils.update_bn`` treat it as one. Running statistics are float32 (float64 in a float64 model)
+    whatever the parameters' dtype: float16 overflows at a standard deviation of 256, bfloat16 drifts.
 
     Args:
         dim: Channels ``C``.
@@ -41,9 +52,13 @@ class RepBN(nn.Module):
         axis but the channels'.
 
     Raises:
-        ValueError: If the channel axis of the input is not ``dim``, the token mask does not fit the tokens, or a
-            training batch holds a single token.
+        ValueError: If the channel axis of the input is not ``dim``, no token mask fits the tokens, or a training batch
+            holds a single token.
+        TypeError: If another library rebuilds it as a plain BatchNorm, which would lose ``eta``.
     """
+
+    __constants__ = []  # noqa: RUF012 - as torch has it; its own would ask for `affine`
+    __jit_ignored_attributes__ = ("affine", "observes_while_warm")
 
     if TYPE_CHECKING:  # TorchScript would read them
         running_mean: Tensor
@@ -61,24 +76,34 @@ class RepBN(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super(_NormBase, self).__init__()  # BatchNorm's own would keep the statistics in the parameters' dtype
         if channel_dim not in (-1, 1):
             raise ValueError(f"channel_dim must be -1 (tokens) or 1 (maps), got {channel_dim}")
-        self.normalized_shape, self.channel_dim = (dim,), channel_dim
-        self.eps, self.momentum = eps, momentum
+        self.normalized_shape, self.num_features, self.channel_dim = (dim,), dim, channel_dim
+        self.eps, self.momentum, self.track_running_stats = eps, momentum, True
+        statistics_dtype = accumulation_dtype(dtype or torch.get_default_dtype())
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
         self.eta = nn.Parameter(torch.full((1,), float(eta), device=device, dtype=dtype))
-        self.register_buffer("running_mean", torch.zeros(dim, device=device, dtype=dtype))
-        self.register_buffer("running_var", torch.ones(dim, device=device, dtype=dtype))
+        self.register_buffer("running_mean", torch.zeros(dim, device=device, dtype=statistics_dtype))
+        self.register_buffer("running_var", torch.ones(dim, device=device, dtype=statistics_dtype))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
         #: first batches are averaged alike, so that running statistics forget their start of (0, 1) at once
         self.warm_statistics = False
-        self.token_mask: Tensor | None = None
+        #: valid tokens, boolean; of several masks the one that fits counts, and None among them stands for all tokens
+        self.token_mask: Tensor | tuple[Tensor | None, ...] | None = None
+        #: where messages say it is; set with the mask
+        self.name = "RepBN"
         self.sync: StatisticsSync | None = None
         #: set while recalibrating: batch statistics go here and the running ones stay
         self.accumulator: MomentsAccumulator | None = None
-        self._mask_of_forward: Tensor | None = None
+        #: whether the module around it puts it back where a BatchNorm of another class is put in its place
+        self.kept_by_parent = False
+        #: ids of the norms that used a mask and of those masks, while someone asks
+        self.masks_used: set[int] | None = None
+        self._mask_of_forward: Tensor | tuple[Tensor | None, ...] | None = None
+        self._since_reset: MomentsAccumulator | None = None
+        self._told_unmasked = False
 
     def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor:
         """RepBN of ``x``, times the scalar tensor ``share`` where one is given."""
@@ -94,11 +119,11 @@ class RepBN(nn.Module):
         eta: Tensor = self.eta
         if share is not None:
             weight, bias, eta = weight * share, bias * share, eta * share
-        if self.training or self.accumulator is not None:
+        if self.training or self.accumulator is not None or self.running_mean is None:
             moments = self.observe(tokens, tokens_last=True)
             shared = self._shares_batch()
             group = self.sync.group if self.sync is not None else None
-            y = rep_norm(tokens, weight, bias, eta, moments, self.eps, self.token_mask, shared, group)
+            y = rep_norm(tokens, weight, bias, eta, moments, self.eps, self.mask_of(tokens), shared, group)
         else:
             y = self._by_running_statistics(tokens, weight, bias, eta)
         return y.movedim(-1, self.channel_dim)
@@ -115,7 +140,7 @@ class RepBN(nn.Module):
         self._check_tokens(tokens)
         with torch.no_grad():
             dtype = torch.float64 if self.accumulator is not None else None
-            moments = batch_moments(tokens, self.token_mask, dtype)
+            moments = batch_moments(tokens, self.mask_of(tokens), dtype)
             if self.accumulator is not None:
                 self.accumulator.add(moments)
             if self._shares_batch() and self.sync is not None:
@@ -124,15 +149,81 @@ class RepBN(nn.Module):
                 dtype = accumulation_dtype(tokens.dtype)
                 return Moments(*(t.to(dtype) for t in (moments.count, moments.mean, moments.var)))
             self._check_recomputation()
-            update_running_(
-                self.running_mean,
-                self.running_var,
-                self.num_batches_tracked,
-                moments,
-                self.momentum,
-                average_first=self.warm_statistics,
-            )
+            if self.running_mean is not None and self.track_running_stats:
+                self._update_running(moments)
         return moments
+
+    def _update_running(self, moments: Moments) -> None:
+        self._keep_float32()
+        if self.momentum is not None:
+            self._since_reset = None
+        if self._since_reset is not None and (torch.compiler.is_compiling() or not in_backward()):
+            self._since_reset.add(moments)
+            population = self._since_reset.result()
+            self.running_mean.copy_(population.mean)
+            self.running_var.copy_(population.var)
+            self.num_batches_tracked.add_(1)
+            return
+        update_running_(
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            moments,
+            self.momentum,
+            average_first=self.warm_statistics,
+        )
+
+    @property
+    def observes_while_warm(self) -> bool:
+        """Whether the statistics follow the data although another norm's output is used."""
+        return self.warm_statistics or (self._since_reset is not None and self.momentum is None)
+
+    def reset_running_stats(self) -> None:
+        """Forget the statistics; with ``momentum`` None they become the population's of all tokens from here on.
+
+        This is how ``torch.optim.swa_utils.update_bn`` uses a BatchNorm. The average over batches that BatchNorm takes
+        then would lose the variance between batches and weigh a short last batch like the others.
+        """
+        super().reset_running_stats()
+        self._since_reset = MomentsAccumulator(self.num_features, self.weight.device)
+
+    @property
+    def affine(self) -> bool:  # type: ignore[override]
+        """True where it can be asked for: what reads it rebuilds a BatchNorm as another class.
+
+        Raises:
+            TypeError: Where the module that is built would lose ``eta`` without a word.
+        """
+        if not self.kept_by_parent:
+            raise TypeError(
+                "RepBN cannot become another BatchNorm, which would lose eta; to share its statistics between ranks "
+                "call slabformer.sync_norms_(model) instead of convert_sync_batchnorm"
+            )
+        return True
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name != "affine"]  # torch.jit.trace asks for all that is listed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RepBN:
+        """Move and cast, but for the statistics' float32."""
+        before = {name: self._buffers[name] for name in STATISTICS}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and is_short(new):
+                self._buffers[name] = new.float() if old.is_meta else old.to(new.device, torch.float32)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super(_NormBase, self)._load_from_state_dict(*args, **kwargs)  # BatchNorm's own does not miss its counter
+        self._keep_float32()  # assign=True brings the file's dtype
+
+    def _keep_float32(self) -> None:
+        """Widen statistics that someone has cast past :meth:`_apply`."""
+        for name in STATISTICS:
+            buffer = self._buffers[name]
+            if buffer is not None and is_short(buffer):
+                self._buffers[name] = buffer.float()
 
     def _shares_batch(self) -> bool:
         """Whether the batch is that of all ranks together; while recalibrating, one may have run out of data."""
@@ -159,12 +250,38 @@ class RepBN(nn.Module):
             )
         return x.movedim(self.channel_dim, -1)
 
-    def _check_tokens(self, tokens: Tensor) -> None:
-        if self.token_mask is not None and self.token_mask.shape != tokens.shape[:-1]:
+    def mask_of(self, tokens: Tensor) -> Tensor | None:
+        """The token mask that fits ``tokens`` ``(*, C)``, in their shape; None where all of them count.
+
+        A mask ``(B, N)`` also fits tokens ``(B * N, C)`` and those that were split further, into ``(B, N, heads, C)``.
+
+        Raises:
+            ValueError: If there are masks and none fits.
+        """
+        if self.token_mask is None:
+            return None
+        masks = self.token_mask if isinstance(self.token_mask, tuple) else (self.token_mask,)
+        shape = tokens.shape[:-1]
+        for mask in masks:
+            if mask is not None and (fitted := _fit(mask, shape)) is not None:
+                if self.masks_used is not None and not torch.compiler.is_compiling():
+                    self.masks_used.update((id(self), id(mask)))
+                return fitted
+        given = " or ".join(str(tuple(mask.shape)) for mask in masks if mask is not None)
+        if all(mask is not None for mask in masks):
             raise ValueError(
-                f"token mask of shape {tuple(self.token_mask.shape)} does not fit tokens of shape "
-                f"{tuple(tokens.shape[:-1])}; give one boolean per token, or set it to None"
+                f"token mask of shape {given} does not fit tokens of shape {tuple(shape)} at {self.name}; give one "
+                "boolean per token, masks by the names of submodules, or None"
             )
+        if len(shape) > 1 and not self._told_unmasked and not torch.compiler.is_compiling():
+            self._told_unmasked = True
+            logger.warning(
+                "all tokens of shape %s at %s count for its statistics: the token mask of shape %s does not fit them",
+                *(tuple(shape), self.name, given),
+            )
+        return None
+
+    def _check_tokens(self, tokens: Tensor) -> None:
         alone = self.sync is None or not self.sync.active
         if self.training and alone and tokens.numel() <= tokens.shape[-1]:
             raise ValueError("RepBN needs more than one token to train on; enlarge the batch or call eval()")
@@ -182,3 +299,19 @@ class RepBN(nn.Module):
     def extra_repr(self) -> str:
         """Channels and settings."""
         return f"{self.normalized_shape[0]}, eps={self.eps}, momentum={self.momentum}, channel_dim={self.channel_dim}"
+
+
+def _fit(mask: Tensor, shape: torch.Size) -> Tensor | None:
+    """``mask`` over tokens of ``shape``; None where it says nothing about them."""
+    if mask.shape == shape:
+        return mask
+    if shape[: mask.ndim] != mask.shape and shape[0] == mask.numel():
+        mask = mask.flatten()
+    if shape[: mask.ndim] != mask.shape:
+        return None
+    return mask.view(*mask.shape, *[1] * (len(shape) - mask.ndim)).expand(shape)
+
+
+def is_short(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is of a floating dtype below float32."""
+    return tensor.is_floating_point() and tensor.itemsize < 4

@@ -76,7 +76,8 @@ def fit_norms_(
 
     def note(norm: PRepBN, args: tuple[Any, ...], output: Tensor) -> None:
         axis = norm.rep.channel_dim
-        x, y, mask = args[0].movedim(axis, -1), output.movedim(axis, -1), norm.rep.token_mask
+        x, y = args[0].movedim(axis, -1), output.movedim(axis, -1)
+        mask = norm.rep.mask_of(x)
         fits[norm].add(*((t.flatten(0, -2) if mask is None else t[mask]) for t in (x, y)))
 
     handles = [norm.register_forward_hook(note) for norm in fits]

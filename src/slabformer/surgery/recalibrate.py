@@ -87,14 +87,14 @@ def _write_statistics(norms: dict[str, RepBN]) -> None:
         raise ValueError(NO_BATCH)
     for name, result in reached.items():
         if not (result.mean.isfinite() & result.var.isfinite()).all():
-            raise ValueError(f"statistics of {name} are not finite; check the data, or recalibrate in float32")
+            raise ValueError(f"statistics of {name} are not finite; check the data")
     for name, result in reached.items():
         norms[name].running_mean.copy_(result.mean)
         norms[name].running_var.copy_(result.var)
 
 
 def _result(norm: RepBN) -> Moments:
-    """Population moments in the dtype of the buffers, where float16 may overflow."""
+    """Population moments in the dtype of the buffers, where a variance may overflow."""
     assert norm.accumulator is not None
     shared = norm.sync is not None and norm.sync.active
     result = norm.accumulator.result(norm.sync.group if norm.sync is not None else None, shared)

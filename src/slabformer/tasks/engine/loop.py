@@ -15,7 +15,12 @@ from torch import Tensor
 
 from slabformer.tasks.engine.diagnose import describe_nonfinite
 from slabformer.tasks.engine.folder import refuse_difference
-from slabformer.tasks.engine.nonfinite import NonFiniteError, NonFiniteGuard, first_nonfinite_tensor
+from slabformer.tasks.engine.nonfinite import (
+    NonFiniteError,
+    NonFiniteGuard,
+    first_nonfinite_tensor,
+    first_of_ranks,
+)
 from slabformer.tasks.engine.observers import Observer, RunStart, StepReport
 from slabformer.tasks.engine.parts import Position, num_samples, windows
 from slabformer.tasks.engine.signals import StoppedError, StopSignals
@@ -89,7 +94,7 @@ class Trainer(Training):
         if self._saved_step == self.position.step:
             return
         self._raise_if_nonfinite()
-        lost = first_nonfinite_tensor(self.model.state_dict())
+        lost = first_of_ranks(first_nonfinite_tensor(self.model.state_dict()))
         if lost is not None:
             raise NonFiniteError(f"{lost} is not finite after step {self.position.step}; nothing was saved")
         state = capture(self)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from slabformer.nn.controls import repbn_modules
+from slabformer.tasks.engine.devices import gather
 
 NEVER = torch.iinfo(torch.int64).max
 
@@ -50,10 +54,21 @@ def first_nonfinite_tensor(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, good in zip(floating, finite, strict=True) if not good), None)
 
 
+def first_of_ranks(found: str | None) -> str | None:
+    """What the first rank that found something says, the same on every rank; all must ask, whatever they found.
+
+    A rank that raised by itself would leave the others waiting for it in their next collective.
+    """
+    answers = gather(found)
+    rank, answer = next(((rank, answer) for rank, answer in enumerate(answers) if answer is not None), (0, None))
+    return answer if answer is None or len(answers) == 1 else f"{answer} (rank {rank})"
+
+
 def first_nonfinite_module(model: nn.Module, run: Callable[[], None]) -> str | None:
     """Name of the module that is the first to put out a NaN or an infinity while ``run`` calls ``model``.
 
-    Modes stay as they are; buffers, running statistics among them, are put back afterwards.
+    Modes stay as they are; buffers, running statistics among them, are put back afterwards. Norms take this rank's
+    statistics alone: the NaN of another rank is not this one's, and the ranks need not run equally often.
     """
     names: list[str] = []
 
@@ -67,7 +82,7 @@ def first_nonfinite_module(model: nn.Module, run: Callable[[], None]) -> str | N
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     handles = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _alone(model):
             run()
     finally:
         for handle in handles:
@@ -75,6 +90,24 @@ def first_nonfinite_module(model: nn.Module, run: Callable[[], None]) -> str | N
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     return names[0] if names else None
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """No norm of ``model`` waits for other ranks inside the block; torch's SyncBatchNorm runs in eval mode there."""
+    syncs = {norm: norm.sync for norm in repbn_modules(model).values()}
+    waiting = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm) and module.training]
+    for norm in syncs:
+        norm.sync = None
+    for module in waiting:
+        module.eval()
+    try:
+        yield
+    finally:
+        for norm, sync in syncs.items():
+            norm.sync = sync
+        for module in waiting:
+            module.train()
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -6,11 +6,14 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from slabformer.nn.repbn import RepBN
 from slabformer.tasks.engine.devices import to_device
 from slabformer.tasks.engine.parts import LoopConfig, StepFn, num_samples
 from slabformer.tasks.engine.seeds import reseed
@@ -51,11 +54,11 @@ class Update:
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, step_fn: StepFn, config: LoopConfig
     ) -> None:
-        self.accelerator, self.optimizer, self.config = accelerator, optimizer, config
+        self.accelerator, self.model, self.optimizer, self.config = accelerator, model, optimizer, config
         compiled = cast(nn.Module, torch.compile(model)) if config.compile else model
         self.train_step = accelerator.prepare_model(TrainStep(compiled, step_fn))
         if isinstance(self.train_step, DistributedDataParallel):
-            # norms share their statistics themselves and gamma is the same on all ranks: nothing to send every step
+            # gamma is the same on all ranks, RepBN shares its statistics itself, and the step averages what others hold
             self.train_step.broadcast_buffers = False
         self._stepper = accelerator.prepare_optimizer(optimizer)
 
@@ -83,9 +86,11 @@ class Update:
         return means, [means[TOTAL], norm] if self.accelerator.scaler is None else [means[TOTAL]]
 
     def apply(self) -> None:
-        """Move the weights."""
+        """Move the weights, then give all ranks the same statistics."""
         self._stepper.step()
         self._stepper.zero_grad()
+        if self.accelerator.num_processes > 1:
+            average_statistics_(self.model)
 
     def _clip(self) -> Tensor:
         """Clip the gradient where asked; returns its norm before."""
@@ -95,3 +100,22 @@ class Update:
         if self.config.clip_norm is not None:
             clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
         return norm
+
+
+@torch.no_grad()
+def average_statistics_(model: nn.Module) -> None:
+    """Give every rank the mean over ranks of the running statistics that norms have taken from their rank's data alone.
+
+    That is BatchNorm's own rule: the average of batches' statistics. Evaluation, the EMA and checkpoints are then the
+    same whichever rank they come from. RepBN that shares its batch statistics already holds the same everywhere.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    own = [norm for norm in norms if not (isinstance(norm, RepBN) and norm.sync is not None and norm.sync.active)]
+    statistics = [buffer for norm in own for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
+    if not statistics:
+        return
+    flat = torch.cat([buffer.double() for buffer in statistics])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
+        buffer.copy_(mean)

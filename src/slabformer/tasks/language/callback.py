@@ -8,15 +8,18 @@ deployed, report = slabformer.fuse(model.eval(), (), {"input_ids": tokens, "use_
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from slabformer.models.llama import SlabLlamaPreTrainedModel, keep_padding_out
+from slabformer.models.llama import SlabLlamaPreTrainedModel
+from slabformer.models.padding import keep_padding_out_everywhere_
+from slabformer.nn.controls import norm_parameters
 from slabformer.progressive import ProgressiveSchedule, Shape
 from slabformer.tasks.language.foreign import note_norms_
 
@@ -27,10 +30,13 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
     """Moves gamma once an optimizer step of transformers' ``Trainer``, from 1 to 0 over a fraction of its steps.
 
     The Trainer knows how many steps there are and, in a run that goes on from a checkpoint, how many are done: gamma
-    follows from these two. Convert the model before the Trainer is built. Gamma stands in the printed logs and in
-    ``trainer.state.log_history``. Tokens that a batch's ``attention_mask`` leaves out stay out of the statistics, in
-    :func:`slabformer.recalibrate_` after training too. Folders that the Trainer writes say in ``config.json`` which
-    norms were converted, for :func:`~slabformer.tasks.language.folders.load_model_folder` and ``slab lm fuse``.
+    follows from these two. Convert the model before the Trainer is built. Importing this module keeps the norms' gain,
+    offset and ``eta`` out of what a Trainer's own optimizer decays, whatever the norms are called. Gamma stands in the
+    printed logs and in ``trainer.state.log_history``. Tokens that a batch's ``attention_mask`` leaves out stay out of
+    the statistics, in :func:`slabformer.recalibrate_` after training too; the parts of a model that take data of their
+    own (encoder and decoder, text and image) each follow their own mask. Folders that the Trainer writes say in
+    ``config.json`` which norms were converted, for :func:`~slabformer.tasks.language.folders.load_model_folder` and
+    ``slab lm fuse``.
 
     Args:
         warmup: Fraction of training with gamma 1 before fading starts.
@@ -69,6 +75,7 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Build the schedule, at the step where training goes on."""
         assert model is not None
+        _warn_of_decay(model, optimizer)
         self.schedule = ProgressiveSchedule(
             model,
             state.max_steps,
@@ -80,9 +87,8 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
         )
         if isinstance(model, PreTrainedModel):
             note_norms_(model)
-        ours = isinstance(model, SlabLlamaPreTrainedModel)  # which keeps it out by itself
-        if not ours and keep_padding_out not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(keep_padding_out, with_kwargs=True)
+        if not isinstance(model, SlabLlamaPreTrainedModel):  # which keeps it out by itself
+            keep_padding_out_everywhere_(model)
         if state.global_step:
             self.schedule.load_state_dict({**self.schedule.state_dict(), "step": state.global_step})
 
@@ -122,3 +128,33 @@ def steps_missing(schedule: ProgressiveSchedule) -> int:
     """Optimizer steps until gamma is 0."""
     state = schedule.state_dict()
     return max(0, state["warmup_steps"] + state["fade_steps"] - state["step"])
+
+
+def _warn_of_decay(model: nn.Module, optimizer: Optimizer | None) -> None:
+    groups = optimizer.param_groups if optimizer is not None else []
+    decayed = {id(p) for group in groups if group.get("weight_decay") for p in group["params"]}
+    names = [name for name, parameter in norm_parameters(model).items() if id(parameter) in decayed]
+    if names:
+        logger.warning(
+            "the optimizer decays %d parameters of the norms (first: %s), which pulls gain and eta to 0; leave out of "
+            "its decaying groups what slabformer.norm_parameters(model) names",
+            *(len(names), names[0]),
+        )
+
+
+def _spare_norms_from_decay(trainer_class: type[Trainer]) -> None:
+    """Have ``trainer_class`` leave our norms out of the parameters that decay.
+
+    It recognises ``nn.LayerNorm`` and names with "norm", and takes no registration of others.
+    """
+    decaying = trainer_class.get_decay_parameter_names
+
+    @functools.wraps(decaying)
+    def get_decay_parameter_names(self: Trainer, model: nn.Module) -> list[str]:
+        spared = norm_parameters(model)
+        return [name for name in decaying(self, model) if name not in spared]
+
+    trainer_class.get_decay_parameter_names = get_decay_parameter_names  # type: ignore[method-assign]
+
+
+_spare_norms_from_decay(Trainer)

@@ -56,7 +56,8 @@ def load_foreign(folder: Path, dtype: torch.dtype) -> nn.Module:
     if (folder / FUSED_WEIGHTS).is_file():
         return sf.load_fused(skeleton, folder / FUSED_WEIGHTS)
     convert_as_described_(skeleton, _noted(folder), type(skeleton).__name__)
-    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in _read(folder)}
+    own = skeleton.state_dict()  # statistics and gamma are float32 whatever the weights are
+    tensors = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in _read(folder)}
     load_strictly(skeleton, tensors | _tied(skeleton, tensors), f"the weights in {str(folder)!r} do not fit")
     return skeleton
 

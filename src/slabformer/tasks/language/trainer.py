@@ -24,6 +24,7 @@ from slabformer.tasks.engine.nonfinite import (
     NonFiniteGuard,
     first_nonfinite_module,
     first_nonfinite_tensor,
+    first_of_ranks,
 )
 from slabformer.tasks.language.packing import BlockStream, batches_of
 from slabformer.tasks.language.perplexity import Perplexity, perplexity
@@ -141,7 +142,7 @@ class LanguageTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_finite()
-        name = first_nonfinite_tensor(self.net.state_dict())
+        name = first_of_ranks(first_nonfinite_tensor(self.net.state_dict()))
         if name is not None:
             raise NonFiniteError(f"{name} became non-finite by step {self.state.global_step}; {self._kept()}")
         main = self.is_world_process_zero()
@@ -164,7 +165,9 @@ class LanguageTrainer(Trainer):
         step = self._guard.first_bad_step()
         if step is None:
             return
-        culprit = None if inputs is None else first_nonfinite_module(self.net, partial(self._run, inputs))
+        culprit = first_of_ranks(
+            None if inputs is None else first_nonfinite_module(self.net, partial(self._run, inputs))
+        )
         first = f", first in the output of {culprit}" if culprit else ""
         raise NonFiniteError(f"the loss became non-finite in step {step + 1}{first}; {self._kept()}")
 

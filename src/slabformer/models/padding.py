@@ -1,0 +1,62 @@
+"""From the attention masks of transformers' models to the token masks of their norms."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from slabformer.nn.controls import repbn_modules, set_token_mask
+
+#: arguments by which a model of transformers takes its data
+DATA = frozenset({"input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features", "features"})
+
+
+def keep_padding_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: statistics see only tokens that the argument ``attention_mask`` ``(B, N)`` lets through.
+
+    Norms whose tokens are others than the mask's (pooled ones, learned queries) count all of theirs.
+    """
+    if _is_watching(model):
+        # left in place, since activation checkpointing runs the norms again in backward
+        mask = _attention_mask(model, args, kwargs)
+        set_token_mask(model, (mask, None) if _is_of_tokens(mask) else None)
+
+
+def keep_padding_out_of_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """As :func:`keep_padding_out` inside a larger model: a mask that was prepared there already leaves its own."""
+    mask = _attention_mask(tower, args, kwargs)
+    if mask is None or _is_of_tokens(mask):
+        keep_padding_out(tower, args, kwargs)
+
+
+def keep_padding_out_everywhere_(model: nn.Module) -> None:
+    """Hook ``model`` and every tower in it that takes data of its own, once.
+
+    An encoder, a decoder, a text and an image model each get the mask that they themselves are called with, or none.
+    """
+    for module in model.modules():
+        if not repbn_modules(module) or (module is not model and not _takes_data(module)):
+            continue
+        hook = keep_padding_out if module is model else keep_padding_out_of_tower
+        if not {keep_padding_out, keep_padding_out_of_tower} & set(module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _is_watching(model: nn.Module) -> bool:
+    return any(norm.training or norm.accumulator is not None for norm in repbn_modules(model).values())
+
+
+def _takes_data(module: nn.Module) -> bool:
+    return not DATA.isdisjoint(inspect.signature(module.forward).parameters)
+
+
+def _attention_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if "attention_mask" in kwargs or not args:
+        return kwargs.get("attention_mask")
+    return inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+
+
+def _is_of_tokens(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2
