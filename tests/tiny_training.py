@@ -82,11 +82,16 @@ def start(config: RunConfig, setup: Callable[[], list[Observer]] | None = None, 
 
 def start_ranks(config: RunConfig, setup: Callable[[], list[Observer]] | None = None) -> list[BaseProcess]:
     """Train in two processes that share gradients through gloo, as torchrun would start them."""
+    return [start(config, setup, **environment) for environment in rank_environments()]
+
+
+def rank_environments() -> list[dict[str, str]]:
+    """What torchrun says to each of two processes on this machine."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return [start(config, setup, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(2)]
 
 
 def finish(*processes: BaseProcess, seconds: float = 120) -> list[int | None]:

@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from slabformer.tasks.engine.checkpoint import CheckpointFolders, DamagedCheckpo
 from slabformer.tasks.language.config import TrainConfig
 from slabformer.tasks.language.train import train
 from slabformer.tasks.language.trainer import LanguageTrainer
-from tiny_training import assert_same, die
+from tiny_training import assert_same, die, finish, rank_environments
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["slabformer.tasks.language.train", "accelerate.utils"])
@@ -40,19 +41,27 @@ def die_in(name: str) -> None:
     setattr(LanguageTrainer, name, method)
 
 
-def _child(config: TrainConfig, setup: Callable[[], None]) -> None:
+def _child(config: TrainConfig, setup: Callable[[], None], environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update({"OMP_NUM_THREADS": "1", **environment})
     setup()
     train(config)
 
 
-def killed(config: TrainConfig, setup: Callable[[], None]) -> None:
-    """Train in a process of its own, which ``setup`` has killed."""
-    process = CONTEXT.Process(target=_child, args=(config, setup), daemon=True)
+def nothing() -> None:
+    """A setup that changes nothing."""
+
+
+def start(config: TrainConfig, setup: Callable[[], None] = nothing, **environment: str) -> BaseProcess:
+    """Train in a process of its own, where ``setup`` runs first."""
+    process = CONTEXT.Process(target=_child, args=(config, setup, environment), daemon=True)
     process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    return process
+
+
+def killed(config: TrainConfig, setup: Callable[[], None]) -> None:
+    """Train in a process that ``setup`` has killed."""
+    assert finish(start(config, setup)) == [-signal.SIGKILL]
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +186,18 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert CheckpointFolders(config_folder(config)).paths() == [config_folder(config) / "checkpoint-5"]
     assert not list(config_folder(config).glob(".*"))
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_checkpoint_and_go_on_from_it(tmp_path: Path) -> None:
+    whole, config = (tiny_config(tmp_path / name, steps=6, save_every=3) for name in ("whole", "run"))
+    for each, setup, codes in ((whole, nothing, {0}), (config, partial(die_in, "recalibrate"), {-signal.SIGKILL})):
+        ranks = [start(each, setup, **environment) for environment in rank_environments()]
+        assert set(finish(*ranks)) == codes
+    for step in (3, 6):
+        checkpoint = config_folder(config) / f"checkpoint-{step}"
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(
+            json.loads((checkpoint / "checksums.json").read_text())["sha256"]
+        )
+    assert finish(*(start(config, **environment) for environment in rank_environments())) == [0, 0]
+    assert_same_run(config_folder(config), config_folder(whole))

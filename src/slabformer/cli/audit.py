@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slabformer._extras import require
 from slabformer.cli.common import console, writable
 from slabformer.cli.fuse import fuse_table
+from slabformer.models.arguments import check_arguments
 from slabformer.surgery.audit import audit, time_norms
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.engine.files import write_text
@@ -104,7 +105,11 @@ def _from_folder(folder: Path, input_size: int | None, batch_size: int) -> Built
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings by name; give a folder that timm or transformers saved")
     if "architecture" in settings:
-        return _from_timm(settings["architecture"], settings.get("model_args", {}), input_size, batch_size)
+        name, arguments = settings["architecture"], settings.get("model_args", {})
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise ValueError(f"{path}: architecture must be a name and model_args a mapping")
+        check_arguments(name, arguments)
+        return _from_timm(name, arguments, input_size, batch_size)
     if "model_type" not in settings:
         raise ValueError(f"{path} has neither timm's 'architecture' nor transformers' 'model_type'")
     transformers = require("transformers", extra="lm")

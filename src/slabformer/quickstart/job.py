@@ -27,9 +27,9 @@ from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.sources import DataConfig
 from slabformer.tasks.classification.train import TrainResult, train
 from slabformer.tasks.engine.config import LrConfig, OptimizerConfig
-from slabformer.tasks.engine.documents import parse_yaml
+from slabformer.tasks.engine.documents import parse_yaml, read_mapping
 from slabformer.tasks.engine.files import replaced, write_text
-from slabformer.tasks.engine.manifest import Manifest, read_mapping
+from slabformer.tasks.engine.manifest import Manifest
 from slabformer.tasks.engine.observers import Observer
 from slabformer.tasks.saved_model import load_model, save_model
 

@@ -7,6 +7,7 @@ import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -15,6 +16,7 @@ from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.engine.files import read_text
 from slabformer.tasks.images import image_suffixes, read_image
 from slabformer.tasks.listing import is_hidden, matches
+from slabformer.tasks.paths import path_inside
 
 _ALL_WORDS = {word for words in SPLIT_WORDS.values() for word in words}
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -80,7 +82,7 @@ class ShardSource:
 def _find_shards(folder: Path, split: Split, pattern: str | None) -> list[Path]:
     listed = _listed(folder, pattern or split)
     if listed is not None:
-        shards = [folder / name for name in listed]
+        shards = [path_inside(folder, name) for name in listed]
     elif pattern is not None:
         shards = [Path(path) for part in _expand(pattern) for path in matches(str(folder / part))]
     else:
@@ -102,8 +104,12 @@ def _listed(folder: Path, split: str) -> list[str] | None:
     """The shards of ``split`` according to the folder's info file, None without one."""
     for name in ("_info.json", "info.json"):
         if (folder / name).is_file():
-            info = read_json(folder / name)
-            return info.get("splits", {}).get(split, {}).get("filenames")
+            listed: Any = read_json(folder / name)
+            for key in ("splits", split, "filenames"):
+                listed = listed.get(key, {}) if isinstance(listed, dict) else {}
+            if listed and not isinstance(listed, list):
+                raise ValueError(f"splits.{split}.filenames in {folder / name} must be a list of names, got {listed!r}")
+            return listed or None
     return None
 
 

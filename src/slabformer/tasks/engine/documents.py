@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,18 @@ def read_json(path: Path) -> Any:
         return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
+
+
+def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What ``parse`` makes of the text in ``path``.
+
+    Raises:
+        ValueError: If it is not text, does not parse, or is no mapping; names the file.
+    """
+    try:
+        value = parse(read_text(path))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} cannot be read: it holds {type(value).__name__}, not keys and values")
+    return value

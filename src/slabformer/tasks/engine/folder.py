@@ -19,9 +19,9 @@ import yaml
 
 from slabformer._files import FileLock, acquire, sweep
 from slabformer.tasks.engine.checkpoint import CheckpointStore
-from slabformer.tasks.engine.documents import parse_json, parse_yaml
+from slabformer.tasks.engine.documents import parse_json, parse_yaml, read_mapping
 from slabformer.tasks.engine.files import write_text
-from slabformer.tasks.engine.manifest import Manifest, read_mapping
+from slabformer.tasks.engine.manifest import Manifest
 from slabformer.tasks.engine.observers import EVENTS
 
 logger = logging.getLogger(__name__)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from slabformer.tasks.engine.documents import parse_json
-from slabformer.tasks.engine.files import read_text, write_text
+from slabformer.tasks.engine.documents import parse_json, read_mapping
+from slabformer.tasks.engine.files import write_text
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -81,21 +79,6 @@ class Manifest:
                 path.unlink()
         if MANIFEST in names:
             (self.folder / MANIFEST).unlink(missing_ok=True)
-
-
-def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """What ``parse`` makes of the text in ``path``.
-
-    Raises:
-        ValueError: If it is not text, does not parse, or is no mapping; names the file.
-    """
-    try:
-        value = parse(read_text(path))
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} cannot be read: it holds {type(value).__name__}, not keys and values")
-    return value
 
 
 def _is_name(value: Any) -> bool:

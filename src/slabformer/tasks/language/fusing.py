@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ import slabformer as sf
 from slabformer.models.llama import SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.engine.checkpoint import LAST_FILE
-from slabformer.tasks.engine.documents import read_json
+from slabformer.tasks.engine.documents import parse_json, read_mapping
 from slabformer.tasks.language.callback import ProgressiveCallback
 from slabformer.tasks.language.trainer import latest_checkpoint
 
@@ -101,9 +100,10 @@ def steps_missing_in(folder: Path) -> int | None:
     checkpoint = folder if (folder / LAST_FILE).is_file() else latest_checkpoint(folder)
     if checkpoint is None:
         return None
-    state: dict[str, Any] = read_json(checkpoint / LAST_FILE)
-    schedule = state.get("stateful_callbacks", {}).get(ProgressiveCallback.__name__)
-    if schedule is None:
+    state = read_mapping(checkpoint / LAST_FILE, parse_json)
+    try:
+        schedule = state["stateful_callbacks"][ProgressiveCallback.__name__]["args"]
+        end = round((schedule["warmup"] + schedule["fade"]) * state["max_steps"])
+        return max(0, end - state["global_step"])
+    except (KeyError, TypeError):
         return None
-    end = round((schedule["args"]["warmup"] + schedule["args"]["fade"]) * state["max_steps"])
-    return max(0, end - state["global_step"])
