@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from slabformer.tasks.engine.files import replaced_with
+from slabformer.tasks.engine.files import replaced, replaced_with
 
 
 def write(folder: Path, text: str, with_companion: bool, fail: bool = False) -> None:
@@ -51,3 +55,39 @@ def test_a_crash_between_the_two_leaves_no_pair_that_does_not_belong_together(
         with pytest.raises(OSError, match="no power"):
             write(tmp_path, "two", with_companion=True)
     assert "model" not in contents(tmp_path)
+
+
+def test_a_full_disk_is_told_with_the_file_whoever_writes_it(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writers: dict[str, Callable[[Path], object]] = {
+        "python.txt": lambda path: path.write_text("x" * 10_000),
+        "torch.pt": lambda path: torch.save(torch.zeros(10_000), path),
+        "model.safetensors": lambda path: save_file({"weight": torch.zeros(10_000)}, path),
+    }
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        for name, write in writers.items():
+            (tmp_path / name).write_text("old")
+            with pytest.raises(OSError) as caught, replaced(tmp_path / name) as temporary:
+                write(temporary)
+            assert caught.value.filename == str(tmp_path / name)
+            assert caught.value.errno in (errno.EFBIG, errno.ENOSPC, errno.EIO)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path) == dict.fromkeys(writers, "old")
+
+
+def test_a_folder_that_is_missing_is_told_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, replaced(tmp_path / "missing" / "file.txt"):
+        pass
+    assert caught.value.filename == str(tmp_path / "missing" / "file.txt")
+
+
+def test_other_errors_in_writing_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, replaced(tmp_path / "file.txt"):
+        (tmp_path / "input.txt").read_text()
+    assert caught.value.filename == str(tmp_path / "input.txt")
+    with pytest.raises(ZeroDivisionError), replaced(tmp_path / "file.txt"):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from coco_files import write_root
+from image_folders import fill_splits
+from slabformer.tasks.classification.augment import AugmentConfig
+from slabformer.tasks.classification.data import create_loader
+from slabformer.tasks.classification.sources import DataConfig
+from slabformer.tasks.detection.dataset import DetectionData
+from slabformer.tasks.detection.loader import create_loader as create_detection_loader
+from slabformer.tasks.detection.transforms import DetectionAugment
 
 #: prints a line when a worker has delivered, and goes on as training does: it needs one more batch to finish its step
 SCRIPT = """
@@ -53,3 +63,22 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(start: str, sign
     output, _ = process.communicate(timeout=60)
     assert output == f"{int(signum)} [0, 1, 2, 3, 4, 5, 6, 7]\n"
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("policy", ["none", "timm"])
+def test_what_classifies_can_be_sent_to_workers_that_are_not_forked(policy: str, tmp_path: Path) -> None:
+    fill_splits(tmp_path / "images", train=4, validation=2)
+    for path in (str(tmp_path / "images"), "digits"):
+        data = DataConfig(path=path, image_size=16)
+        for split in ("train", "validation"):
+            loader = create_loader(data, AugmentConfig(policy=policy), split, batch_size=2, seed=0)  # type: ignore[arg-type]
+            inner = getattr(loader, "loader", None)
+            if inner is not None:
+                pickle.loads(pickle.dumps((inner.dataset, inner.collate_fn, inner.worker_init_fn)))
+
+
+def test_what_detects_can_be_sent_to_workers_that_are_not_forked(tmp_path: Path) -> None:
+    data = DetectionData(path=str(write_root(tmp_path)))
+    for split in ("train", "validation"):
+        inner = create_detection_loader(data, DetectionAugment(), split, batch_size=2, seed=0).loader
+        pickle.loads(pickle.dumps((inner.dataset, inner.collate_fn, inner.worker_init_fn)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slabformer._extras import require
-from slabformer.tasks.engine.files import errors_of, write_text
+from slabformer.tasks.engine.files import errors_of, read_text, write_text
 
 #: files of TensorBoard
 EVENTS = "events.out.tfevents.*"
@@ -84,12 +84,20 @@ class CsvFile:
         self.path, self.columns = path, list(columns)
 
     def rows(self) -> list[dict[str, float]]:
-        """All complete rows, without empty values."""
+        """All complete rows, without empty values.
+
+        Raises:
+            ValueError: If something other than numbers was written into the file.
+        """
         if not self.path.exists():
             return []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            lines = [line for line in file if line.endswith("\n")]  # a killed process leaves half a line
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(lines) if None not in row.values()]
+        # a killed process leaves half a line
+        lines = [line for line in read_text(self.path).splitlines(keepends=True) if line.endswith("\n")]
+        rows = [row for row in csv.DictReader(lines) if None not in row.values()]
+        try:
+            return [{name: float(value) for name, value in row.items() if value} for row in rows]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path} was altered, it holds other things than numbers: {error}") from error
 
     def cut(self, column: str, below: float) -> None:
         """Keep the rows whose ``column`` is below ``below``."""
