@@ -188,6 +188,11 @@ class OwnSoftmax(nn.Module):
         return x.softmax(-1)
 
 
+class OwnLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
 class AnyWidth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:])
@@ -265,8 +270,11 @@ NO_NORM = {
     "batch_norm": lambda: nn.BatchNorm1d(C),
     "batch_norm_2d": lambda: nn.BatchNorm2d(C),
     "frozen_batch_norm": lambda: torchvision.ops.FrozenBatchNorm2d(C),
+    "batch_norm_with_activation": lambda: timm.layers.BatchNormAct2d(C),
+    "conv_norm_act": lambda: timm.layers.ConvNormAct(C, C),
     "linear": lambda: nn.Linear(C, C),
     "conv1d_of_gpt2": lambda: Conv1D(C, C),
+    "linear_of_its_own": lambda: OwnLinear(32, 2**16, bias=False),
     "layer_scale": lambda: timm.layers.LayerScale(C),
     "drop_path": lambda: timm.layers.DropPath(0.1),
     "quick_gelu": lambda: timm.layers.QuickGELU(),

@@ -35,8 +35,10 @@ HOOKS = (
 
 #: size of inputs beside which no eps counts, and how far float32 inside a module may take it from float64
 LARGE, TOLERANCE = 1e3, 1e-4
-#: a module with more below it, or with a larger tensor of several axes, is no norm
-MAX_DESCENDANTS, MAX_NUMEL = 4, 2**20
+#: a module with more below it is no norm
+MAX_DESCENDANTS = 4
+#: largest product that what does not call itself a norm may form of a tensor with several axes, if it is a matrix
+MAX_PRODUCT = 2**18
 #: signs, codes and the like do not change with the scale of their input either, but have few values
 MAX_LEVELS = 8
 #: torch's own modules that may be norms; all others are known not to be
@@ -141,7 +143,7 @@ def recognise(module: nn.Module, known: dict[Any, Verdict] | None = None) -> Ver
         return None
     named = _named_norm(module)
     if not _stands_alone(module):
-        return Lookalike(HOLDS_LAYERS) if named else None
+        return Lookalike(HOLDS_LAYERS) if _called_norm(module) else None
     required = [argument for argument in _arguments(module) if argument.default is inspect.Parameter.empty]
     if len(required) > 1:
         names = ", ".join(argument.name for argument in required)
@@ -179,6 +181,12 @@ def _is_known(module: nn.Module) -> bool:
 
 def _named_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "norm" in type(module).__name__.lower()
+
+
+def _called_norm(module: nn.Module) -> bool:
+    """Whether its name says that it is a norm, rather than that it holds one as a ConvNormAct does."""
+    name = type(module).__name__.lower().rstrip("0123456789d_")
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or name.endswith("norm")
 
 
 def _stands_alone(module: nn.Module) -> bool:
@@ -377,8 +385,8 @@ def _of_several_axes(
     module: nn.Module, shape: tuple[int, ...], shapes: set[tuple[int, ...]], named: bool
 ) -> Lookalike | None:
     """Norms whose tensors have several axes, which are left."""
-    torchs = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-    if shapes - {shape} - {shape[-1:]} or (math.prod(shape) > MAX_NUMEL and not torchs):
+    too_large = math.prod(shape) * max(shape) > MAX_PRODUCT and not _called_norm(module)
+    if too_large or shapes - {shape} - {shape[-1:]}:
         return Lookalike(NEITHER) if named else None
     probe = _Probe(module)
     every = tuple(range(-len(shape), 0))
@@ -562,6 +570,13 @@ def _eps(probe: _Probe, layout: _Layout, kind: str) -> float | None:
     return None
 
 
+def _is_elementwise(probe: _Probe, x: Tensor, y: Tensor) -> bool:
+    """Whether an element of the input moves no other of the output, as with BatchNorm, whatever activation follows."""
+    changed = x.clone()
+    changed.view(-1)[0] += 1
+    return not (probe.run(changed) - y).view(-1)[1:].any()
+
+
 def _other(probe: _Probe, layout: _Layout, named: bool) -> Lookalike | None:
     """Why what is no norm over one axis of channels looks like one, if it does."""
     probe.draw(0)
@@ -571,8 +586,7 @@ def _other(probe: _Probe, layout: _Layout, named: bool) -> Lookalike | None:
         near = 10 * TOLERANCE * y.abs().max()
         invariant = all((probe.run(factor * x) - y).abs().max() < near for factor in (2.0, 1.37))
         if not (invariant and y.unique().numel() > MAX_LEVELS):
-            affine = _Line.through(layout.tokens(x), layout.tokens(y)).error < TOLERANCE  # as BatchNorm's
-            return Lookalike(NEITHER) if named and not affine else None
+            return Lookalike(NEITHER) if named and not _is_elementwise(probe, x, y) else None
         changed = x.clone()
         first = (0,) * (x.ndim - layout.gain_ndim)
         changed.movedim(layout.channel_dim, -1)[first] += layout.tokens(x)[-1]
