@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import itertools
 import math
+import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -77,6 +82,121 @@ def test_model_without_prepbn_is_refused() -> None:
         ProgressiveSchedule(nn.LayerNorm(C), 10)
 
 
+def faded(*gammas: float) -> nn.Sequential:
+    norms = [PRepBN(C) for _ in gammas]
+    for norm, gamma in zip(norms, gammas, strict=True):
+        norm.set_gamma(gamma)
+    return nn.Sequential(*norms)
+
+
+def gammas_of(model: nn.Module) -> list[float]:
+    return [float(norm.gamma) for norm in prepbn_modules(model).values()]
+
+
+@pytest.mark.parametrize("settings", [{}, {"warmup": 0.5, "fade": 0.5}, {"shape": "cosine"}], ids=str)
+def test_second_schedule_leaves_a_faded_model_faded_and_says_so(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = faded(0, 0)
+    schedule = ProgressiveSchedule(model, 10, **settings)
+    assert (schedule.gamma, schedule.finished, gammas_of(model)) == (0, True, [0, 0])
+    for _ in range(3):
+        schedule.step()
+        assert gammas_of(model) == [0, 0]
+    assert "the schedule goes on from its gamma of 0" in caplog.text
+    assert "call set_gamma(1)" in caplog.text
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+@pytest.mark.parametrize("gamma", [0.999, 0.6, 0.3, 0.001])
+def test_second_schedule_goes_on_from_the_gamma_of_a_half_faded_model(
+    gamma: float, shape: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = faded(gamma)
+    schedule = ProgressiveSchedule(model, 1000, warmup=0.1, fade=0.5, shape=shape)
+    seen = gammas_of(model)
+    while not schedule.finished:
+        schedule.step()
+        seen += gammas_of(model)
+    assert seen[0] == pytest.approx(gamma)
+    assert seen[-1] == 0
+    assert all(0 <= before - after < 0.02 for before, after in itertools.pairwise(seen))
+    assert "goes on from its gamma" in caplog.text
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+@pytest.mark.parametrize("total", [7, 1000])
+def test_schedule_built_on_a_resumed_model_stands_at_the_right_step(total: int, shape: str) -> None:
+    model = faded(1)
+    schedule = ProgressiveSchedule(model, total, warmup=0.2, fade=0.5, shape=shape)
+    for _ in range(total * 2 // 5):
+        schedule.step()
+    other = ProgressiveSchedule(copy.deepcopy(model), total, warmup=0.2, fade=0.5, shape=shape)
+    assert other.state_dict() == schedule.state_dict()
+
+
+def test_start_is_the_step_where_a_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    model = faded(0.5)
+    schedule = ProgressiveSchedule(model, 10, fade=1.0, start=5)
+    schedule.step()
+    assert gammas_of(model) == pytest.approx([0.4])
+    assert not caplog.text
+    assert ProgressiveSchedule(faded(1), 10, fade=1.0, start=3).gamma == pytest.approx(0.7)
+    with pytest.raises(ValueError, match="start must be a whole number of at least 0, got -1"):
+        ProgressiveSchedule(model, 10, start=-1)
+
+
+def test_training_made_longer_does_not_bring_the_old_norm_back(caplog: pytest.LogCaptureFixture) -> None:
+    model = faded(0)
+    schedule = ProgressiveSchedule(model, 20, fade=0.8, start=10)
+    assert schedule.finished
+    assert gammas_of(model) == [0]
+    assert "goes on from its gamma of 0" in caplog.text
+
+
+def test_norms_that_faded_earlier_stay_so_while_others_fade(caplog: pytest.LogCaptureFixture) -> None:
+    model = faded(0, 1)
+    schedule = ProgressiveSchedule(model, 4, fade=1.0)
+    seen = []
+    for _ in range(5):
+        seen.append(gammas_of(model))
+        schedule.step()
+    assert seen == [[0, 1], [0, 0.75], [0, 0.5], [0, 0.25], [0, 0]]
+    assert not caplog.text
+
+
+def test_norms_at_different_gammas_are_refused() -> None:
+    model = faded(0.25, 1)
+    with pytest.raises(ValueError, match=r"different gammas, 0\.25 to 1, .*bring them to one with set_gamma"):
+        ProgressiveSchedule(model, 10)
+    assert gammas_of(model) == [0.25, 1]
+
+
+def test_fading_again_is_possible_when_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    model = faded(0)
+    model[0].set_gamma(1)
+    assert ProgressiveSchedule(model, 10).gamma == 1
+    assert not caplog.text
+
+
+def test_state_of_an_earlier_step_is_refused_on_a_model_that_has_faded_further() -> None:
+    model = faded(1)
+    schedule = ProgressiveSchedule(model, 4, fade=1.0)
+    state = schedule.state_dict()
+    for _ in range(3):
+        schedule.step()
+    with pytest.raises(ValueError, match=r"state is at gamma 1, but the model has faded to 0\.25; load the model's"):
+        schedule.load_state_dict(state)
+    assert schedule.gamma == 0.25
+    model[0].set_gamma(1)
+    schedule.load_state_dict(state)
+    assert schedule.gamma == 1
+
+
+def test_schedule_on_the_meta_device_begins_at_its_start() -> None:
+    assert ProgressiveSchedule(faded(1).to("meta"), 10).gamma == 1
+
+
 def unconverted() -> nn.Sequential:
     return nn.Sequential(nn.Linear(C, C), nn.LayerNorm(C))
 
@@ -112,6 +232,121 @@ def test_right_optimizers_pass_split_or_frozen() -> None:
         optimizer.step()
     schedule.step()
     assert schedule.gamma < 1
+
+
+def test_optimizers_of_other_models_are_none_of_its_business() -> None:
+    generator, critic = unconverted(), nn.Linear(C, 1)
+    convert_norms_(generator)
+    others = torch.optim.Adam(critic.parameters())
+    optimizer = torch.optim.Adam(generator.parameters())
+    schedule = ProgressiveSchedule(generator, 4, fade=1.0)
+    for step in range(4):
+        for _ in range(2):
+            critic(generator(torch.randn(3, C))).sum().backward()
+            others.step()
+        if step:  # the critic is trained alone at first
+            optimizer.step()
+        schedule.step()
+    assert schedule.finished
+
+
+def test_wrong_optimizer_is_noticed_beside_those_of_other_models() -> None:
+    model, critic = unconverted(), nn.Linear(C, 1)
+    optimizer, others = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(critic.parameters(), 0.1)
+    convert_norms_(model)
+    schedule = ProgressiveSchedule(model, 10)
+    critic(model(torch.randn(3, C))).sum().backward()
+    others.step()
+    schedule.step()
+    optimizer.step()
+    with pytest.raises(ValueError, match="build it after convert_norms_"):
+        schedule.step()
+
+
+def test_optimizers_that_take_turns_are_named_together() -> None:
+    model = unconverted()
+    convert_norms_(model)
+    optimizers = [torch.optim.SGD(model[0].parameters(), 0.1), torch.optim.SGD(model[1].parameters(), 0.1)]
+    schedule = ProgressiveSchedule(model, 2, optimizer=optimizers)
+    model(torch.randn(3, C)).sum().backward()
+    optimizers[0].step()
+    schedule.step()
+    assert schedule.gamma < 1
+    with pytest.raises(ValueError, match=r"pass optimizer=\[\.\.\.\] if several take turns"):
+        ProgressiveSchedule(model, 2, optimizer=optimizers[0])
+
+
+def test_parameter_groups_and_accelerates_wrapper_are_looked_into() -> None:
+    from accelerate import Accelerator
+
+    model = unconverted()
+    convert_norms_(model)
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[1].parameters()), "weight_decay": 0.0}]
+    wrapped = Accelerator(cpu=True).prepare_optimizer(torch.optim.SGD(groups, 0.1))
+    for given in (wrapped, None):
+        schedule = ProgressiveSchedule(model, 4, optimizer=given)
+        model(torch.randn(3, C)).sum().backward()
+        wrapped.step()
+        schedule.step()
+        model[1].set_gamma(1)
+
+
+def test_steps_that_a_gradient_scaler_skips_are_no_mistake() -> None:
+    model = unconverted()
+    convert_norms_(model)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu")
+    schedule = ProgressiveSchedule(model, 4)
+    for scale in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(3, C)).sum() * scale).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+    assert schedule.gamma < 1
+
+
+@pytest.mark.parametrize("stepped", [False, True], ids=["watching", "checked"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
+)
+def test_schedule_is_copied_and_pickled_with_its_model(copied: Any, stepped: bool) -> None:
+    model = unconverted()
+    convert_norms_(model)
+    schedule = ProgressiveSchedule(model, 4, fade=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    if stepped:
+        model(torch.randn(3, C)).sum().backward()
+        optimizer.step()
+        schedule.step()
+    other, progress = copied((model, schedule))
+    assert progress.state_dict() == schedule.state_dict()
+    right = torch.optim.SGD(other.parameters(), 0.1)
+    other(torch.randn(3, C)).sum().backward()
+    right.step()
+    progress.step()
+    assert gammas_of(other) == [progress.gamma] == [schedule.gamma - 0.25]
+    assert gammas_of(model) == [schedule.gamma]
+
+
+def test_copy_of_a_schedule_still_notices_a_wrong_optimizer() -> None:
+    model = unconverted()
+    convert_norms_(model)
+    other, schedule = copy.deepcopy((model, ProgressiveSchedule(model, 4)))
+    wrong = torch.optim.SGD(other[1].norm.parameters(), 0.1)
+    other(torch.randn(3, C)).sum().backward()
+    wrong.step()
+    with pytest.raises(ValueError, match="build it after convert_norms_"):
+        schedule.step()
+
+
+def test_schedule_keeps_no_model_alive() -> None:
+    model = unconverted()
+    convert_norms_(model)
+    reference, schedule = weakref.ref(model), ProgressiveSchedule(model, 4)
+    del model
+    gc.collect()
+    assert reference() is None
+    schedule.step()
 
 
 def test_forgotten_schedule_leaves_no_hook_behind() -> None:

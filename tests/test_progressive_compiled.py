@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch._dynamo.testing import CompileCounter
 
 from fading import MASKS, C, Net, assert_all_close, train
 from slabformer import ProgressiveSchedule, token_mask
-from tolerances import FLOAT32
+from slabformer.nn.controls import prepbn_modules
+from tolerances import FLOAT32, assert_close
 
 
 @pytest.fixture
@@ -61,3 +63,29 @@ def test_compiled_blocks_inside_checkpoints_count_once(backend: str, reentrant: 
     expected = train(Net(dtype=torch.float32), steps=3)
     actual = train(Net(reentrant, compiled=backend, dtype=torch.float32), steps=3)
     assert_all_close(actual, expected, FLOAT32)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), INDUCTOR])
+@pytest.mark.parametrize("reentrant", [None, pytest.param(False, marks=pytest.mark.slow)], ids=["plain", "checkpoint"])
+@pytest.mark.parametrize(("phase", "gamma"), [("warm", 1.0), ("done", 0.0)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TF32.*:UserWarning")
+def test_compiled_steps_follow_gamma_or_refuse_it(
+    backend: str, reentrant: bool | None, phase: str, gamma: float
+) -> None:
+    """Neither a write before compilation nor one after it is computed wrongly."""
+    model, x = Net(reentrant, dtype=torch.float32), 1 + torch.randn(2, 5, C)
+    norms = prepbn_modules(model).values()
+    for norm in norms:
+        norm.set_gamma(0.5)
+        norm.gamma.fill_(gamma)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    assert_close(compiled(x), copy.deepcopy(model)(x), FLOAT32)
+    assert {norm.known_phase for norm in norms} == {phase}
+    for norm in norms:
+        norm.gamma.fill_(0.5)
+    with pytest.raises(RuntimeError, match=r"gamma of a PRepBN was changed.*write it with set_gamma"):
+        compiled(x)
+    for norm in norms:
+        norm.set_gamma(0.5)
+    assert_close(compiled(x), copy.deepcopy(model)(x), FLOAT32)

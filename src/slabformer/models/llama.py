@@ -23,8 +23,6 @@ from slabformer.models.official import PublishedLayout, State
 from slabformer.models.padding import keep_padding_out
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Folded
-from slabformer.nn.controls import prepbn_modules
-from slabformer.nn.prepbn import phase_of
 
 LlamaNorm = Literal["prepbn", "repbn", "rmsnorm", "folded"]
 
@@ -76,14 +74,6 @@ class SlabLlamaPreTrainedModel(LlamaPreTrainedModel):
     published_layout = PublishedLayout(
         dropped=(r"\.rotary_emb\.inv_freq$", r"\.num_step$"), complete=lambda model, state: _put_back(model, state)
     )
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', which writes gamma without telling the norm: the phase follows from it here."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        for norm in prepbn_modules(loaded[0] if isinstance(loaded, tuple) else loaded).values():
-            norm.phase = phase_of(float(norm.gamma))
-        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

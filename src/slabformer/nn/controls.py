@@ -188,5 +188,4 @@ def copy_gamma_(source: nn.Module, target: nn.Module) -> None:
     if [norm.normalized_shape for norm in norms] != [copy.normalized_shape for copy in copies]:
         raise ValueError(f"source has {len(norms)} PRepBN modules, target {len(copies)}, not of the same widths")
     for norm, copy in zip(norms, copies, strict=True):
-        copy.gamma.copy_(norm.gamma)
-        copy.phase = norm.phase
+        copy.copy_gamma_(norm)

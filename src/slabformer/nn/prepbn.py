@@ -14,14 +14,24 @@ from slabformer.ops.rep_norm import keep_in_graph
 
 Phase = Literal["warm", "fading", "done"]
 
+#: how far averaging and short dtypes may take gamma out of [0, 1]
+_SLACK = 1e-2
+_STALE = (
+    "gamma of a PRepBN was changed in place while its training step is compiled for another phase; "
+    "write it with set_gamma() or load_state_dict()"
+)
+
 
 class PRepBN(nn.Module):
     """``gamma * LN(x) + (1 - gamma) * RepBN(x)`` (Guo et al. 2024, PRepBN): a LayerNorm on its way out.
 
-    ``gamma`` is a buffer that :class:`slabformer.ProgressiveSchedule` writes after an optimizer step. Branches follow
-    the Python attribute ``phase``, arithmetic follows the buffer: "warm" computes the old norm alone, "fading" both,
-    "done" RepBN alone. Eval mode is RepBN whatever ``gamma`` is, as published; ``with slabformer.blended(model)``
-    evaluates the blend.
+    ``gamma`` is a buffer that :class:`slabformer.ProgressiveSchedule` writes after an optimizer step. It alone decides
+    what training computes, whoever wrote it (an EMA, DistributedDataParallel, a checkpoint): the old norm alone at 1,
+    RepBN alone at 0, both in between. Eval mode is RepBN whatever ``gamma`` is, as published;
+    ``with slabformer.blended(model)`` evaluates the blend.
+
+    On an accelerator ``gamma`` is read back only when its buffer has changed other than by :meth:`set_gamma`. Compiled
+    code holds the branches of one phase and asserts on the device that ``gamma`` is still in it.
 
     Args:
         dim: Channels ``C``.
@@ -65,8 +75,13 @@ class PRepBN(nn.Module):
         )
         self.rep.kept_by_parent = True
         self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device))
-        self.phase: Phase = "warm"
         self.blend_in_eval = False
+        #: phase when gamma was last written by `set_gamma` or read; compiled code is guarded by it
+        self.known_phase: Phase = "warm"
+        #: gamma of 1 begins the fading, which its value does not say
+        self._begins = False
+        #: the buffer that the phase was last read from, and its version then
+        self._read_from: tuple[Tensor, int | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The branches that ``phase`` calls for; see the class."""
@@ -76,14 +91,30 @@ class PRepBN(nn.Module):
             return self.rep(x)
         if not (self.training or self.blend_in_eval):
             return self.rep(x)
-        if self.phase == "done":
+        phase = self.phase
+        if phase != "fading" and torch.compiler.is_compiling():
+            torch._assert_async(self.gamma == (1 if phase == "warm" else 0), _STALE)
+        if phase == "done":
             return keep_in_graph(self.rep(x), *self.norm.parameters())
-        if self.phase == "warm":
+        if phase == "warm":
             if self.rep.training and self.rep.observes_while_warm:  # in eval beside a norm that trains, it is frozen
                 self.rep.observe(x)
             return keep_in_graph(self.norm(x).to(x.dtype), *self.rep.parameters())
         gamma = self.gamma.to(x.dtype, copy=True)  # autograd keeps it, and the schedule or DDP may write in between
         return torch.addcmul(self.rep(x, 1 - self.gamma), self.norm(x).to(x.dtype), gamma)
+
+    @property
+    def phase(self) -> Phase:
+        """What training computes at this ``gamma``: "warm" the old norm alone, "fading" both, "done" RepBN alone.
+
+        Raises:
+            ValueError: If ``gamma`` is no share, as after ``to_empty()`` without loading.
+        """
+        if torch.compiler.is_compiling():
+            self._follow_gamma_at_compile_time()
+        else:
+            self._follow_gamma()
+        return self.known_phase
 
     def set_gamma(self, gamma: float, phase: Phase | None = None) -> None:
         """Write ``gamma`` in place; the phase follows from it unless given (``gamma`` is 1 at the start of fading too).
@@ -99,12 +130,63 @@ class PRepBN(nn.Module):
         if phase != phase_of(gamma) and (gamma, phase) != (1, "fading"):
             raise ValueError(f"phase {phase!r} does not go with gamma {gamma}, which means {phase_of(gamma)!r}")
         self.gamma.fill_(gamma)
-        self.phase = phase
+        self._note(phase, begins=gamma == 1 and phase == "fading")
+
+    def copy_gamma_(self, source: PRepBN) -> None:
+        """Take ``gamma`` of ``source``, in place; nothing is read back from a device."""
+        self.gamma.copy_(source.gamma)
+        self._note(source.known_phase, source._begins)
+        if not source._is_read():
+            self._read_from = None
+
+    def train(self, mode: bool = True) -> PRepBN:
+        """As on every module; ``gamma`` is read anew, since writes through ``.data`` leave its version alone."""
+        if mode and not self.training:
+            self._read_from = None
+        return super().train(mode)
+
+    def _note(self, phase: Phase, begins: bool) -> None:
+        self.known_phase, self._begins = phase, begins
+        self._read_from = (self.gamma, _version(self.gamma))
+
+    def _is_read(self) -> bool:
+        """Whether the known phase is that of the buffer as it is now, as far as can be told without its value."""
+        if self._read_from is None:
+            return False
+        buffer, version = self._read_from
+        return buffer is self.gamma and version is not None and version == _version(buffer)
+
+    def _follow_gamma(self) -> None:
+        """Bring the known phase up to the buffer, where that has a value."""
+        gamma = self.gamma
+        if not _reads_freely(gamma) and self._is_read():
+            return
+        value = _value(gamma)
+        if value is None:
+            return
+        if not -_SLACK <= value <= 1 + _SLACK:
+            raise ValueError(f"gamma of a PRepBN must be in [0, 1], got {value:.3g}; load the weights, or set_gamma(1)")
+        if (
+            _reads_freely(gamma) and self._phase_at(value) == self.known_phase
+        ):  # nothing to write, which would take longer
+            return
+        self._note(self._phase_at(value), self._begins and value == 1)
+
+    def _phase_at(self, gamma: float) -> Phase:
+        return "fading" if self._begins and gamma == 1 else phase_of(gamma)
+
+    @torch.compiler.assume_constant_result
+    def _follow_gamma_at_compile_time(self) -> None:
+        self._follow_gamma()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if not self.gamma.is_meta:
-            self.phase = phase_of(float(self.gamma))
+        gamma = _value(self.gamma)
+        if gamma is not None:
+            self.known_phase, self._begins, self._read_from = phase_of(gamma), False, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read_from": None}  # a copy has a buffer of its own
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As nn.Module's, but RepBN stays where ``SyncBatchNorm.convert_sync_batchnorm`` would replace it.
@@ -151,7 +233,7 @@ class PRepBN(nn.Module):
         Raises:
             ValueError: While ``gamma`` is above 0, when dropping the norm would change what was trained.
         """
-        if self.phase != "done":
+        if float(self.gamma) != 0:
             raise ValueError(
                 f"PRepBN still holds its norm (gamma is {float(self.gamma):.3g}); finish the schedule, or set_gamma(0)"
             )
@@ -159,9 +241,35 @@ class PRepBN(nn.Module):
 
     def extra_repr(self) -> str:
         """The share of the norm that fades."""
-        return f"gamma={float(self.gamma):.3g}, phase={self.phase}" if not self.gamma.is_meta else f"phase={self.phase}"
+        if self.gamma.is_meta:
+            return f"phase={self.known_phase}"
+        gamma = float(self.gamma)
+        return f"gamma={gamma:.3g}, phase={self._phase_at(gamma)}"
 
 
 def phase_of(gamma: float) -> Phase:
     """Phase that a value of ``gamma`` alone implies."""
     return "done" if gamma == 0 else "warm" if gamma == 1 else "fading"
+
+
+def _reads_freely(buffer: Tensor) -> bool:
+    """Whether reading a value waits for nothing, so that no write can escape, whichever way it comes."""
+    return buffer.is_cpu
+
+
+def _version(buffer: Tensor) -> int | None:
+    """How often ``buffer`` was written in place, other than through ``.data``; None where torch does not count."""
+    return None if buffer.is_inference() else buffer._version
+
+
+def _value(buffer: Tensor) -> float | None:
+    """The value of a scalar, or None where it has none (meta and fake tensors)."""
+    if buffer.is_cpu:
+        try:
+            return float(buffer.numpy())  # costs less than an operator's call
+        except (RuntimeError, TypeError):  # no NumPy, or bfloat16, which it does not know
+            pass
+    try:
+        return float(buffer)
+    except RuntimeError:
+        return None

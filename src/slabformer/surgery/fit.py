@@ -83,7 +83,7 @@ def fit_norms_(
     handles = [norm.register_forward_hook(note) for norm in fits]
     phases = {norm: norm.phase for norm in fits}
     for norm in fits:
-        norm.phase = "warm"  # the old norm alone
+        norm.set_gamma(1)  # not the begin of fading, but the old norm alone
     try:
         with eval_mode(model), blended(model):
             count = run_batches(model, batches, num_batches, forward)
@@ -91,7 +91,7 @@ def fit_norms_(
         for handle in handles:
             handle.remove()
         for norm, phase in phases.items():
-            norm.phase = phase
+            norm.set_gamma(1, phase)
     if not count:
         raise ValueError(NO_BATCH)
     for name, norm in norms.items():

@@ -99,10 +99,10 @@ def _check_parameters(model: nn.Module) -> None:
 
 def _check_gamma(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, PRepBN) and module.phase != "done":
+        if isinstance(module, PRepBN) and float(module.gamma) != 0:
             raise ValueError(
-                f"{name} still holds its norm (gamma is {float(module.gamma):.3g}); finish the schedule, "
-                "or pass allow_gamma=True to drop the norm as it is"
+                f"{name} still holds its norm (gamma is {float(module.gamma):.3g}); finish the schedule, take the "
+                "model's gamma with copy_gamma_(model, average), or pass allow_gamma=True to drop the norm as it is"
             )
 
 
