@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from slabformer import PRepBN, ProgressiveSchedule, RepBN, blended, copy_gamma_, set_token_mask, sync_norms_, token_mask
 from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.nn.sync import StatisticsSync
 from tolerances import EXACT, assert_close
 
 C = 4
@@ -87,6 +89,20 @@ def test_sync_without_ranks_changes_nothing_and_copies_with_the_model() -> None:
         net[1](torch.randn(1, 1, C))
     sync_norms_(net, enabled=False)
     assert net[0].rep.sync is None
+
+
+def test_a_group_that_saving_lost_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for group in (None, object()):
+        sync = pickle.loads(pickle.dumps(StatisticsSync(group)))
+        assert not sync.active
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 2)
+        if group is None:
+            assert sync.active
+        else:
+            with pytest.raises(RuntimeError, match=r"call sync_norms_\(model, process_group=...\) again"):
+                _ = sync.active
+        monkeypatch.undo()
 
 
 def test_averaged_copy_takes_gamma_and_phase_as_they_are() -> None:

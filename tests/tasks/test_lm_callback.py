@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def trainer_of(
     settings |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     args = TrainingArguments(output_dir=str(folder), max_steps=steps, **settings | changes)
     blocks = [{"input_ids": row, "labels": row} for row in TOKENS]
-    return Trainer(model, args, train_dataset=blocks, callbacks=list(callbacks))
+    return Trainer(model, args, train_dataset=blocks, eval_dataset=blocks, callbacks=list(callbacks))
 
 
 def state_of(model: LlamaForCausalLM) -> dict[str, Tensor]:
@@ -154,6 +155,67 @@ def test_padding_moves_no_statistics(recalibrated: bool, tmp_path: Path) -> None
         return next(iter(repbn_modules(model).values())).running_mean
 
     assert_close(statistics(padding=3), statistics(padding=7), EXACT)
+
+
+class Loss(TrainerCallback):
+    """Says that earlier models are better."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        metrics["eval_score"] = float(state.global_step)
+
+
+def best_of(tmp_path: Path, *callbacks: TrainerCallback, **changes: Any) -> tuple[LlamaForCausalLM, Trainer]:
+    model = converted_llama()
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": False}
+    callback = ProgressiveCallback(fade=changes.pop("fade", 0.6))
+    trainer = trainer_of(model, tmp_path, callback, Loss(), *callbacks, **saving, **best, **changes)
+    trainer.train()
+    return model, trainer
+
+
+def test_the_best_model_is_one_without_the_old_norm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, trainer = best_of(tmp_path)
+    assert trainer.state.best_global_step == 6  # the first at gamma 0
+    assert {float(norm.gamma) for norm in prepbn_modules(model).values()} == {0}
+    assert "gamma" not in caplog.text
+
+
+def test_no_best_model_is_better_than_one_that_has_not_faded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, trainer = best_of(tmp_path, StopAt(8), fade=1.0)
+    assert trainer.state.best_model_checkpoint is None
+    assert [float(norm.gamma) for norm in prepbn_modules(model).values()] == pytest.approx([0.2] * 5)
+    assert "no checkpoint was evaluated at gamma 0" in caplog.text
+
+
+def test_weights_of_an_earlier_step_at_the_end_are_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class GiveBack(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == STEPS:
+                for norm in prepbn_modules(model).values():
+                    norm.gamma.fill_(0.75)
+
+    trainer_of(converted_llama(), tmp_path, ProgressiveCallback(), GiveBack()).train()
+    assert "training ended with gamma 0, but the model was given back gamma 0.75" in caplog.text
+
+
+def test_a_second_training_goes_on_without_the_old_norm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = converted_llama()
+    trainer_of(model, tmp_path, ProgressiveCallback()).train()
+    trainer = trainer_of(model, tmp_path, ProgressiveCallback(), steps=2)
+    trainer.train()
+    assert {row["gamma"] for row in trainer.state.log_history} == {0}
+    assert {float(norm.gamma) for norm in prepbn_modules(model).values()} == {0}
+    assert "the schedule goes on from its gamma of 0" in caplog.text
+
+
+def test_the_callback_is_copied_and_pickled_after_training(tmp_path: Path) -> None:
+    callback = ProgressiveCallback(fade=0.5)
+    trainer_of(converted_llama(), tmp_path, callback, steps=2).train()
+    for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert (other.fade, other.gamma) == (0.5, 0)
 
 
 def test_a_checkpoint_says_what_was_converted_and_how_many_steps_miss(tmp_path: Path) -> None:

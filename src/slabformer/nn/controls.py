@@ -14,8 +14,18 @@ from slabformer.nn.sync import StatisticsSync
 
 
 def prepbn_modules(model: nn.Module) -> dict[str, PRepBN]:
-    """Every PRepBN of ``model`` by name, tied ones once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PRepBN)}
+    """Every PRepBN of ``model`` by name, tied ones once; not the originals of those that PEFT trains copies of."""
+    replaced = {id(original) for module in model.modules() if (original := _original_of(module)) is not None}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PRepBN) and id(module) not in replaced
+    }
+
+
+def _original_of(module: nn.Module) -> nn.Module | None:
+    """What stands aside while a copy is trained in its place (PEFT's ``modules_to_save``)."""
+    return module._modules.get("original_module") if "modules_to_save" in module._modules else None
 
 
 def repbn_modules(model: nn.Module) -> dict[str, RepBN]:

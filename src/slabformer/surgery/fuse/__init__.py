@@ -19,7 +19,7 @@ from slabformer.surgery.fuse.plan import Plan, outcomes
 from slabformer.surgery.fuse.propose import propose
 from slabformer.surgery.fuse.report import FuseReport, NormOutcome
 from slabformer.surgery.fuse.size import at_another_size, fix_size_, sizes_of
-from slabformer.surgery.fuse.ties import Untied
+from slabformer.surgery.fuse.ties import Untied, note_untied_
 from slabformer.surgery.fuse.trial import Trial
 from slabformer.surgery.fuse.twin import Example, Output, deployed_twin, twin
 from slabformer.surgery.fuse.watch import hooked
@@ -136,6 +136,8 @@ def _fuse(
         untied.put_together(solution.tensors)
     before = deployed_twin(model, trial.dtype)
     commit(model, solution, plan.untouchable)
+    if untied is not None:
+        note_untied_(model)
     changed = changed_methods(before, deployed_twin(model, trial.dtype), trial.examples[0])
     if fixed_size:
         fix_size_(model, [sizes_of(example) for example in inputs])

@@ -20,7 +20,7 @@ from slabformer.surgery.convert import switch_off_fast_paths
 from slabformer.surgery.fuse.fold import KEPT_BUFFERS, NEW_BIASES, create_bias, keep_buffer, set_module
 from slabformer.surgery.fuse.norms import tail_of
 from slabformer.surgery.fuse.size import fix_size_, fixed_sizes
-from slabformer.surgery.fuse.ties import untie_as_in_file_
+from slabformer.surgery.fuse.ties import note_untied_, untie_as_in_file_
 
 #: key of the header under which the changes are written, as JSON
 HEADER = "slabformer_fused"
@@ -114,6 +114,7 @@ def load_fused(skeleton: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     tensors |= {name: tensors[first] for name, first in changes["tied"].items()}
     on_meta = any(tensor.is_meta for tensor in skeleton.parameters())
     skeleton.load_state_dict(tensors, assign=on_meta)
+    note_untied_(skeleton)
     switch_off_fast_paths(skeleton)
     if changes["fixed_sizes"] is not None:
         fix_size_(skeleton, changes["fixed_sizes"])

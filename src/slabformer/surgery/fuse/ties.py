@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from itertools import accumulate
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -69,6 +70,49 @@ def untie_as_in_file_(model: nn.Module, tied: Mapping[str, str]) -> None:
     for names in rows:
         for source in {tied.get(name, name) for name in names}:
             _share(model, [name for name in names if tied.get(name, name) == source])
+
+
+def note_untied_(model: nn.Module) -> None:
+    """Let the configurations in ``model`` say where embedding and head are not tied any more.
+
+    transformers ties again what ``config.tie_word_embeddings`` says is tied, in ``tie_weights()``,
+    ``resize_token_embeddings()`` and ``from_pretrained``. Nothing of transformers is imported.
+    """
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if not hasattr(module, "tie_weights") or config is None:
+            continue
+        broken = _broken_ties(module)
+        for target in broken:
+            module.all_tied_weights_keys.pop(target, None)  # type: ignore[operator, union-attr]
+        if broken or not _head_is_tied(module):
+            for owner in (config, *_text_configs(config)):
+                if getattr(owner, "tie_word_embeddings", False):
+                    owner.tie_word_embeddings = False
+
+
+def _broken_ties(module: nn.Module) -> list[str]:
+    """Names that transformers would give the parameter of another name, which they do not share now."""
+    tied: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+    own = dict(module.named_parameters(remove_duplicate=False))
+    return [target for target, source in tied.items() if own.get(target) is not own.get(source)]
+
+
+def _head_is_tied(module: Any) -> bool:
+    """False only where there are an embedding and a head with weights of their own."""
+    try:
+        weights = [
+            getattr(get(), "weight", None) for get in (module.get_input_embeddings, module.get_output_embeddings)
+        ]
+    except (AttributeError, NotImplementedError):  # of models without words
+        return True
+    return None in weights or weights[0] is weights[1]
+
+
+def _text_configs(config: Any) -> list[Any]:
+    """Those nested in ``config`` that ``resize_token_embeddings`` asks."""
+    get = getattr(config, "get_text_config", None)
+    return [] if get is None else [get(), get(decoder=True)]
 
 
 def _modules_above(name: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 
 from slabformer.models.llama import SlabLlamaPreTrainedModel
 from slabformer.models.padding import keep_padding_out_everywhere_
-from slabformer.nn.controls import norm_parameters
+from slabformer.nn.controls import norm_parameters, prepbn_modules
 from slabformer.progressive import ProgressiveSchedule, Shape
 from slabformer.tasks.language.foreign import note_norms_
 
@@ -38,6 +38,11 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
     ``config.json`` which norms were converted, for :func:`~slabformer.tasks.language.folders.load_model_folder` and
     ``slab lm fuse``.
 
+    On a model that has begun to fade, gamma goes on from where it stands, see :class:`slabformer.ProgressiveSchedule`.
+    With ``load_best_model_at_end`` the best model is chosen among those evaluated at gamma 0, since the others still
+    hold their norms. PEFT must save the norms with its adapters:
+    ``LoraConfig(..., modules_to_save=slabformer.convert_norms_(model))``.
+
     Args:
         warmup: Fraction of training with gamma 1 before fading starts.
         fade: Fraction of training over which gamma falls.
@@ -45,7 +50,8 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
         warm_statistics: As :class:`slabformer.ProgressiveSchedule` has it.
 
     Raises:
-        ValueError: Out of ``trainer.train()``, as :class:`slabformer.ProgressiveSchedule` does.
+        ValueError: Out of ``trainer.train()``, as :class:`slabformer.ProgressiveSchedule` does, or if PEFT would save
+            adapters without the norms.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Build the schedule, at the step where training goes on."""
         assert model is not None
+        _check_adapters(model)
         _warn_of_decay(model, optimizer)
         self.schedule = ProgressiveSchedule(
             model,
@@ -84,13 +91,19 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
             shape=self.shape,
             warm_statistics=self.warm_statistics,
             optimizer=optimizer,
+            start=state.global_step,
         )
+        self._forget_best(state)
         if isinstance(model, PreTrainedModel):
             note_norms_(model)
         if not isinstance(model, SlabLlamaPreTrainedModel):  # which keeps it out by itself
             keep_padding_out_everywhere_(model)
-        if state.global_step:
-            self.schedule.load_state_dict({**self.schedule.state_dict(), "step": state.global_step})
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let no model with gamma above 0 be the best."""
+        self._forget_best(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move on by one."""
@@ -105,14 +118,20 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add gamma to what is logged."""
+        """Add gamma to what is logged; the last log comes just before the best model is loaded."""
+        self._forget_best(state)
         # the history holds a copy, made before callbacks are told
         for row in (logs, state.log_history[-1] if state.log_history else None):
             if row is not None:
                 row.setdefault("gamma", self.gamma)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         """Warn if the old norm is still there, and how long it would have taken to be gone."""
         assert self.schedule is not None
@@ -122,6 +141,34 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
                 "%d of %d steps are missing until it is gone",
                 *(self.gamma, steps_missing(self.schedule), state.max_steps),
             )
+        if args.load_best_model_at_end and state.best_model_checkpoint is None:
+            logger.warning(
+                "no checkpoint was evaluated at gamma 0, so that none could be the best: the model is the last one; "
+                "lower fade, or evaluate and save more often"
+            )
+        held = max((float(norm.gamma) for norm in prepbn_modules(model or nn.Module()).values()), default=0.0)
+        if self.schedule.finished and held:
+            logger.warning(
+                "training ended with gamma 0, but the model was given back gamma %.3g: weights of an earlier step were "
+                "loaded into it; load those of a step at gamma 0",
+                held,
+            )
+
+    def _forget_best(self, state: TrainerState) -> None:
+        if self.gamma:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
+def _check_adapters(model: nn.Module) -> None:
+    """Refuse adapters of PEFT that would be saved without gamma, statistics and parameters of the norms."""
+    if not getattr(model, "peft_config", None):
+        return
+    unsaved = [name for name in prepbn_modules(model) if ".modules_to_save." not in name]
+    if unsaved:
+        raise ValueError(
+            f"PEFT would save its adapters without {len(unsaved)} norms (first: {unsaved[0]}); "
+            "pass modules_to_save=slabformer.convert_norms_(model) to its configuration"
+        )
 
 
 def steps_missing(schedule: ProgressiveSchedule) -> int:

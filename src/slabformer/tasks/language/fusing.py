@@ -37,8 +37,6 @@ def fuse_language_model(
     examples = [(tokens_for(model, *shape),) for shape in SHAPES]
     fused, report = sf.fuse(model, examples, {"use_cache": False}, untie=untie, allow_gamma=allow_gamma)
     assert isinstance(fused, PreTrainedModel)
-    if _tied_head(model) and not _tied_head(fused):
-        fused.config.tie_word_embeddings = False  # else transformers ties them again
     if isinstance(fused, SlabLlamaForCausalLM) and not report.num_kept:
         fused.config.norm = "folded"  # so that from_pretrained builds it without norms
     return fused, report
