@@ -153,6 +153,23 @@ def test_sequences_are_classified_and_bfloat16_is_finite() -> None:
     assert half.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_statistics_and_gamma_are_loaded_in_float32_whatever_the_weights_are(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    made = sf.testing.randomize_norms_(model())
+    for norm in prepbn_modules(made).values():
+        norm.set_gamma(0.3)
+        norm.rep.running_var += 70_000  # beyond float16, and more digits than bfloat16 has
+    made.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for norm, expected in zip(prepbn_modules(loaded).values(), prepbn_modules(made).values(), strict=True):
+        assert norm.rep.weight.dtype == dtype
+        assert_close(norm.rep.running_mean, expected.rep.running_mean, EXACT)
+        assert_close(norm.rep.running_var, expected.rep.running_var, EXACT)
+        assert_close(norm.gamma, expected.gamma, EXACT)
+
+
 @pytest.mark.parametrize(("start", "value"), [("zeros", 0.0), ("ones", 1.0)])
 def test_norms_start_as_asked(start: Any, value: float) -> None:
     for norm in prepbn_modules(model(norm_start=start)).values():

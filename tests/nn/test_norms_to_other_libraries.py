@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm.layers
@@ -12,11 +13,14 @@ import torch
 from timm.optim import param_groups_weight_decay
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.func import functional_call, replace_all_batch_norm_modules_
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torchvision.ops._utils import split_normalization_params
 
+from distributed import run_ranks
 from slabformer import PRepBN, RepBN, convert_norms_, norm_parameters, recalibrate_
 from slabformer.nn.controls import repbn_modules
 from tolerances import EXACT, FLOAT32, assert_close
@@ -245,3 +249,19 @@ def test_converted_models_are_seen_too() -> None:
     convert_norms_(net)
     assert sum(isinstance(module, _BatchNorm) for module in net.modules()) == 2
     assert len(norm_parameters(net)) == 10
+
+
+def sharded_rank(rank: int, num_ranks: int) -> list[object]:
+    net = nn.Sequential(nn.Linear(C, C), RepBN(C, momentum=None, eta=0.0))
+    nn.init.eye_(net[0].weight)
+    policy = MixedPrecisionPolicy(param_dtype=torch.float16, output_dtype=torch.float32)
+    fully_shard(net, mesh=init_device_mesh("cpu", (num_ranks,)), mp_policy=policy)
+    x = 400 * torch.randn(8, 4, C)
+    net(x).sum().backward()
+    return [net[1].running_var, x.half().float().flatten(0, 1).var(0)]
+
+
+def test_sharded_parameters_of_float16_leave_statistics_in_float32(tmp_path: Path) -> None:
+    for var, expected in run_ranks(sharded_rank, tmp_path):
+        assert var.dtype == torch.float32
+        assert_close(var, expected, 1e-2)  # of float16 products

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from slabformer import PRepBN, ProgressiveSchedule, convert_norms_, fit_norms_, token_mask
+from distributed import run_ranks
+from slabformer import PRepBN, ProgressiveSchedule, convert_norms_, fit_norms_, sync_norms_, token_mask
 from tolerances import ALGEBRA, EXACT, assert_close
 
 C = 6
@@ -133,3 +135,30 @@ def test_fit_is_for_the_start_only() -> None:
         fit_norms_(model, [shuffled()])
     with pytest.raises(ValueError, match="no PRepBN to fit"):
         fit_norms_(nn.Linear(C, C), [shuffled()])
+
+
+def shared_data(rank: int) -> list[Tensor]:
+    """One rank brings three batches far from 0, the other two; the third brings none."""
+    generator = torch.Generator().manual_seed(rank)
+    shape = (2, 5, C)
+    return [1e3 * (1 - rank) + torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3 - rank)]
+
+
+def fit_rank(rank: int, num_ranks: int) -> list[Any]:
+    model = converted()
+    sync_norms_(model)
+    count = fit_norms_(model, shared_data(rank) if rank < 2 else [])
+    bad = converted()
+    sync_norms_(bad)
+    with pytest.raises(ValueError, match=r"inputs or outputs of 0 are not finite"):
+        fit_norms_(bad, [torch.full((1, 4, C), float("nan") if rank == 1 else 1.0, dtype=torch.float64)])
+    return [count, *model.state_dict().values()]
+
+
+def test_ranks_that_share_statistics_fit_to_all_data_and_refuse_together(tmp_path: Path) -> None:
+    whole = converted()
+    fit_norms_(whole, shared_data(0) + shared_data(1))
+    for rank, (count, *values) in enumerate(run_ranks(fit_rank, tmp_path, num_ranks=3)):
+        assert count == max(0, 3 - rank) * (rank < 2)
+        for ours, theirs in zip(values, whole.state_dict().values(), strict=True):
+            assert_close(ours, theirs, 1e-7)  # of a variance about a mean a thousand times as large

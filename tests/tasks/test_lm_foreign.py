@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import slabformer as sf
 from language_models import somebody_elses, tokens
 from slabformer.models.llama import SlabLlamaForCausalLM
-from slabformer.nn.controls import prepbn_modules
+from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.language.folders import load_model_folder, save_model_folder
 from slabformer.tasks.language.foreign import FUSED_WEIGHTS, is_foreign, note_norms_
 from slabformer.tasks.language.fusing import LogitsOf, fuse_language_model
@@ -92,6 +92,8 @@ def test_shards_and_half_precision_are_read(tmp_path: Path) -> None:
     assert_close(logits(load_model_folder(tmp_path)), logits(model), EXACT)
     half = load_model_folder(tmp_path, torch.bfloat16)
     assert half.dtype == torch.bfloat16
+    for norm, expected in zip(repbn_modules(half).values(), repbn_modules(model).values(), strict=True):
+        assert_close(norm.running_mean, expected.running_mean, EXACT)
     assert_close(logits(half).float(), logits(model), 0.1)  # eight bits of mantissa through two blocks
 
 

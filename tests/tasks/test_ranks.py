@@ -97,6 +97,7 @@ def make_trainer(rank: int, num_ranks: int, build: Callable[[], nn.Module], **op
 def trained(rank: int, num_ranks: int, build: Callable[[], nn.Module], lr: float) -> list[dict[str, Tensor]]:
     trainer = make_trainer(rank, num_ranks, build, lr=lr, config={"accumulate": 2})
     assert trainer.ema is not None
+    assert not trainer._update.train_step.broadcast_buffers  # rank 0's would take the place of all ranks'
     trainer.fit()
     return [dict(trainer.model.state_dict()), dict(trainer.ema.state_dict())]
 

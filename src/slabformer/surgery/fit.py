@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from slabformer.nn.controls import blended, prepbn_modules
@@ -31,6 +32,22 @@ class _Regression:
         self.count += x.shape[0]
         self.sums += torch.stack([x.sum(0), y.sum(0), x.square().sum(0), (x * y).sum(0)])
 
+    def share(self, group: dist.ProcessGroup | None) -> None:
+        """Take the sums of all ranks together; one that saw no token brings none."""
+        own = self.origin if self.origin is not None else torch.zeros_like(self.sums[0])
+        row = torch.cat([own.new_tensor([float(self.count)]), own])
+        rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(rows, row, group=group)
+        counts = torch.stack(rows)[:, 0].tolist()
+        self.count = int(sum(counts))
+        if not self.count:
+            return
+        self.origin = next(row[1:] for row, count in zip(rows, counts, strict=True) if count)
+        shift, count = own - self.origin, row[0]
+        x, y, xx, xy = self.sums
+        self.sums = torch.stack([x + count * shift, y, xx + 2 * shift * x + count * shift.square(), xy + shift * y])
+        dist.all_reduce(self.sums, group=group)
+
     def solve(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Slope, mean of y, mean of x and variance of x, ``(C,)`` each."""
         assert self.origin is not None
@@ -55,12 +72,13 @@ def fit_norms_(
 
     Args:
         model: Edited in place; gamma must still be 1.
-        batches: As for :func:`slabformer.recalibrate_`, but ranks do not share: fit before DistributedDataParallel.
+        batches: As for :func:`slabformer.recalibrate_`: after :func:`slabformer.sync_norms_` all ranks fit to what they
+            bring together, before DistributedDataParallel.
         num_batches: Stop after so many; all by default.
         forward: As for :func:`slabformer.recalibrate_`.
 
     Returns:
-        Number of batches used.
+        Number of batches used on this rank.
 
     Raises:
         ValueError: If the model has no PRepBN, fading has begun, ``batches`` is empty, or an activation is not finite
@@ -92,7 +110,10 @@ def fit_norms_(
             handle.remove()
         for norm, phase in phases.items():
             norm.set_gamma(1, phase)
-    if not count:
+    for norm, fit in fits.items():
+        if norm.rep.sync is not None and norm.rep.sync.active:
+            fit.share(norm.rep.sync.group)
+    if not count and not any(fit.count for fit in fits.values()):
         raise ValueError(NO_BATCH)
     for name, norm in norms.items():
         if not fits[norm].sums.isfinite().all():
