@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +40,8 @@ HELD_BY_OTHERS = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 #: what :func:`workspace` makes
 WORKSPACE = re.compile(r"\.slabformer-[0-9a-f]{16}\.part")
 OWNER = "owner.lock"
+#: after which a workspace of another host is abandoned
+PATIENCE_SECONDS = 3600.0
 _held: set[int] = set()
 
 
@@ -122,8 +125,10 @@ def sweep(folder: Path) -> None:
         except OSError:
             continue  # of another user, gone already, or on a file system without locks: its owner may be alive
         if lock is not None:
+            abandoned = _is_of_this_host(place) or _seconds_since_change(place) > PATIENCE_SECONDS
             lock.release()
-            shutil.rmtree(place, ignore_errors=True)
+            if abandoned:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def sync_file(path: Path) -> None:
@@ -158,7 +163,26 @@ def _make_workspace(folder: Path) -> tuple[Path, FileLock | None]:
                 raise
             return place, None
         if lock is not None:
+            lock.write(socket.gethostname())
             return place, lock
+
+
+def _is_of_this_host(place: Path) -> bool:
+    """Whether a workspace's lock, if it were held, would be seen here: some network file systems lock within a host."""
+    try:
+        return (place / OWNER).read_text(encoding="utf-8") in ("", socket.gethostname())
+    except (OSError, ValueError):
+        return False
+
+
+def _seconds_since_change(place: Path) -> float:
+    """Since a file in a workspace was written, by the clock of the file system."""
+    try:
+        last = max(entry.stat().st_mtime for entry in place.rglob("*"))
+        (place / OWNER).touch()
+        return (place / OWNER).stat().st_mtime - last
+    except OSError:
+        return 0.0
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -201,3 +202,14 @@ def test_two_ranks_write_one_checkpoint_and_go_on_from_it(tmp_path: Path) -> Non
         )
     assert finish(*(start(config, **environment) for environment in rank_environments())) == [0, 0]
     assert_same_run(config_folder(config), config_folder(whole))
+
+
+def test_a_folder_of_the_users_that_looks_like_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run")
+    mine = config_folder(config) / "checkpoint-3"
+    mine.mkdir(parents=True)
+    (mine / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"checkpoint-3 is in the way, and no run wrote it"):
+            train(replace(config, overwrite=overwrite))
+    assert (mine / "notes.txt").read_text() == "mine"

@@ -134,6 +134,19 @@ def test_what_a_killed_process_left_is_swept_and_a_live_ones_is_not(tmp_path: Pa
     assert names(tmp_path) == {"other.txt"}
 
 
+def test_a_workspace_of_another_host_is_swept_when_it_has_not_changed_for_an_hour(tmp_path: Path) -> None:
+    place = tmp_path / ".slabformer-0123456789abcdef.part"
+    place.mkdir()
+    (place / "owner.lock").write_text("elsewhere")
+    (place / "model.onnx").write_text("half")
+    sweep(tmp_path)
+    assert place.exists()
+    for name in ("owner.lock", "model.onnx"):
+        os.utime(place / name, (1.0, 1.0))
+    sweep(tmp_path)
+    assert not place.exists()
+
+
 def test_sweeping_leaves_what_only_looks_like_ours(tmp_path: Path) -> None:
     for name in (".slabformer-mine.part", ".slabformer-0123456789abcdef.part.d", ".model-abcdefgh"):
         (tmp_path / name).mkdir()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import slabformer.models.llama  # noqa: F401 (registers ours)
 from slabformer._files import sync_file, sync_folder, workspace
-from slabformer.tasks.engine.checkpoint import LAST_FILE, CheckpointFolders
+from slabformer.tasks.engine.checkpoint import CheckpointFolders
 from slabformer.tasks.engine.files import errors_of
 from slabformer.tasks.engine.folder import Found, RunFolder
 from slabformer.tasks.language.foreign import CONFIG, FUSED_WEIGHTS, is_foreign, load_foreign, save_foreign
@@ -71,7 +71,7 @@ class LanguageRunFolder(RunFolder):
         return latest_checkpoint(self.path) is not None
 
     def _checkpoint_names(self) -> set[str]:
-        return {path.name for path in CheckpointFolders(self.path).paths() if (path / LAST_FILE).exists()}
+        return {path.name for path in CheckpointFolders(self.path).paths()}
 
 
 def holds_model(folder: Path) -> bool:
