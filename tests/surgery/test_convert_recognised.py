@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
-from slabformer import ProgressiveSchedule, blended, convert_norms_
+from slabformer import ProgressiveSchedule, blended, convert_norms_, fuse, load_fused, save_fused
+from slabformer.testing import randomize_norms_
 from tolerances import EXACT, FLOAT32, assert_close
 
 C = 8
@@ -500,3 +502,23 @@ def test_channel_axis_is_found_whatever_the_width(dim: int) -> None:
     convert_norms_(model)
     assert model[0].rep.channel_dim == -1
     assert model[1].rep.channel_dim == 1 or dim == 1  # over one channel every axis is the same constant
+
+
+def test_a_norm_with_an_optional_input_folds_and_is_called_as_before(tmp_path: Path) -> None:
+    class Head(Block):
+        def __init__(self) -> None:
+            super().__init__(False)
+            self.linear = nn.Linear(C, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(super().forward(x))
+
+    model, x = Head(), torch.randn(TOKENS)
+    convert_norms_(model)
+    model.norms[0].set_gamma(0)
+    randomize_norms_(model, 0).eval()
+    fused, report = fuse(model, x)
+    assert report["norms.0"].into == ("linear",)
+    assert_close(fused(x), model(x), FLOAT32)
+    save_fused(fused, tmp_path / "fused.safetensors")
+    assert_close(load_fused(Head().eval(), tmp_path / "fused.safetensors")(x), model(x), FLOAT32)

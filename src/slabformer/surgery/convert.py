@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
-from slabformer.surgery.recognise import HOOKS, Lookalike, NormForm, Verdict, optional_arguments, recognise
+from slabformer.surgery.one_input import optional_arguments, take_one_input_
+from slabformer.surgery.recognise import HOOKS, Lookalike, NormForm, Verdict, recognise
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +129,7 @@ def replace_norms_(
         setattr(model.get_submodule(parent), leaf, new)
     for norm, new in converted.items():
         _move_hooks(norm, new)
-        if optional := optional_arguments(norm):
-            new.register_forward_pre_hook(OneInput(type(norm).__name__, optional), with_kwargs=True, prepend=True)
+        take_one_input_(new, norm)
     switch_off_fast_paths(model)
 
 
@@ -216,37 +216,6 @@ def _is_attribute_of_self(called: ast.expr, leaf: str) -> bool:
         and isinstance(called.value, ast.Name)
         and called.value.id == "self"
     )
-
-
-class OneInput:
-    """A forward pre-hook: leaves out arguments of a former norm that hold their defaults, and refuses all others.
-
-    Args:
-        kind: Class of the norm that was converted.
-        optional: Its further arguments and their defaults.
-    """
-
-    def __init__(self, kind: str, optional: Mapping[str, Any]) -> None:
-        self.kind, self.optional = kind, dict(optional)
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs without them.
-
-        Raises:
-            TypeError: If one holds anything but its default.
-        """
-        further = dict(zip(self.optional, args[1:], strict=False))
-        further |= {name: value for name, value in kwargs.items() if name in self.optional}
-        for name, value in further.items():
-            default = self.optional[name]
-            if value is not default and not (isinstance(value, (int, float, str)) and value == default):
-                raise TypeError(
-                    f"a {self.kind} that was converted as a norm of one input is given {name!r} too; "
-                    "leave it as it is: convert_norms_(model, filter=lambda module, name: ...)"
-                )
-        return args[:1], {name: value for name, value in kwargs.items() if name not in self.optional}
 
 
 def _replacement(norm: nn.Module, form: NormForm, progressive: bool, eps: float, options: dict[str, Any]) -> nn.Module:

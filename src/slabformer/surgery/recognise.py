@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slabformer.surgery.one_input import arguments
+
 #: what a norm may compute from tokens ``(*, C)`` before its gain and offset, eps left out: one row a kind
 NORMALIZERS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
     "LayerNorm": lambda x, axes: _over(x - x.mean(axes, keepdim=True), x.var(axes, correction=0, keepdim=True)),
@@ -144,7 +146,7 @@ def recognise(module: nn.Module, known: dict[Any, Verdict] | None = None) -> Ver
     named = _named_norm(module)
     if not _stands_alone(module):
         return Lookalike(HOLDS_LAYERS) if _called_norm(module) else None
-    required = [argument for argument in _arguments(module) if argument.default is inspect.Parameter.empty]
+    required = [argument for argument in arguments(module) if argument.default is inspect.Parameter.empty]
     if len(required) > 1:
         names = ", ".join(argument.name for argument in required)
         return Lookalike(f"its forward needs {len(required)} inputs ({names})") if named else None
@@ -157,11 +159,6 @@ def recognise(module: nn.Module, known: dict[Any, Verdict] | None = None) -> Ver
         except _CannotRunError as error:
             known[key] = Lookalike(f"it cannot be run on its own: {error}") if named else None
     return known[key]
-
-
-def optional_arguments(module: nn.Module) -> dict[str, Any]:
-    """Further arguments of a norm's forward, which may be left out, and their defaults."""
-    return {argument.name: argument.default for argument in _arguments(module)[1:]}
 
 
 def _over(x: Tensor, square: Tensor) -> Tensor:
@@ -192,15 +189,6 @@ def _called_norm(module: nn.Module) -> bool:
 def _stands_alone(module: nn.Module) -> bool:
     descendants = list(itertools.islice(module.modules(), 1, MAX_DESCENDANTS + 2))
     return len(descendants) <= MAX_DESCENDANTS and not any(part._parameters for part in descendants)
-
-
-def _arguments(module: nn.Module) -> list[inspect.Parameter]:
-    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    try:
-        arguments = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):  # code without a signature, which takes what it takes
-        return []
-    return [argument for argument in arguments if argument.kind not in several]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from slabformer.surgery.fuse.fold import KEPT_BUFFERS, NEW_BIASES, create_bias, 
 from slabformer.surgery.fuse.norms import tail_of
 from slabformer.surgery.fuse.size import fix_size_, fixed_sizes
 from slabformer.surgery.fuse.ties import note_untied_, untie_as_in_file_
+from slabformer.surgery.one_input import take_one_input_
 
 #: key of the header under which the changes are written, as JSON
 HEADER = "slabformer_fused"
@@ -185,4 +186,5 @@ def _put_norm(skeleton: nn.Module, row: Mapping[str, Any]) -> None:
         new: nn.Module = Folded(row["dim"], **options)
     else:
         new = Affine(row["dim"], channel_dim=row["channel_dim"], **options)
+    take_one_input_(new, old)
     set_module(skeleton, row["names"], new.train(old.training))

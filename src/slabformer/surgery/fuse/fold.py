@@ -15,6 +15,7 @@ from slabformer.surgery.fuse.norms import Norm, ScaleShift, find_norms, tail_of
 from slabformer.surgery.fuse.pads import Pad, fill_after, fill_before, find_pads
 from slabformer.surgery.fuse.parts import Part
 from slabformer.surgery.fuse.plan import Edit, Target, share
+from slabformer.surgery.one_input import take_one_input_
 
 #: attribute of a module that names the biases it got by folding; a plain tuple survives copies, moves and pickling
 NEW_BIASES = "slabformer_new_biases"
@@ -185,7 +186,9 @@ def _replacement(norm: Norm, scale_shift: ScaleShift, gone: bool) -> nn.Module:
     options: dict[str, Any] = {"eps": getattr(old, "eps", 1e-5), "then": tail_of(old)}
     options |= {"device": like.device, "dtype": like.dtype}
     if gone:
-        return Folded(norm.num_channels, **options)
+        folded = Folded(norm.num_channels, **options)
+        take_one_input_(folded, old)
+        return folded
     if isinstance(old, Affine):
         new = old
     else:

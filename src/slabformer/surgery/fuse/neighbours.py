@@ -19,6 +19,7 @@ from slabformer.surgery.fuse.parts import Part, bias_parts, name_of, table_part,
 from slabformer.surgery.fuse.plan import Role, Side, Target
 from slabformer.surgery.fuse.sites import Site, along
 from slabformer.surgery.fuse.wrappers import Wrappers
+from slabformer.surgery.one_input import OneInput
 
 
 class Neighbours:
@@ -120,4 +121,4 @@ class Neighbours:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something looks at what ``module`` reads or returns."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool(module._forward_hooks) or any(not isinstance(h, OneInput) for h in module._forward_pre_hooks.values())
