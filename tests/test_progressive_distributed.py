@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distributed import run_ranks
 from fading import C, Net
 from slabformer import PRepBN, ProgressiveSchedule, set_token_mask, sync_norms_, token_mask
+from slabformer.nn.controls import prepbn_modules
 from tolerances import ALGEBRA, EXACT, assert_close
 
 STEPS = 6
@@ -73,6 +74,25 @@ def test_two_ranks_train_as_one_through_all_phases(
     for rank in ranks:
         for ours, theirs in zip(rank, expected, strict=True):
             assert_close(ours, theirs, ALGEBRA)
+
+
+def loaded_rank(rank: int, num_ranks: int) -> list[Any]:
+    """Only the first rank has loaded a model that has faded; DistributedDataParallel gives it to the others."""
+    net = Net()
+    if rank == 0:
+        for norm in prepbn_modules(net).values():
+            norm.set_gamma(0)
+    wrapped = DistributedDataParallel(net, find_unused_parameters=False)
+    wrapped(torch.ones(2, 3, C, dtype=torch.float64) * torch.arange(3)[:, None]).mean().backward()
+    norms = prepbn_modules(net).values()
+    assert {norm.phase for norm in norms} == {"done"}
+    return [norm.norm.weight.grad for norm in norms]
+
+
+def test_ranks_follow_the_gamma_that_ddp_broadcasts(tmp_path: Path) -> None:
+    for rank in run_ranks(loaded_rank, tmp_path):
+        for grad in rank:
+            assert_close(grad, torch.zeros(C, dtype=torch.float64), EXACT)
 
 
 def unsynced_rank(rank: int, num_ranks: int) -> list[Any]:

@@ -235,6 +235,20 @@ def test_rounding_of_an_average_is_no_mistake() -> None:
     assert norm.phase == "fading"
 
 
+def test_empty_memory_is_initialised_by_reset_parameters() -> None:
+    model = net(0.5).to("meta").to_empty(device="cpu")
+    model[1].gamma.fill_(3e8)  # whatever the memory held
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 3e8)
+    for module in model.modules():
+        if not isinstance(module, nn.Sequential):
+            module.reset_parameters()
+    check(model, 1.0)
+    fresh = PRepBN(C, eps=1e-5).state_dict()
+    for name, value in model[1].state_dict().items():
+        assert_close(value, fresh[name], EXACT)
+
+
 def test_shards_load_one_after_the_other_into_empty_memory() -> None:
     model, state = net().to("meta").to_empty(device="cpu"), net(0.5).state_dict()
     model[1].gamma.fill_(3e8)  # whatever the memory held

@@ -132,6 +132,10 @@ class PRepBN(nn.Module):
         self.gamma.fill_(gamma)
         self._note(phase, begins=gamma == 1 and phase == "fading")
 
+    def reset_parameters(self) -> None:
+        """``gamma`` of 1, after ``to_empty()`` as FSDP does it; the norm and RepBN reset themselves."""
+        self.set_gamma(1)
+
     def copy_gamma_(self, source: PRepBN) -> None:
         """Take ``gamma`` of ``source``, in place; nothing is read back from a device."""
         self.gamma.copy_(source.gamma)

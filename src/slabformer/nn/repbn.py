@@ -84,7 +84,8 @@ class RepBN(_BatchNorm):
         statistics_dtype = accumulation_dtype(dtype or torch.get_default_dtype())
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
-        self.eta = nn.Parameter(torch.full((1,), float(eta), device=device, dtype=dtype))
+        self.initial_eta = float(eta)
+        self.eta = nn.Parameter(torch.full((1,), self.initial_eta, device=device, dtype=dtype))
         self.register_buffer("running_mean", torch.zeros(dim, device=device, dtype=statistics_dtype))
         self.register_buffer("running_var", torch.ones(dim, device=device, dtype=statistics_dtype))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
@@ -186,6 +187,14 @@ class RepBN(_BatchNorm):
         """
         super().reset_running_stats()
         self._since_reset = MomentsAccumulator(self.num_features, self.weight.device)
+
+    def reset_parameters(self) -> None:
+        """As a new module has them, ``eta`` too; FSDP calls this after ``to_empty()``."""
+        self.reset_running_stats()
+        self._since_reset = None
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+        nn.init.constant_(self.eta, self.initial_eta)
 
     @property
     def affine(self) -> bool:  # type: ignore[override]
