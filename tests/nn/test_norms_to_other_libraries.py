@@ -207,6 +207,15 @@ def test_casting_keeps_the_digits_of_the_statistics() -> None:
     assert_close(norm.bfloat16().half().float().running_mean, before, EXACT)
 
 
+def test_gamma_keeps_its_small_steps_in_a_model_of_half_precision() -> None:
+    norm = PRepBN(C).bfloat16()
+    norm.set_gamma(0.9995)
+    assert_close(norm.gamma, torch.tensor(0.9995), EXACT)
+    assert norm.phase == "fading"
+    assert_close(norm.half().gamma, torch.tensor(0.9995), EXACT)
+    assert assigned(norm).gamma.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_small_steps_of_running_statistics_are_not_rounded_away(dtype: torch.dtype) -> None:
     norm = RepBN(C, momentum=0.01, dtype=dtype)

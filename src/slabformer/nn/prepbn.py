@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer.nn.affine import Affine
+from slabformer.nn.float32 import KeepsFloat32
 from slabformer.nn.repbn import RepBN
 from slabformer.nn.sync import StatisticsSync
 from slabformer.ops.rep_norm import keep_in_graph
@@ -22,7 +23,7 @@ _STALE = (
 )
 
 
-class PRepBN(nn.Module):
+class PRepBN(KeepsFloat32):
     """``gamma * LN(x) + (1 - gamma) * RepBN(x)`` (Guo et al. 2024, PRepBN): a LayerNorm on its way out.
 
     ``gamma`` is a buffer that :class:`slabformer.ProgressiveSchedule` writes after an optimizer step. It alone decides
@@ -51,6 +52,7 @@ class PRepBN(nn.Module):
 
     if TYPE_CHECKING:  # TorchScript would read it
         gamma: Tensor
+    float32_buffers = ("gamma",)  # steps of a long schedule are below the digits of bfloat16
     __jit_unused_properties__ = ("normalized_shape", "eps", "weight", "bias", "phase")
 
     def __init__(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from slabformer.nn.affine import Affine
+from slabformer.nn.float32 import KeepsFloat32
 from slabformer.nn.sync import StatisticsSync
 from slabformer.ops.affine import repbn_scale_shift
 from slabformer.ops.moments import (
@@ -26,10 +26,8 @@ from slabformer.ops.rep_norm import rep_norm
 
 logger = logging.getLogger(__name__)
 
-STATISTICS = ("running_mean", "running_var")
 
-
-class RepBN(_BatchNorm):
+class RepBN(KeepsFloat32, _BatchNorm):
     """BatchNorm with a learnable skip, ``BN(x) + eta * x`` (Guo et al. 2024, RepBN).
 
     In eval mode it is one scale and shift per channel, so :func:`slabformer.fuse` can remove it. Which tokens count
@@ -57,6 +55,7 @@ class RepBN(_BatchNorm):
         TypeError: If another library rebuilds it as a plain BatchNorm, which would lose ``eta``.
     """
 
+    float32_buffers = ("running_mean", "running_var")
     __constants__ = []  # noqa: RUF012 - as torch has it; its own would ask for `affine`
     __jit_ignored_attributes__ = ("affine", "observes_while_warm")
 
@@ -155,7 +154,7 @@ class RepBN(_BatchNorm):
         return moments
 
     def _update_running(self, moments: Moments) -> None:
-        self._keep_float32()
+        self.keep_float32()
         if self.momentum is not None:
             self._since_reset = None
         if self._since_reset is not None and (torch.compiler.is_compiling() or not in_backward()):
@@ -213,26 +212,9 @@ class RepBN(_BatchNorm):
     def __dir__(self) -> list[str]:
         return [name for name in super().__dir__() if name != "affine"]  # torch.jit.trace asks for all that is listed
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RepBN:
-        """Move and cast, but for the statistics' float32."""
-        before = {name: self._buffers[name] for name in STATISTICS}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and is_short(new):
-                self._buffers[name] = new.float() if old.is_meta else old.to(new.device, torch.float32)
-        return self
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super(_NormBase, self)._load_from_state_dict(*args, **kwargs)  # BatchNorm's own does not miss its counter
-        self._keep_float32()  # assign=True brings the file's dtype
-
-    def _keep_float32(self) -> None:
-        """Widen statistics that someone has cast past :meth:`_apply`."""
-        for name in STATISTICS:
-            buffer = self._buffers[name]
-            if buffer is not None and is_short(buffer):
-                self._buffers[name] = buffer.float()
+        self.keep_float32()
 
     def _shares_batch(self) -> bool:
         """Whether the batch is that of all ranks together; while recalibrating, one may have run out of data."""
@@ -319,8 +301,3 @@ def _fit(mask: Tensor, shape: torch.Size) -> Tensor | None:
     if shape[: mask.ndim] != mask.shape:
         return None
     return mask.view(*mask.shape, *[1] * (len(shape) - mask.ndim)).expand(shape)
-
-
-def is_short(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is of a floating dtype below float32."""
-    return tensor.is_floating_point() and tensor.itemsize < 4
