@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from csv_files import csv_rows
 from language_models import tiny_config
 from slabformer.tasks.engine.checkpoint import CheckpointFolders, DamagedCheckpointError
+from slabformer.tasks.engine.signals import StoppedError
 from slabformer.tasks.language.config import TrainConfig
 from slabformer.tasks.language.train import train
 from slabformer.tasks.language.trainer import LanguageTrainer
@@ -213,3 +214,15 @@ def test_a_folder_of_the_users_that_looks_like_a_checkpoint_is_left_alone(tmp_pa
         with pytest.raises(ValueError, match=r"checkpoint-3 is in the way, and no run wrote it"):
             train(replace(config, overwrite=overwrite))
     assert (mine / "notes.txt").read_text() == "mine"
+
+
+def test_a_signal_after_the_last_step_stops_the_run_which_goes_on_the_same(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageTrainer, "recalibrate", lambda self, batches: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(StoppedError, match="stopped by SIGTERM after step 10") as caught:
+            train(config)
+    assert caught.value.exit_code == 143
+    assert_same_run(train(config).output, whole)

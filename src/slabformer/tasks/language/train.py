@@ -29,7 +29,7 @@ from slabformer.tasks.language.folders import LanguageRunFolder, save_model_fold
 from slabformer.tasks.language.packing import PackedBlocks, collate
 from slabformer.tasks.language.text import TrainingText, read_text
 from slabformer.tasks.language.trainer import LanguageTrainer
-from slabformer.tasks.language.watch import RecordCallback, SignalCallback
+from slabformer.tasks.language.watch import RecordCallback, SignalCallback, stopped
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,8 @@ def _run(
     with ExitStack() as stack:
         stack.callback(record.close)
         # the first one: a run that was stopped has not ended with gamma above 0
-        callbacks: list[TrainerCallback] = [SignalCallback(stack.enter_context(StopSignals())), record]
+        signals = stack.enter_context(StopSignals())
+        callbacks: list[TrainerCallback] = [SignalCallback(signals), record]
         if prepbn_modules(model):
             callbacks.append(ProgressiveCallback(**vars(config.gamma)))
         trainer = LanguageTrainer(
@@ -162,7 +163,10 @@ def _run(
         began = time.perf_counter()
         trainer.train_to_end(checkpoint)
         seconds = time.perf_counter() - began
-        summary = _finish(config, text, trainer) | {"seconds": round(seconds, 1), "resumed": checkpoint is not None}
+        summary = _finish(config, text, trainer, signals) | {
+            "seconds": round(seconds, 1),
+            "resumed": checkpoint is not None,
+        }
     if trainer.is_world_process_zero():
         model.config.use_cache = True
         save_model_folder(model, text.tokenizer, folder.path, folder.record)
@@ -170,14 +174,26 @@ def _run(
     return TrainResult(output=folder.path, summary=summary)
 
 
-def _finish(config: TrainConfig, text: TrainingText, trainer: LanguageTrainer) -> dict[str, Any]:
-    """Recalibrate and evaluate."""
+def _finish(config: TrainConfig, text: TrainingText, trainer: LanguageTrainer, signals: StopSignals) -> dict[str, Any]:
+    """Recalibrate and evaluate, from the checkpoint of the last step on.
+
+    Raises:
+        StoppedError: Between the two, after a signal.
+    """
+
+    def stop_if_asked() -> None:
+        signum = signals.agreed()
+        if signum:
+            raise stopped(signum, trainer.state.global_step)
+
     summary: dict[str, Any] = {"data": text.record, "steps": trainer.state.global_step}
     summary["parameters"] = trainer.net.num_parameters()
     summary["vocab_size"] = trainer.net.config.vocab_size
     if config.recalibrate.enabled and repbn_modules(trainer.net):
         summary["perplexity_before_recalibration"] = trainer.held_out_perplexity().perplexity
+        stop_if_asked()
         trainer.recalibrate(config.recalibrate.batches)
+    stop_if_asked()
     summary["perplexity"] = trainer.held_out_perplexity().perplexity
     norms = list(prepbn_modules(trainer.net).values())
     if norms:

@@ -119,6 +119,10 @@ class SignalCallback(TrainerCallback):
             StoppedError: Then.
         """
         if self._received:
-            name = signal.Signals(self._received).name
-            message = f"stopped by {name} after step {state.global_step}; the same command goes on from there"
-            raise StoppedError(message, self._received)
+            raise stopped(self._received, state.global_step)
+
+
+def stopped(signum: int, step: int) -> StoppedError:
+    """What says that signal ``signum`` ended a run whose checkpoint is of ``step``."""
+    name = signal.Signals(signum).name
+    return StoppedError(f"stopped by {name} after step {step}; the same command goes on from there", signum)
