@@ -22,7 +22,7 @@ def converted() -> tuple[LlamaForCausalLM, list[str]]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=48, max_position_embeddings=16, **sizes))
-    return model, [str(name) for name in sf.convert_norms_(model)]
+    return model, sf.convert_norms_(model)
 
 
 def adapted(with_norms: bool = True) -> nn.Module:
@@ -82,6 +82,16 @@ def test_norms_that_peft_saves_are_faded_and_their_originals_left_alone() -> Non
         assert callback.schedule is not None
         callback.schedule.step()
     assert (float(original.gamma), float(copies["default"].gamma)) == (1, 0)
+
+
+def test_names_that_reach_into_the_norms_are_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    names = ["input_layernorm", "post_attention_layernorm", "norm"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=names)
+    with pytest.raises(ValueError, match=r"also reaches into .*; write 'model.norm' where it says 'norm'"):
+        trainer_of(peft.get_peft_model(converted()[0], config), tmp_path, ProgressiveCallback()).train()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[*names[:2], "model.norm"])
+    trainer_of(peft.get_peft_model(converted()[0], config), tmp_path, ProgressiveCallback()).train()
 
 
 def test_plain_adapters_are_refused(tmp_path: Path) -> None:

@@ -169,6 +169,12 @@ def _check_adapters(model: nn.Module) -> None:
             f"PEFT would save its adapters without {len(unsaved)} norms (first: {unsaved[0]}); "
             "pass modules_to_save=slabformer.convert_norms_(model) to its configuration"
         )
+    torn = [name for name, norm in prepbn_modules(model).items() if "modules_to_save" in norm.norm._modules]
+    if torn:
+        raise ValueError(
+            f"PEFT's modules_to_save also reaches into {torn[0]}, since it matches the ends of names; "
+            "write 'model.norm' where it says 'norm'"
+        )
 
 
 def steps_missing(schedule: ProgressiveSchedule) -> int:
