@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer.deployment.allocator import keep_memory
-from slabformer.deployment.equality import RUNTIME_RTOL, verify_fused
+from slabformer.deployment.equality import RUNTIME_RTOL
 from slabformer.deployment.measure import (
     Machine,
     mebibytes_of,
@@ -73,7 +73,7 @@ def forms_of(name: str, size: int, images: Tensor, dtype: torch.dtype) -> dict[s
     model = trained_looking(name, size).to(images.device)
     published, (fused, _) = published_style(model), sf.fuse(model, images[:1])
     verify(model, published, images[:1], rtol=STYLE_RTOL)
-    verify_fused(model, fused, images[:1])
+    verify(model, fused, images[:1])
     eager = {
         "published style": published,
         "fused": fused,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slabformer.nn import PRepBN, RepBN
 from slabformer.surgery.fuse import FuseReport, fuse
-from slabformer.surgery.fuse.twin import tensors_of
+from slabformer.surgery.outputs import tensors_of
 from slabformer.testing import randomize_norms_
 from tolerances import assert_close
 

@@ -14,7 +14,6 @@ from ops.attention_cases import Case, make_case
 from slabformer.deployment.measure import num_threads
 from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.linear_attention import linear_attention
-from slabformer.ops.native.build import BuildError
 from slabformer.ops.native.linear_attention import LONGEST_KERNEL, native_linear_attention
 from tolerances import EXACT, assert_close
 
@@ -95,8 +94,11 @@ def test_few_images_are_split_by_heads_and_tokens(B, threads):
 def test_an_even_kernel_and_a_width_that_vectors_do_not_fill_are_refused():
     with pytest.raises(ValueError, match=r"must be odd, .* got 4x4"):
         native(make_case(grid_size=(4, 5), D=16, kernel_size=4, device="cpu"))
-    with pytest.raises(BuildError, match="vectors are read whole"):
-        native(make_case(20, D=24, device="cpu"))
+    for widths in ({"D": 24}, {"D": 16, "E": 24}, {"D": 8}):
+        with pytest.raises(ValueError, match="widths of heads must be multiples of 16, got"):
+            native(make_case(20, **widths, device="cpu"))
+    with pytest.raises(ValueError, match=r"q must be one of torch.float32, torch.bfloat16, got torch.float64"):
+        native(make_case(20, D=16, dtype=torch.float64, device="cpu"))
 
 
 def test_slices_of_a_packed_projection_are_read_in_place(monkeypatch):

@@ -14,11 +14,11 @@ from torch import nn
 import slabformer as sf
 from slabformer._extras import require
 from slabformer.cli.common import add_model_options, console, example_images, load, writable
-from slabformer.deployment.equality import FUSED_RTOL, verify_fused
 from slabformer.models.registry import twin_of
 from slabformer.nn import Folded
 from slabformer.surgery.fuse import FuseReport
 from slabformer.surgery.fuse.plain import plain_
+from slabformer.surgery.verify import RTOL
 from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.saved_model import ModelInfo, create_model, save_model
 
@@ -42,7 +42,7 @@ def parser() -> ArgumentParser:
     made.add_argument(
         "--plain", action="store_true", help="only if timm's own model, built without norms, can hold the weights"
     )
-    made.add_argument("--rtol", type=float, default=FUSED_RTOL, help="largest difference, relative to outputs' scale")
+    made.add_argument("--rtol", type=float, default=RTOL, help="largest difference, relative to outputs' scale")
     return made
 
 
@@ -59,11 +59,11 @@ def run(config: Namespace) -> None:
         fixed_size=config.fixed_size,
         untie=config.untie,
     )
-    result = verify_fused(model, fused, [example_images(info, batch_size=4, seed=seed) for seed in (1, 2)], config.rtol)
+    result = sf.verify(model, fused, [example_images(info, batch_size=4, seed=seed) for seed in (1, 2)], config.rtol)
     recipe = plain_recipe(fused, info, config.rtol) if config.plain else ""
     output = console()
     output.print(fuse_table(report))
-    output.print(f"{report.summary()}\noutputs within {result.max_rel:.1e} of their scale")
+    output.print(f"{report.summary()}\n{result}")
     save_model(fused, config.output, info)
     if config.json is not None:
         write_text(config.json, json.dumps({**report.to_dict(), "verify": asdict(result)}, indent=2) + "\n")

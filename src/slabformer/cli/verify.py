@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from slabformer.cli.common import example_images
-from slabformer.deployment.equality import FUSED_RTOL, verify_fused
+from slabformer.surgery.verify import RTOL, verify
 from slabformer.tasks.classification.augment import eval_transform
 from slabformer.tasks.classification.predict import data_config
 from slabformer.tasks.images import expand_paths, read_image
@@ -21,13 +21,14 @@ def parser() -> ArgumentParser:
     """Options of `slab verify`."""
     made = ArgumentParser(
         prog="slab verify",
-        description="Compare the outputs of two models; exit code 1 when they differ by more than --rtol.",
+        description="Compare the outputs of two models; exit code 1 when they differ by more than --rtol, or 4 times "
+        "the distance of the reference's own outputs to those in float64.",
     )
     made.add_argument("reference", type=Path, help="what is right, a .safetensors file that slab wrote")
     made.add_argument("candidate", type=Path, help="what should equal it, its fused form for example")
     made.add_argument("--images", type=Path, nargs="+", default=[], help="image files or folders; random by default")
     made.add_argument("--batch-size", type=int, default=8, help="images at a time, and number of random ones")
-    made.add_argument("--rtol", type=float, default=FUSED_RTOL, help="largest difference, relative to outputs' scale")
+    made.add_argument("--rtol", type=float, default=RTOL, help="largest difference, relative to outputs' scale")
     return made
 
 
@@ -44,10 +45,12 @@ def run(config: Namespace) -> None:
             f"{config.reference} takes images of {info.input_size}, {config.candidate} of {other.input_size}"
         )
     batches = read_batches(config.images, info, config.batch_size) or [example_images(info, config.batch_size)]
-    result = verify_fused(reference, candidate, batches, config.rtol)
+    result = verify(reference, candidate, batches, config.rtol)
+    own = result.note if result.own_error is None else f"{result.own_error:.3e}"
     sys.stdout.write(
         f"{'largest difference':<24}{result.max_abs:.3e}\n"
-        f"{'relative to the scale':<24}{result.max_rel:.3e}\n"
+        f"{'relative to the scale':<24}{result.max_rel:.3e} ({result.allowed:.3e} allowed)\n"
+        f"{'rounding of reference':<24}{own}\n"
         f"{'same top-1':<24}{result.top1_agreement:.1%} of {sum(map(len, batches))}"
         f"{' random' * (not config.images)} images\n"
     )

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from slabformer.deployment.equality import RUNTIME_RTOL, verify_fused
+from slabformer.deployment.equality import RUNTIME_RTOL
 from slabformer.deployment.measure import (
     Machine,
     count_parameters,
@@ -122,7 +122,7 @@ def _variants(
     if fused is None:
         notes.append("nothing to fuse: the model holds no RepBN or PRepBN")
     else:
-        equality = verify_fused(model, fused, inputs)
+        equality = verify(model, fused, inputs)
         variants["fused"] = fused
     if twin is not None:
         _check_twin(model, twin, inputs)
@@ -143,7 +143,7 @@ def _programs(
     fused, count = natively(variants["fused"], inputs[0].device, notes)
     if count:
         notes.append(f"fused: {count} linear attentions in C++")
-        verify_fused(model, fused, inputs)
+        verify(model, fused, inputs, lazy=True)
     return {**variants, "fused": fused}
 
 
@@ -169,7 +169,7 @@ def _candidates(
             reason = str(error).strip().splitlines()[0]
             notes.append(f"compiled forms left out, torch.compile failed: {reason}")
             return {key: module for key, module in candidates.items() if key[1] == "eager"}
-        verify(model, program, batch, rtol=RUNTIME_RTOL)
+        verify(model, program, batch, rtol=RUNTIME_RTOL, lazy=True)
         candidates[name, "compiled"] = program
     return candidates
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from slabformer._extras import require
 from slabformer._files import workspace
-from slabformer.deployment.equality import verify_fused
 from slabformer.deployment.export import export
 from slabformer.deployment.integer_form import integer_form
 from slabformer.deployment.signal_stack import signal_stack_kept
 from slabformer.nn import PRepBN, RepBN
+from slabformer.surgery.verify import verify
 
 EXTRA = "int8"
 #: of what stays in floating point: OpenVINO would take bfloat16 where the processor has it
@@ -125,7 +125,7 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], threads: int | None = 
     )
     example = torch.from_numpy(arrays[0][:1])
     form = integer_form(model)
-    verify_fused(model, form, example)
+    verify(model, form, example, lazy=True)
     graph = to_openvino(form, example).graph
     with _quiet(nncf), signal_stack_kept():
         quantized = nncf.quantize(

@@ -14,7 +14,7 @@ from slabformer.ops.depthwise import depthwise_tokens
 from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.fused import fused_linear_attention
 from slabformer.ops.linear_attention import composed_linear_attention, linear_attention, mask_tokens
-from slabformer.ops.native.linear_attention import Biases
+from slabformer.ops.native.linear_attention import NO_BIASES, Biases
 
 
 class LinearAttentionCore(nn.Module):
@@ -70,37 +70,47 @@ class LinearAttentionCore(nn.Module):
         key_grid: Grid,
         mask: Tensor | None = None,
         kernels: tuple[Tensor, Tensor | None] | None = None,
-        biases: Biases = (None, None, None),
+        biases: Biases | None = None,
+        native: bool = False,
     ) -> Tensor:
         """Linear attention of heads over keys on ``key_grid``, with the table added to them.
 
-        Where ``has_kernel`` says so, ``kernels`` of a depthwise convolution, weight ``(1 or num_heads, D, K, K)`` and
-        bias, join it in one pass: the convolution of the values on the same grid is added. ``biases``, ``(num_heads,
-        D)`` each, are what :meth:`project` left out.
+        Where :meth:`takes_kernel` says so, ``kernels`` of a depthwise convolution, weight ``(1 or num_heads, D, K,
+        K)`` and bias, join it in one pass: the convolution of the values on the same grid is added. ``biases``,
+        ``(num_heads, D)`` each, are what :meth:`project` left out. Without ``kernels``, ``native`` hands on what it
+        said.
         """
         table = self.table(key_grid)
         if kernels is None:
-            return linear_attention(q, k, v, table=table, mask=mask, native=self.native)
+            return linear_attention(q, k, v, table=table, mask=mask, native=native)
         weight, bias = kernels
         return fused_linear_attention(
-            q, k, v, table=table, mask=mask, weight=weight, bias=bias, grid_size=key_grid, biases=biases
+            q, k, v, table=table, mask=mask, weight=weight, bias=bias, grid_size=key_grid, biases=biases or NO_BIASES
         )
 
-    def project(self, x: Tensor, *layers: nn.Linear) -> tuple[list[Tensor], Biases]:
+    def project(self, x: Tensor, *layers: nn.Linear) -> tuple[list[Tensor], Biases | None]:
         """``x`` through each of ``layers``, and their biases, ``(num_heads, D)`` for q, k and v, where C++ adds those.
 
-        A compiler would add them in a pass of its own, once for each of q, k and v.
+        A compiler would add them in a pass of its own, once for each of q, k and v. Whoever gets biases must hand them
+        to :meth:`attend`, with kernels: that C++ runs is then decided.
         """
-        if not (self.native and self._is_left_biases(x, layers)):
-            return [layer(x) for layer in layers], (None, None, None)
+        if not (self.native and self._leaves_biases(x, layers)):
+            return [layer(x) for layer in layers], None
         q, k, v = torch.cat([layer.bias for layer in layers]).view(3, self.num_heads, -1)
         return [F.linear(x, layer.weight) for layer in layers], (q, k, v)
 
-    def _is_left_biases(self, x: Tensor, layers: Sequence[nn.Module]) -> bool:
-        (heads,) = self.heads(x)
-        if heads.device.type != "cpu" or not has_kernel(heads, heads, heads, native=True):
+    def _leaves_biases(self, x: Tensor, layers: Sequence[nn.Module]) -> bool:
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not all(map(_is_plain, layers)):
             return False
-        return all(_is_plain(layer) for layer in layers) and not torch.is_autocast_enabled("cpu")
+        (heads,) = self.heads(x)
+        return self.takes_kernel(heads, heads, heads)
+
+    def takes_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether these heads, or the tokens that they are made of, run on a kernel of our own, convolution included.
+
+        The one for CPUs has no gradient: it runs where neither tokens nor any parameter needs one.
+        """
+        return has_kernel(q, k, v, self.native, self.parameters() if self.native else ())
 
     def placed(self, k: Tensor, key_grid: Grid) -> Tensor:
         """Keys with the position table added."""
@@ -224,11 +234,12 @@ class SimplifiedLinearAttention(LinearAttentionCore):
         if grid_size is not None or k.shape[2] == q.shape[2]:
             grid = resolve_grid(q.shape[2], grid_size, key_grid)
         mask = key_mask(attn_mask)
-        if grid == key_grid and has_kernel(q, k, v, self.native):
+        fast = biases is not None or self.takes_kernel(q, k, v)
+        if fast and grid == key_grid:
             out = self.attend(q, k, v, key_grid, mask, self.shared_kernels(), biases)
         else:
             v = mask_tokens(v, mask).contiguous()  # once for both branches
-            out = self.attend(q, k, v, key_grid, mask)
+            out = self.attend(q, k, v, key_grid, mask, native=fast)
             out = out if grid is None else out + self.local(v, key_grid, grid)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
@@ -252,7 +263,7 @@ class SimplifiedLinearAttention(LinearAttentionCore):
             grid = resolve_grid(q.shape[1], grid_size, key_grid)
         return self.proj_drop(self.proj(self.composed(q, k, v, key_grid, grid, key_mask(attn_mask))))
 
-    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Sequence[Tensor], Biases]:
+    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Sequence[Tensor], Biases | None]:
         if context is None:
             (packed,), biases = self.project(x, self.qkv)
             return packed.chunk(3, dim=-1), biases
@@ -260,14 +271,14 @@ class SimplifiedLinearAttention(LinearAttentionCore):
         if self.qkv.bias is not None:
             bias = self.qkv.bias.split([self.dim, 2 * self.dim])
         keys_values = F.linear(context, weight[1], bias[1])
-        return [F.linear(x, weight[0], bias[0]), *keys_values.chunk(2, dim=-1)], (None, None, None)
+        return [F.linear(x, weight[0], bias[0]), *keys_values.chunk(2, dim=-1)], None
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a Linear does nothing but multiply and add: no subclass, no adapter, no hook."""
-    return (
-        type(layer) is nn.Linear and layer.bias is not None and not (layer._forward_hooks or layer._forward_pre_hooks)
-    )
+    """Whether a Linear does nothing but multiply and add: no subclass, no adapter, no hook, no forward of its own."""
+    if type(layer) is not nn.Linear or layer.bias is None or "forward" in vars(layer):
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def shared_depthwise(head_dim: int, kernel_size: int, **factory: Any) -> nn.Conv2d:

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from slabformer.nn.attention import LinearAttentionCore, refuse_attn_drop, refuse_uneven_heads, shared_depthwise
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.resample import Grid, resize_tokens_1d, resolve_grid
-from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.native.linear_attention import Biases
 
 Resize = Literal["2d", "1d"]
@@ -167,17 +166,18 @@ class PyramidLinearAttention(SpatialReduction, LinearAttentionCore):
         key_grid = _reduced(grid, r)
         if torch.jit.is_scripting():
             return self.scripted(x, reduced, grid, key_grid)
-        biases: Biases = (None, None, None)
+        biases: Biases | None = None
         if r > 1:
             tokens = [self.q(x), self.kv(reduced)]
         else:
             tokens, biases = self.project(x, self.q, self.kv)
         q, k, v = self.heads(tokens[0], *tokens[1].chunk(2, dim=-1))
-        if grid == key_grid and has_kernel(q, k, v, self.native):
+        fast = biases is not None or self.takes_kernel(q, k, v)
+        if fast and grid == key_grid:
             out = self.attend(q, k, v, key_grid, None, self.shared_kernels(), biases)
         else:
             v = v.contiguous()  # once for both branches
-            out = self.attend(q, k, v, key_grid)
+            out = self.attend(q, k, v, key_grid, native=fast)
             if self.resize == "1d":
                 v, key_grid = resize_tokens_1d(v.flatten(0, 1), x.shape[1]).unflatten(0, v.shape[:2]), grid
             out = out + self.local(v, key_grid, grid)

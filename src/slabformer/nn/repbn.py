@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from slabformer.nn.affine import Affine
 from slabformer.nn.float32 import KeepsFloat32
+from slabformer.nn.statistics import check_statistics
 from slabformer.nn.sync import StatisticsSync
 from slabformer.ops.affine import repbn_scale_shift
 from slabformer.ops.moments import (
@@ -282,7 +283,12 @@ class RepBN(KeepsFloat32, _BatchNorm):
         return repbn_scale_shift(self.weight, self.bias, self.running_mean, self.running_var, self.eta, self.eps)
 
     def fuse(self) -> Affine:
-        """The same map as an :class:`Affine`; timm's ``reparameterize_model`` calls this."""
+        """The same map as an :class:`Affine`; timm's ``reparameterize_model`` calls this.
+
+        Raises:
+            ValueError: If the running statistics are not finite, or a variance is negative.
+        """
+        check_statistics({"RepBN": (self.running_mean, self.running_var)})
         scale, shift = self.scale_shift()
         affine = Affine.of(scale, shift, like=self.weight, channel_dim=self.channel_dim, eps=self.eps)
         return affine.train(self.training)

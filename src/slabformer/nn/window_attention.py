@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from slabformer.nn.attention import LinearAttentionCore, refuse_uneven_heads, shared_depthwise
 from slabformer.nn.resample import Grid, window_merge, window_partition
 from slabformer.ops.depthwise import depthwise_tokens
-from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.linear_attention import composed_linear_attention
 
 Direction = Literal["vertical", "horizontal"]
@@ -62,7 +61,7 @@ class WindowLinearAttention(LinearAttentionCore):
             out = out.transpose(1, 2).flatten(2) + depthwise_tokens(values, window, weight, bias)
             return window_merge(out, grid_size, window)
         q, k, v = self.heads(q, k, values)
-        if has_kernel(q, k, v, self.native):
+        if self.takes_kernel(q, k, v):
             shape = (self.num_heads, -1)
             kernels = weight.squeeze(1).unflatten(0, shape), bias.unflatten(0, shape)
             out = self.attend(q, k, v, window, None, kernels).transpose(1, 2).flatten(2)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 #: head widths that the kernels are built for
@@ -44,7 +45,7 @@ NATIVE_THRESHOLDS = {
 }
 
 
-def has_kernel(q: Tensor, k: Tensor, v: Tensor, native: bool = False) -> bool:
+def has_kernel(q: Tensor, k: Tensor, v: Tensor, native: bool = False, also: Iterable[Tensor | None] = ()) -> bool:
     """Whether kernels take ``q`` ``(B, num_heads, N, D)``, ``k`` ``(B, num_heads, M, D)`` and ``v`` of this kind.
 
     Those for GPUs have a gradient, but neither a second one nor forward-mode derivatives: under :mod:`torch.func` and
@@ -56,6 +57,8 @@ def has_kernel(q: Tensor, k: Tensor, v: Tensor, native: bool = False) -> bool:
         k: Keys.
         v: Values.
         native: Whether a CPU may run what is built by its C++ compiler.
+        also: What else goes into the attention or into q, k and v: table, kernels, biases, weights of projections. On
+            a CPU one that needs a gradient rules kernels out, as q, k and v do; on a GPU they are not looked at.
     """
     on_cpu = native and q.device.type == "cpu"
     thresholds = NATIVE_THRESHOLDS if on_cpu else THRESHOLDS
@@ -65,13 +68,22 @@ def has_kernel(q: Tensor, k: Tensor, v: Tensor, native: bool = False) -> bool:
     narrow, wide = sorted((q.shape[3], v.shape[3]))
     if narrow < NARROWEST or wide > WIDEST or 0 in (B, N, M) or thresholds[q.dtype].min_tokens > N + M:
         return False
-    if on_cpu and (narrow % NATIVE_STEP or wide % NATIVE_STEP or _needs_gradient(q, k, v) or _is_written_out()):
+    taken = (q, k, v, *also) if on_cpu else (q, k, v)
+    if on_cpu and (narrow % NATIVE_STEP or wide % NATIVE_STEP or needs_gradient(*taken) or _is_written_out()):
+        return False
+    if not all(map(_is_plain, taken)):
         return False
     return not _is_transformed() and (on_cpu or runs_kernels(q.device))
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record what is made of ``tensors``."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    """Whether it is no subclass with a life of its own: sharded, quantised, nested. Compilers see through them."""
+    return type(tensor) in (Tensor, nn.Parameter) or not isinstance(tensor, Tensor) or torch.compiler.is_compiling()
 
 
 def _is_written_out() -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slabformer.ops.native.linear_attention import Biases, native_linear_attention
+from slabformer.ops.native.linear_attention import NO_BIASES, Biases, native_linear_attention
 
 
 def fused_linear_attention(
@@ -20,7 +20,7 @@ def fused_linear_attention(
     bias: Tensor | None = None,
     grid_size: tuple[int, int] = (0, 0),
     eps: float = 1e-6,
-    biases: Biases = (None, None, None),
+    biases: Biases = NO_BIASES,
 ) -> Tensor:
     """:func:`slabformer.ops.linear_attention` with a depthwise convolution of the values added to its output.
 
@@ -42,7 +42,13 @@ def fused_linear_attention(
 
     Returns:
         ``(B, num_heads, N, E)`` in the dtype of ``q``; in memory tokens come before heads.
+
+    Raises:
+        ValueError: If there is a ``bias`` without a ``weight``, ``biases`` on a GPU, or on a CPU a tensor that needs a
+            gradient: the kernel there has none.
     """
+    if bias is not None and weight is None:
+        raise ValueError("bias is added to the convolution, got one without a weight")
     options: dict[str, Any] = {
         "table": table,
         "mask": mask,
@@ -55,5 +61,6 @@ def fused_linear_attention(
         return native_linear_attention(q, k, v, **options, biases=biases)
     from slabformer.ops.kernels.linear_attention import triton_linear_attention
 
-    assert biases == (None, None, None)
+    if any(each is not None for each in biases):
+        raise ValueError(f"biases are added on a CPU alone, got some for {q.device}; let the projection add them")
     return triton_linear_attention(q, k, v, **options)

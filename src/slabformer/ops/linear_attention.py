@@ -53,7 +53,7 @@ def linear_attention(
         ValueError: If the shapes do not fit one another, or ``order`` is unknown.
     """
     _check(q, k, v, table, mask, order)
-    if order is None and cheaper_order(q, v) == "linear" and has_kernel(q, k, v, native):
+    if order is None and cheaper_order(q, v) == "linear" and has_kernel(q, k, v, native, (table,)):
         return fused_linear_attention(q, k, v, table=table, mask=mask, eps=eps)
     return composed_linear_attention(q, k, v, table, mask, order, eps)
 
@@ -89,7 +89,7 @@ def cheaper_order(q: Tensor, v: Tensor) -> str:
 
 def _linear(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     # sums over tokens grow with M, or with its root where signs cancel: scaled by the root, float16 holds either
-    scale = k.shape[2] ** -0.5
+    scale = max(k.shape[2], 1) ** -0.5
     dtype, wide = q.dtype, accumulation_dtype(q.dtype)
     q, k, v = q.contiguous(), (k * scale).contiguous(), v.contiguous()
     kv = k.transpose(2, 3) @ v  # (B, num_heads, D, E)

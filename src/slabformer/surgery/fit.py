@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slabformer.nn.controls import blended, prepbn_modules
 from slabformer.nn.prepbn import PRepBN
+from slabformer.nn.statistics import check_statistics
 from slabformer.surgery.batches import NO_BATCH, eval_mode, run_batches
 
 
@@ -52,7 +53,7 @@ class _Regression:
         """Slope, mean of y, mean of x and variance of x, ``(C,)`` each."""
         assert self.origin is not None
         mean_x, mean_y, mean_xx, mean_xy = self.sums / self.count
-        variance = mean_xx - mean_x.square()
+        variance = (mean_xx - mean_x.square()).clamp(min=0)  # rounding may leave it below
         slope = (mean_xy - mean_x * mean_y) / variance.clamp(min=1e-12)
         return slope, mean_y, mean_x + self.origin, variance
 
@@ -118,9 +119,10 @@ def fit_norms_(
     for name, norm in norms.items():
         if not fits[norm].sums.isfinite().all():
             raise ValueError(f"inputs or outputs of {name} are not finite; check the data")
-    for norm, fit in fits.items():
-        if fit.count:
-            _write(norm, fit)
+    fitted = {name: norm for name, norm in norms.items() if fits[norm].count}
+    for norm in fitted.values():
+        _write(norm, fits[norm])
+    check_statistics({name: (norm.rep.running_mean, norm.rep.running_var) for name, norm in fitted.items()})
     return count
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from slabformer.nn.controls import repbn_modules
 from slabformer.nn.repbn import RepBN
+from slabformer.nn.statistics import check_statistics
 from slabformer.ops.moments import Moments, MomentsAccumulator
 from slabformer.surgery.batches import NO_BATCH, eval_mode, run_batches
 
@@ -85,9 +86,7 @@ def _write_statistics(norms: dict[str, RepBN]) -> None:
     reached = {name: result for name, result in results.items() if result.count > 0}  # the others keep what they had
     if not reached:
         raise ValueError(NO_BATCH)
-    for name, result in reached.items():
-        if not (result.mean.isfinite() & result.var.isfinite()).all():
-            raise ValueError(f"statistics of {name} are not finite; check the data")
+    check_statistics({name: (result.mean, result.var) for name, result in reached.items()})
     for name, result in reached.items():
         norms[name].running_mean.copy_(result.mean)
         norms[name].running_var.copy_(result.var)

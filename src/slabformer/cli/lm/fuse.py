@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from slabformer.cli.common import console
 from slabformer.cli.fuse import fuse_table
 from slabformer.cli.lm.common import add_model_options, folder_to_write, load_model
-from slabformer.deployment.equality import verify_fused
+from slabformer.surgery.verify import verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,8 +52,8 @@ def fuse_verified(model: PreTrainedModel, *, untie: bool) -> PreTrainedModel:
     output = console()
     output.print(fuse_table(report))
     cases = [(tokens_for(model, 2, length, seed),) for seed, length in ((1, 16), (2, 7))]
-    result = verify_fused(LogitsOf(model), LogitsOf(fused), cases)
-    output.print(f"{report.summary()}\noutputs within {result.max_rel:.1e} of their scale")
+    result = verify(LogitsOf(model), LogitsOf(fused), cases)
+    output.print(f"{report.summary()}\n{result}")
     if stays := what_stays(model, report):
         output.print(stays, soft_wrap=True)
     return fused

@@ -7,7 +7,9 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ CACHE = "SLABFORMER_CACHE"
 
 
 class BuildError(RuntimeError):
-    """There is no compiler, or it does not take the file."""
+    """There is no compiler, it does not take the file, or what is there is not to be trusted."""
 
 
 @functools.cache
@@ -35,41 +37,57 @@ def library(source: str, **defines: str | int) -> ctypes.CDLL:
         defines: Macros that it is built with.
 
     Raises:
-        BuildError: If there is no compiler, or it fails.
+        BuildError: If there is no compiler, it fails, or others may have written what lies in the cache.
     """
     path = Path(__file__).with_name(source)
     macros = [f"-D{name}={value}" for name, value in defines.items()]
     target = _cache_folder() / f"{path.stem}-{_key(path, macros)}.so"
-    if not target.is_file():
+    if not target.is_file() and not target.is_symlink():
         _build(path, macros, target)
-    return ctypes.CDLL(str(target))
+    _check_owned(target)
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise BuildError(f"{target} cannot be loaded ({error}); remove it, and it is built again") from error
 
 
 def _build(path: Path, macros: Sequence[str], target: Path) -> None:
-    command = [compiler(), *FLAGS, arch_flag(), *macros, str(path)]
+    command = [*compiler(), *FLAGS, arch_flag(), *macros, str(path)]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         beside = Path(folder) / target.name
         for openmp in ([OPENMP], []):
             done = subprocess.run([*command, *openmp, "-o", str(beside)], capture_output=True, text=True)
             if done.returncode == 0:
+                beside.chmod(stat.S_IRWXU)  # whatever the umask, nobody else may write what is run
                 beside.replace(target)  # complete or absent, also where several processes build at once
                 return
     lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no output"]
-    raise BuildError(f"{Path(command[0]).name} does not build {path.name}: {lines[0]}")
+    raise BuildError(f"{_words(compiler())} does not build {path.name}: {lines[0]}")
 
 
-def compiler() -> str:
-    """The C++ compiler: what the environment's CXX names, else the first that is installed.
+def compiler() -> list[str]:
+    """The command of the C++ compiler: what the environment's CXX says, else the first that is installed.
+
+    CXX may hold a launcher or options, as for make: ``ccache g++``, ``clang++ -stdlib=libc++``.
 
     Raises:
         BuildError: If there is none.
     """
-    wanted = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
-    for name in wanted:
+    given = os.environ.get("CXX", "").strip()
+    try:
+        wanted = [shlex.split(given, posix=os.name != "nt")] if given else [[name] for name in COMPILERS]
+    except ValueError as error:
+        raise BuildError(f"CXX is no command ({error}): {given}") from error
+    for name, *options in wanted:
         found = shutil.which(name)
         if found:
-            return found
-    raise BuildError(f"no C++ compiler ({', '.join(wanted)}); install one, such as g++, or name it in CXX")
+            return [found, *options]
+    names = ", ".join(words[0] for words in wanted)
+    raise BuildError(f"no C++ compiler ({names}); install one, such as g++, or name it in CXX")
+
+
+def _words(command: Sequence[str]) -> str:
+    return " ".join([Path(command[0]).name, *command[1:]])
 
 
 def arch_flag() -> str:
@@ -79,9 +97,10 @@ def arch_flag() -> str:
 
 def _key(path: Path, macros: Sequence[str]) -> str:
     """Differs where what is built could: homes are shared between machines."""
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+    command = compiler()
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
     sources = [each.read_text() for each in (path, *sorted(path.parent.glob("*.h")))]
-    parts = [*sources, *macros, *FLAGS, arch_flag(), version, platform.platform(), _processor()]
+    parts = [*sources, *macros, *FLAGS, arch_flag(), *command, version, platform.platform(), _processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -101,6 +120,24 @@ def _cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise BuildError(f"{folder} cannot be made ({error.strerror}); name another folder in {CACHE}") from error
+    _check_owned(folder)
     if not os.access(folder, os.W_OK):
         raise BuildError(f"{folder} cannot be written; name another folder in {CACHE}")
     return folder
+
+
+def _check_owned(path: Path) -> None:
+    """Refuse a folder or library that anybody but this user may have written: it would be run.
+
+    Raises:
+        BuildError: If it belongs to another user, others may write it, or a link stands for a library.
+    """
+    if os.name == "nt":  # a user's folders are closed to others there, and modes say nothing
+        return
+    status = path.stat() if path.is_dir() else path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise BuildError(f"{path} is a link, which may lead to anybody's code; remove it, and it is built again")
+    if status.st_uid != os.geteuid():
+        raise BuildError(f"{path} belongs to another user, who may have put code there; name another folder in {CACHE}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise BuildError(f"{path} can be written by others, who may have put code there; empty it and `chmod go-w` it")

@@ -1,6 +1,6 @@
 """Linear attention on a CPU in C++: an operator that ``torch.compile`` and the FLOP counter see, without a gradient.
 
-Its slow, obvious twin is in :mod:`slabformer.ops.reference`; :mod:`slabformer.ops.dispatch` says when it runs.
+Its slow, obvious reference is in :mod:`slabformer.ops.reference`; :mod:`slabformer.ops.dispatch` says when it runs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
 
+from slabformer.ops.dispatch import NATIVE_STEP, needs_gradient
 from slabformer.ops.native.build import library
 
 #: of queries, keys and values
 Biases = tuple[Tensor | None, Tensor | None, Tensor | None]
+NO_BIASES: Biases = (None, None, None)
 #: how C++ calls the dtypes that it takes
 TOKENS = {torch.float32: "float", torch.bfloat16: "BFloat16"}
 NUM_POINTERS, NUM_SIZES = 10, 22
@@ -53,15 +55,18 @@ def native_linear_attention(
     bias: Tensor | None = None,
     grid_size: tuple[int, int] = (0, 0),
     eps: float = 1e-6,
-    biases: Biases = (None, None, None),
+    biases: Biases = NO_BIASES,
 ) -> Tensor:
     """:func:`slabformer.ops.fused.fused_linear_attention` on a CPU: float32 or bfloat16, widths multiples of 16.
 
     Raises:
-        ValueError: If shapes do not fit one another, or the convolution's kernel is even or longer than 31.
+        ValueError: If shapes do not fit one another, widths are no multiples of 16, the convolution's kernel is even or
+            longer than 31, or a tensor needs a gradient.
         MemoryError: If there is not enough of it.
         BuildError: If there is no compiler, or it fails.
     """
+    if needs_gradient(q, k, v, table, weight, bias, *biases):
+        raise ValueError("the attention in C++ has no gradient; call it under torch.no_grad(), or linear_attention()")
     # what does not depend on tokens is brought into order outside of the operator, where a compiler does it once
     q_bias, k_bias, v_bias = (_whole(each) for each in biases)
     if k_bias is not None:
@@ -101,6 +106,8 @@ def _run(
     kernel_size = 0 if taps is None else round(taps.shape[1] ** 0.5)
     others = {"table": table, "mask": mask, "q_bias": q_bias, "v_bias": v_bias, "taps": taps, "bias": bias}
     _check(q, k, v, others, grid_size)
+    if not B * num_heads * N * M:
+        return _outputs(q, k, v).zero_()  # no token, or no key that a query could meet
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     table = table if table is None or table.stride(3) == 1 else table.contiguous()
     mask, q_bias, v_bias, taps, bias = (
@@ -122,6 +129,10 @@ def _run(
 def _check(q: Tensor, k: Tensor, v: Tensor, others: Mapping[str, Tensor | None], grid_size: Sequence[int]) -> None:
     """Refuse what C++ would read beyond its end."""
     (B, num_heads, N, D), (M, E), taps = q.shape, v.shape[2:], others["taps"]
+    if min(D, E) < NATIVE_STEP or D % NATIVE_STEP or E % NATIVE_STEP:
+        raise ValueError(f"widths of heads must be multiples of {NATIVE_STEP}, got {D} and {E}")
+    if q.dtype not in TOKENS:
+        raise ValueError(f"q must be one of {', '.join(map(str, TOKENS))}, got {q.dtype}")
     sets, size = (1, 1) if taps is None else (len(taps), round(taps.shape[1] ** 0.5))
     if size > LONGEST_KERNEL or size % 2 == 0:
         raise ValueError(f"kernels must be odd, {LONGEST_KERNEL}x{LONGEST_KERNEL} at most, got {size}x{size}")

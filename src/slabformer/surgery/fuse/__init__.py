@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from slabformer.surgery.fuse.asked import OutputLike, check_keep, check_outputs, rehearse, watched_outputs
-from slabformer.surgery.fuse.check import check_examples, check_model, check_not_compiled, shapes_of
+from slabformer.surgery.fuse.check import check_examples, check_model, check_not_compiled, check_values, shapes_of
 from slabformer.surgery.fuse.files import load_fused, save_fused
 from slabformer.surgery.fuse.fold import commit
 from slabformer.surgery.fuse.methods import changed_methods
@@ -113,6 +113,7 @@ def _fuse(
     allow_gamma: bool,
 ) -> FuseReport:
     norms = check_model(model, allow_gamma)
+    check_values(norms)
     kept, asked = check_keep(model, norms, keep), [Output(), *check_outputs(model, outputs)]
     watched = (*watched_outputs(kept), *hooked(model))
 

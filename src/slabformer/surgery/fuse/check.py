@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from slabformer.nn.affine import Folded
 from slabformer.nn.prepbn import PRepBN
+from slabformer.nn.statistics import check_statistics
 from slabformer.surgery.fuse.norms import Norm, find_norms
 from slabformer.surgery.fuse.twin import Example
 
@@ -47,6 +48,19 @@ def check_model(model: nn.Module, allow_gamma: bool) -> list[Norm]:
     if not allow_gamma:
         _check_gamma(model)
     return norms
+
+
+def check_values(norms: Sequence[Norm]) -> None:
+    """Refuse norms whose map in eval mode is not finite, or comes of statistics that no data has.
+
+    Raises:
+        ValueError: Naming the first one.
+    """
+    statistics = {norm.name: norm.statistics() for norm in norms}
+    check_statistics({name: found for name, found in statistics.items() if found is not None})
+    for norm in norms:
+        if not all(each.isfinite().all() for each in norm.scale_shift()):
+            raise ValueError(f"{norm.name}: weight, bias or eta is not finite; restore a checkpoint from before")
 
 
 def _check_wrappers(model: nn.Module) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from slabformer.surgery.fuse.asked import method_output
-from slabformer.surgery.fuse.trial import equal
-from slabformer.surgery.fuse.twin import Example, Output, first_line, quiet, run
+from slabformer.surgery.fuse.observe import observe
+from slabformer.surgery.fuse.trial import is_same
+from slabformer.surgery.fuse.twin import Example, Output, first_line, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +91,8 @@ def _tried(call: Callable[[], Any]) -> Any:
 
 
 def _differs(before: nn.Module, after: nn.Module, example: Example) -> bool:
-    expected = _tried(lambda: run(before, example))
-    if not expected:
+    expected = _tried(lambda: observe(before, example))
+    if expected is None or not expected.tensors():
         return False
-    actual = _tried(lambda: run(after, example))
-    if actual is None or len(actual) != len(expected):
-        return True
-    return not all(equal(one, other) for one, other in zip(expected, actual, strict=True))
+    actual = _tried(lambda: observe(after, example))
+    return actual is None or not is_same(expected, actual)

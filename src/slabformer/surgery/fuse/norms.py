@@ -46,6 +46,12 @@ class Norm:
         """The map of eval mode, float64."""
         return next(row.scale_shift(self.module) for row in NORM_TYPES if row.matches(self.module))
 
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Running mean and variance, ``(C,)`` each; None where it has none, as an Affine."""
+        holder = self.module.rep if isinstance(self.module, PRepBN) else self.module
+        found = getattr(holder, "running_mean", None), getattr(holder, "running_var", None)
+        return found if isinstance(found[0], Tensor) and isinstance(found[1], Tensor) else None
+
 
 @dataclass(frozen=True)
 class NormType:

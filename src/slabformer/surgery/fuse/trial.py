@@ -1,4 +1,4 @@
-"""Try folds on a twin before the model is touched, and find those that change the outputs."""
+"""Try folds on a copy before the model is touched, and find those that change what it computes."""
 
 from __future__ import annotations
 
@@ -10,36 +10,43 @@ from torch import Tensor, nn
 
 from slabformer.surgery.fuse.fold import Solution, commit, solve
 from slabformer.surgery.fuse.norms import Norm
+from slabformer.surgery.fuse.observe import Observation, observe
 from slabformer.surgery.fuse.plan import Edit, Plan
-from slabformer.surgery.fuse.twin import Example, deployed_twin, first_line, run
+from slabformer.surgery.fuse.twin import Example, deployed_twin, first_line, widened
+from slabformer.surgery.outputs import why_not_comparable
 
 logger = logging.getLogger(__name__)
 
-#: largest difference over the RMS of an output. Twins run in float64, where only float32 islands inside a forward leave
-#: more than 1e-12; the others are for models that cannot run in float64 (kernels, devices, memory)
+#: largest difference over the RMS of an output. Copies run in float64, where only float32 islands inside a forward
+#: leave more than 1e-12; the others are for models that cannot run in float64 (kernels, devices, memory)
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+#: share of integer outputs that may differ where a model cannot run in float64: logits may be equal to rounding
+MOST_INTEGERS = 1e-3
 
 
 class Trial:
-    """A model's outputs on the examples, and whether a plan leaves them as they are.
+    """What a model computes on the examples, and whether a plan leaves it as it is.
+
+    Outputs of every dtype are compared, and what the model decides by: labels stay the same where logits do not.
 
     Raises:
-        ValueError: If the model does not run on an example.
+        ValueError: If the model does not run on an example, or returns nothing there that can be compared.
     """
 
     def __init__(self, model: nn.Module, norms: Sequence[Norm], examples: Sequence[Example]) -> None:
         self.model, self.norms = model, norms
         try:
-            self._run_reference([example.map(_widen) for example in examples], torch.float64)
+            self._run_reference([example.map(widened) for example in examples], torch.float64)
         except Exception as error:
             logger.debug("no trial in float64: %s", first_line(error))
             try:
                 self._run_reference(examples, None)
             except Exception as own:
                 raise ValueError(f"the model does not run on the example inputs: {first_line(own)}") from own
+        _check_comparable(self.reference)
 
     def _run_reference(self, examples: Sequence[Example], dtype: torch.dtype | None) -> None:
-        self.reference = self._outputs(deployed_twin(self.model, dtype), examples)
+        self.reference = _observe(deployed_twin(self.model, dtype), examples)
         self.examples, self.dtype = examples, dtype
 
     def settle(self, plan: Plan) -> Solution:
@@ -81,26 +88,52 @@ class Trial:
         candidate = deployed_twin(self.model, self.dtype)
         commit(candidate, solution, untouchable)
         try:
-            outputs = self._outputs(candidate, self.examples)
+            observations = _observe(candidate, self.examples)
         except Exception as error:
             logger.debug("the fused model fails: %s", first_line(error))
             return False
-        return all(equal(a, b) for a, b in zip(self.reference, outputs, strict=True))
-
-    @staticmethod
-    def _outputs(model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
-        return [tensor for example in examples for tensor in run(model, example)]
+        integers = 0.0 if self.dtype is torch.float64 else MOST_INTEGERS
+        return all(is_same(one, other, integers) for one, other in zip(self.reference, observations, strict=True))
 
 
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def _observe(model: nn.Module, examples: Sequence[Example]) -> list[Observation]:
+    return [observe(model, example) for example in examples]
 
 
-def equal(expected: Tensor, actual: Tensor) -> bool:
-    """Whether two outputs are the same within the tolerance of their dtype."""
-    if expected.shape != actual.shape or not torch.equal(expected.isfinite(), actual.isfinite()):
+def _check_comparable(observations: Sequence[Observation]) -> None:
+    for index, observation in enumerate(observations):
+        tensors = {place: tensor for place, tensor in observation.tensors().items() if tensor.numel()}
+        reasons = [f"output{place} is {why}" for place, each in tensors.items() if (why := why_not_comparable(each))]
+        if not tensors:
+            reasons = ["the model returns no tensor with entries"]
+        if reasons:
+            raise ValueError(
+                f"folds cannot be tried on example input {index}: {reasons[0]}, so there is nothing to compare; "
+                "give an example whose outputs are finite"
+            )
+
+
+def is_same(expected: Observation, actual: Observation, integers: float = 0.0) -> bool:
+    """Whether a fold leaves outputs and decisions as they are, but for the share ``integers`` of integer entries."""
+    if expected.outputs.keys() != actual.outputs.keys() or len(expected.decisions) != len(actual.decisions):
         return False
+    pairs = [(leaf, actual.outputs[place]) for place, leaf in expected.outputs.items()]
+    return all(
+        _equal(one, other, integers) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
+        for one, other in (*pairs, *zip(expected.decisions, actual.decisions, strict=True))
+    )
+
+
+def _equal(expected: Tensor, actual: Tensor, integers: float) -> bool:
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return False
+    if not expected.is_floating_point():
+        return not expected.numel() or bool((expected != actual).double().mean() <= integers)
     finite = expected.isfinite()
+    if not torch.equal(finite, actual.isfinite()) or not torch.equal(
+        expected[~finite].nan_to_num(nan=0), actual[~finite].nan_to_num(nan=0)
+    ):
+        return False
     tolerance = TOLERANCES.get(expected.dtype, 1e-3)
     expected, actual = expected[finite].double(), actual[finite].double()
     if not expected.numel():

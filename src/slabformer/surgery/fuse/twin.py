@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slabformer._process import alone, no_warnings
+from slabformer._process import no_warnings
 from slabformer.nn.prepbn import PRepBN
 from slabformer.surgery.fuse.watch import Watched, watching
+from slabformer.surgery.outputs import tensors_of
 
 
 def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -104,36 +105,16 @@ def deployed_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
     return copied
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """In float64 if it holds floats."""
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """No gradients, and none of the warnings that tracing and copying raise about code that is not the caller's."""
     with torch.no_grad(), no_warnings():
         yield
-
-
-def run(model: nn.Module, example: Example) -> list[Tensor]:
-    """Floating point outputs of ``model``; the same random numbers at every call, the global state untouched."""
-    devices = {tensor.device for tensor in example.tensors() if tensor.is_cuda}
-    with alone, quiet(), torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        output = example.outputs_of(model)
-    return [tensor.clone() for tensor in tensors_of(output) if tensor.is_floating_point()]
-
-
-def tensors_of(value: Any, seen: frozenset[int] = frozenset()) -> list[Tensor]:
-    """Every tensor that ``value`` holds: containers, ModelOutputs, dataclasses and other objects' attributes."""
-    if isinstance(value, Tensor):
-        return [value]
-    if value is None or id(value) in seen or isinstance(value, (str, bytes, int, float, complex, type, nn.Module)):
-        return []
-    seen |= {id(value)}
-    if isinstance(value, Mapping):
-        items: list[Any] = list(value.values())
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        items = list(value)
-    else:
-        items = list(getattr(value, "__dict__", {}).values())
-    return [tensor for item in items for tensor in tensors_of(item, seen)]
 
 
 def first_line(error: BaseException) -> str:
