@@ -156,7 +156,7 @@ def test_a_float16_model_holds_variances_beyond_float16() -> None:
 
 def test_variance_that_float32_cannot_hold_is_refused() -> None:
     model = nn.Sequential(RepBN(C))
-    with pytest.raises(ValueError, match="statistics of 0 are not finite: .*; check the data"):
+    with pytest.raises(ValueError, match=r"statistics of 0 are not finite: .*; check the data"):
         recalibrate_(model, [1e25 * torch.randn(64, C)])
     assert model[0].running_var.isfinite().all()
 
