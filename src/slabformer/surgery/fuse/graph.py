@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import linecache
 import operator
 import traceback
 from collections.abc import Collection, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, graph_module
 
 from slabformer._process import alone, no_logs
 from slabformer.surgery.fuse.marks import NORM, PAD, mark_
@@ -87,7 +88,7 @@ def trace(model: nn.Module, norms: Sequence[Norm], example: Example) -> Trace:
         Exception: Whatever ``torch.export`` raises for a model it cannot trace.
     """
     mark_(model, norms, find_pads(model))
-    with alone, quiet(), _no_fast_path(), no_logs("torch"):  # whole graphs, when an export fails
+    with alone, quiet(), _no_fast_path(), _no_sources(), no_logs("torch"):  # whole graphs, when an export fails
         program = torch.export.export(_TensorsOnly(model, example), example.args, dict(example.kwargs), strict=False)
     graph, signature = inline_regions(program.graph_module), program.graph_signature
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
@@ -122,6 +123,19 @@ def _no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _no_sources() -> Iterator[None]:
+    """Without what torch.fx notes for good of every graph that it compiles: its source, here and in linecache."""
+    sources: dict[str, str] = graph_module._loader.eval_cache
+    before = set(sources)
+    try:
+        yield
+    finally:
+        for name in sources.keys() - before:
+            del sources[name]
+            linecache.cache.pop(name, None)
 
 
 def inline_regions(module: GraphModule) -> Graph:

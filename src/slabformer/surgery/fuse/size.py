@@ -25,6 +25,14 @@ class FixedSize:
     def __init__(self, sizes: Sequence[Sequence[Sequence[int]]]) -> None:
         self.sizes: Sizes = tuple(tuple(tuple(shape) for shape in example) for example in sizes)
 
+    @property
+    def __name__(self) -> str:
+        """Only TorchScript asks for it, which cannot compile this."""
+        raise AttributeError(
+            "a model fused with fixed_size=True checks sizes in Python; use torch.jit.trace or torch.export on it, "
+            "or fuse without fixed_size"
+        )
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raise ValueError for inputs of another size."""
         given = sizes_of(Example(args, kwargs))
