@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from detectors import small_detector
+from slabformer import PRepBN, RepBN
 from slabformer.tasks.detection.build import decay_groups
 from slabformer.tasks.detection.config import DecayConfig
 from slabformer.tasks.detection.rate import RateConfig, RateSchedule
@@ -104,6 +105,12 @@ def test_decay_spares_norms_and_relative_positions_and_nothing_else_as_published
     kept = {"rpn.head.cls_logits.bias", "backbone.body.body.stages.0.blocks.0.attn.positional_encoding"}
     assert kept <= names - spared
     assert any(name.endswith("rep.eta") for name in spared)
+
+
+def test_norms_are_spared_whatever_they_are_called() -> None:
+    model = nn.ModuleDict({"ln_1": PRepBN(4), "bn": RepBN(4), "linear": nn.Linear(4, 4)})
+    assert decayed(DecayConfig(decay_vectors=True), model) == {"linear.weight", "linear.bias"}
+    assert "ln_1.rep.eta" in decayed(DecayConfig(decay_vectors=True, no_decay=[]), model)
 
 
 def test_everything_decays_where_nothing_is_spared_as_published_for_pvt() -> None:

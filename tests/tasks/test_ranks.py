@@ -123,6 +123,16 @@ def lost_tensor(rank: int, num_ranks: int, folder: Path) -> str:
     return words_of(trainer.save)
 
 
+def full_disk(rank: int, num_ranks: int, folder: Path) -> str:
+    class FullStore(CheckpointStore):
+        def save(self, step: int, state: dict[str, Any]) -> Path:
+            raise OSError(28, "No space left on device", str(folder))
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        make_trainer(rank, num_ranks, batch_norms, store=FullStore(folder)).fit()
+    return str(caught.value)
+
+
 def nan_in_a_language_model(rank: int, num_ranks: int, folder: Path) -> str:
     launched(rank, num_ranks)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -150,6 +160,7 @@ def everything(rank: int, num_ranks: int, folder: str) -> dict[str, Any]:
         "standing": trained(*here, batch_norms, lr=0.0),
         "nan, batch_norms": nan_in_a_batch(*here, batch_norms, place / "one"),
         "nan, rep_norms": nan_in_a_batch(*here, rep_norms, place / "other"),
+        "full": full_disk(*here, place / "full"),
         "lost": lost_tensor(*here, place / "lost"),
         "language": nan_in_a_language_model(*here, place / "language"),
     }
@@ -189,6 +200,12 @@ def test_the_nan_of_one_rank_stops_both_with_the_same_words(ranks: list[dict[str
 
 def test_a_tensor_that_only_one_rank_has_lost_stops_both_before_the_checkpoint(ranks: list[dict[str, Any]]) -> None:
     assert [rank["lost"] for rank in ranks] == ["1.weight (rank 1) is not finite after step 1; nothing was saved"] * 2
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_both(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["full"] for rank in ranks)
+    assert first.startswith("[Errno 28] No space left on device")
+    assert second == f"{first} (rank 0)"
 
 
 def test_a_language_model_stops_on_both_ranks_too(ranks: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from slabformer.models.detection.backbones import (
 from slabformer.models.detection.config import DetectorConfig
 from slabformer.models.detection.mask_rcnn import Detector, build_detector
 from slabformer.models.detection.weights import load_backbone_weights
-from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.nn.controls import norm_parameters, prepbn_modules, repbn_modules
 from slabformer.progressive import ProgressiveSchedule
 from slabformer.tasks.detection.config import DecayConfig, ModelConfig
 from slabformer.tasks.detection.saved import compare_classes, load_detector
@@ -134,9 +134,11 @@ def build_fading(
 def decay_groups(config: DecayConfig, model: nn.Module) -> list[dict[str, Any]]:
     """Parameters that train, in a group that decays and one that does not."""
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    norms = norm_parameters(model) if "norm" in config.no_decay else {}  # whatever they are called
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared = any(key in name for key in config.no_decay) or (parameter.ndim < 2 and not config.decay_vectors)
+            named = name in norms or any(key in name for key in config.no_decay)
+            spared = named or (parameter.ndim < 2 and not config.decay_vectors)
             groups[not spared].append(parameter)
     rates = {False: 0.0, True: config.weight_decay}
     return [{"params": group, "weight_decay": rates[decays]} for decays, group in groups.items() if group]

@@ -103,7 +103,7 @@ class DecayConfig(OptimizerConfig):
     clip_norm: float | None = 1.0
     """Largest norm of the gradient; null does not clip, as published."""
     no_decay: list[str] = field(default_factory=lambda: ["norm", "relative_position_bias_table", "absolute_pos_embed"])
-    """Parameters with one of these in their names are not decayed."""
+    """Parameters with one of these in their names are not decayed; `norm` means every RepBN and PRepBN too."""
     decay_vectors: bool = False
     """Decay parameters of one dimension too, as published."""
 

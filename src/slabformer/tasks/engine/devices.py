@@ -62,3 +62,13 @@ def broadcast(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def first_of_ranks(found: str | None) -> str | None:
+    """What the first rank that found something says, the same on every rank; all must ask, whatever they found.
+
+    A rank that raised by itself would leave the others waiting for it in their next collective.
+    """
+    answers = gather(found)
+    rank, answer = next(((rank, answer) for rank, answer in enumerate(answers) if answer is not None), (0, None))
+    return answer if answer is None or len(answers) == 1 else f"{answer} (rank {rank})"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from slabformer.tasks.engine.devices import to_device
-from slabformer.tasks.engine.nonfinite import first_nonfinite_module, first_of_ranks, tensors_in
+from slabformer.tasks.engine.devices import first_of_ranks, to_device
+from slabformer.tasks.engine.nonfinite import first_nonfinite_module, tensors_in
 from slabformer.tasks.engine.parts import windows
 from slabformer.tasks.engine.seeds import reseed
 from slabformer.tasks.engine.training import Training

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from slabformer.nn.controls import repbn_modules
-from slabformer.tasks.engine.devices import gather
 
 NEVER = torch.iinfo(torch.int64).max
 
@@ -52,16 +51,6 @@ def first_nonfinite_tensor(tensors: Mapping[str, Tensor]) -> str | None:
         return None
     finite = torch.stack([tensor.isfinite().all() for tensor in floating.values()]).tolist()
     return next((name for name, good in zip(floating, finite, strict=True) if not good), None)
-
-
-def first_of_ranks(found: str | None) -> str | None:
-    """What the first rank that found something says, the same on every rank; all must ask, whatever they found.
-
-    A rank that raised by itself would leave the others waiting for it in their next collective.
-    """
-    answers = gather(found)
-    rank, answer = next(((rank, answer) for rank, answer in enumerate(answers) if answer is not None), (0, None))
-    return answer if answer is None or len(answers) == 1 else f"{answer} (rank {rank})"
 
 
 def first_nonfinite_module(model: nn.Module, run: Callable[[], None]) -> str | None:

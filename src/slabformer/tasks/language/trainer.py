@@ -18,13 +18,12 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 import slabformer as sf
 from slabformer.nn.controls import prepbn_modules
 from slabformer.tasks.engine.checkpoint import LAST_FILE, CheckpointFolders
-from slabformer.tasks.engine.devices import broadcast
+from slabformer.tasks.engine.devices import broadcast, first_of_ranks
 from slabformer.tasks.engine.nonfinite import (
     NonFiniteError,
     NonFiniteGuard,
     first_nonfinite_module,
     first_nonfinite_tensor,
-    first_of_ranks,
 )
 from slabformer.tasks.language.packing import BlockStream, batches_of
 from slabformer.tasks.language.perplexity import Perplexity, perplexity
