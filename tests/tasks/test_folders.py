@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from image_folders import fill_classes, picture, write_shard
+from slabformer._listing import NotRegularError, files_below, matches
+from slabformer.cli.main import main
 from slabformer.tasks.classification.sources import DataConfig, open_source
 from slabformer.tasks.images import UNREADABLE, expand_paths, image_suffixes, read_image
-from slabformer.tasks.listing import NotRegularError, files_below, matches
 
 SPLITS = [
     ("Train", "Test"),
@@ -200,3 +201,18 @@ def test_grey_outside_every_scale_is_unreadable_in_words(values: list[float], tm
     path = grey(np.array([values], np.float32), tmp_path, "a.tif")
     with pytest.raises(ValueError, match=r"its grey values run from .* allowed are 0 to 65535 or floats in \[0, 1\]"):
         read_image(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this platform")
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("p.pth", ["fuse", "slab_deit_tiny", "--output", "o.safetensors", "--checkpoint"]), ("p.csv", ["report"])],
+    ids=["checkpoint", "benchmark"],
+)
+def test_no_command_waits_for_a_named_pipe(
+    name: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(name)
+    assert main([*arguments, name]) == 1
+    assert f"{name} is a named pipe, not a regular file" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from slabformer._listing import check_regular, files_below
 from slabformer.deployment.measurement import Mode
 from slabformer.models.published import BY_MODEL, TWIN_TOP1
 from slabformer.models.registry import twin_of
@@ -116,14 +117,19 @@ def _by_model(paths: Iterable[Path]) -> dict[str, list[Row]]:
 def _files(paths: Iterable[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
-        found = sorted(path.rglob("*.csv")) if path.is_dir() else [path]
+        found = [Path(file) for file in files_below(path, _is_csv)] if path.is_dir() else [path]
         if not found:
             raise ValueError(f"no .csv below {path}; `slab bench --output FOLDER` writes them")
         files += found
     return list(dict.fromkeys(files))
 
 
+def _is_csv(name: str) -> bool:
+    return name.lower().endswith(".csv")
+
+
 def _read(path: Path) -> list[Row]:
+    check_regular(path)
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     missing = [name for name in COLUMNS if not rows or rows[0].get(name) is None]

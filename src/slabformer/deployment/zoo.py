@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from slabformer._listing import check_regular
 from slabformer.deployment.measure import Machine
 from slabformer.deployment.report import BenchReport, columns
 
@@ -124,6 +125,7 @@ def _read(path: Path) -> list[Row]:
     """
     if not path.exists():
         return []
+    check_regular(path)
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if any(row.get("error") is None or row.get("settings") is None for row in rows):

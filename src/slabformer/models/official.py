@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from slabformer._listing import check_regular
 from slabformer.nn import PRepBN, RepBN
 
 NormLayout = Literal["prepbn", "repbn"]
@@ -120,6 +121,7 @@ def read_published(source: str | Path | Mapping[str, Any]) -> State:
 
 
 def _unpickle(path: str | Path) -> object:
+    check_regular(path)
     # the training script saves its yacs config beside the weights; as an OrderedDict it needs no yacs and runs no code
     with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
         try:

@@ -12,8 +12,8 @@ from typing import IO, TypeVar
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
+from slabformer._listing import check_regular, files_below
 from slabformer.tasks.engine.order import Stream
-from slabformer.tasks.listing import check_regular, files_below
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

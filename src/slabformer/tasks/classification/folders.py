@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from slabformer._listing import folders_in, is_hidden
 from slabformer.tasks.images import is_image_name
-from slabformer.tasks.listing import folders_in, is_hidden
 
 Split = Literal["train", "validation"]
 #: words that name a split; of several validation splits the first in this order is taken

@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 
+from slabformer._listing import is_hidden, matches
 from slabformer.tasks.classification.folders import SPLIT_WORDS, Split
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.engine.files import read_text
 from slabformer.tasks.images import image_suffixes, read_image
-from slabformer.tasks.listing import is_hidden, matches
 from slabformer.tasks.paths import path_inside
 
 _ALL_WORDS = {word for words in SPLIT_WORDS.values() for word in words}

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from slabformer._extras import require
+from slabformer._listing import files_below
 from slabformer.tasks.classification.digits import DigitsSource
 from slabformer.tasks.classification.folders import (
     SPLIT_WORDS,
@@ -24,7 +25,6 @@ from slabformer.tasks.classification.folders import (
 from slabformer.tasks.classification.shards import ShardSource
 from slabformer.tasks.classification.split import held_out
 from slabformer.tasks.images import is_image_name, read_image, to_rgb
-from slabformer.tasks.listing import files_below
 
 logger = logging.getLogger(__name__)
 

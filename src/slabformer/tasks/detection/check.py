@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
+from slabformer._listing import check_regular
 from slabformer.tasks.detection.annotations import (
     NOT_EVALUATED,
     SMALLEST_SIDE,
@@ -33,7 +34,6 @@ from slabformer.tasks.detection.schema import (
 )
 from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.images import UNREADABLE, read_image
-from slabformer.tasks.listing import check_regular
 from slabformer.tasks.paths import path_inside
 
 MOST_EXAMPLES = 3

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slabformer._files import WORKSPACE, sync_file, sync_folder, workspace
-from slabformer.tasks.listing import check_regular
+from slabformer._listing import check_regular
 
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 #: how libraries in Rust and C++ spell an error of the operating system

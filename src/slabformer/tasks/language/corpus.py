@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from slabformer._extras import require
+from slabformer._listing import check_regular, files_below, matches
 from slabformer.tasks.language.rows import Unit, kind_of, rows_of
-from slabformer.tasks.listing import check_regular, files_below, matches
 
 EMBEDDED = "pydoc"
 HUB = "hf:"

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from slabformer._listing import check_regular
 from slabformer.tasks.engine.documents import parse_json
-from slabformer.tasks.listing import check_regular
 
 Unit = Literal["file", "paragraph", "line"]
 #: a row, and where it lies, for messages
