@@ -1,17 +1,23 @@
 """LLaMA with PRepBN: the published logits, transformers' own machinery, statistics that see real tokens only."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaModel
 
 import slabformer as sf
 from reference_files import description, published_state, reference
 from slabformer.deployment.decode import cache_argument
-from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM, SlabLlamaForSequenceClassification
+from slabformer.models.llama import (
+    SlabLlamaConfig,
+    SlabLlamaForCausalLM,
+    SlabLlamaForSequenceClassification,
+    SlabLlamaModel,
+)
 from slabformer.models.official import load_published, to_published
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from tolerances import EXACT, FLOAT32, assert_close
@@ -231,3 +237,7 @@ def test_a_tied_head_keeps_the_last_norm() -> None:
         norm.set_gamma(0.0)
     _, report = sf.fuse(made, (), {"input_ids": TOKENS})
     assert [(o.name, "tied" in o.reason) for o in report if o.action == "kept"] == [("model.norm", True)]
+
+
+def test_the_forward_says_which_inputs_it_takes() -> None:
+    assert inspect.signature(SlabLlamaModel.forward) == inspect.signature(LlamaModel.forward)

@@ -39,7 +39,10 @@ class SlabLlamaModelTester:
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
             num_labels=self.num_labels,
-            norm_start="ones",  # norms that start at 0 make every fresh model compute the same in eval mode
+            # in eval mode RepBN of a fresh model scales by constants: starting at 0, outputs would all be 0, and with
+            # small weights queries and keys would be so small that attention is uniform wherever tokens are
+            norm_start="ones",
+            initializer_range=0.2,
             max_position_embeddings=512,
             pad_token_id=self.pad_token_id,
             bos_token_id=1,

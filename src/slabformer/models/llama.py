@@ -9,6 +9,7 @@ Only norms differ: attention, cache, ``generate``, checkpointing, saving and loa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Literal
 
 import torch
@@ -106,7 +107,11 @@ class SlabLlamaModel(SlabLlamaPreTrainedModel, LlamaModel):
         self.add_module("norm", norm_of(config))
         self.post_init()
 
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    # callers read the signature: which inputs there are, what a cache is called
+    @wraps(LlamaModel.forward, assigned=())
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """As transformers'; in training an attention mask ``(B, N)`` also tells the norms which tokens are padding."""
         keep_padding_out(self, (), {"attention_mask": attention_mask})
         return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
