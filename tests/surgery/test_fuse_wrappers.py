@@ -227,6 +227,32 @@ def test_a_nonlinear_adapter_is_a_layer_like_any_other() -> None:
     assert fused(forward_fold(Bottleneck()), X)[1]["norm"].into == ("layer.layer", "layer.down")
 
 
+class Chosen(nn.Module):
+    """One of several norms: PEFT's trained copy, or one for each kind of input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms, self.number = nn.ModuleList([norm(), norm()]), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norms[self.number](x)
+
+
+def test_a_norm_that_is_chosen_among_others_stays() -> None:
+    model = net(lambda m, x: m.layer(m.choice(x)), choice=Chosen(), layer=nn.Linear(6, 6))
+    result, report = fused(model, X)
+    why = "choice is a Chosen whose choice.norms.1.weight the forward does not read; merge adapters, or give an example"
+    assert report["choice.norms.0"].reason.startswith(why)
+    for one in (model, result):
+        one.choice.number = 1
+    assert_same_outputs(model, result, (X,))
+
+
+def test_a_norm_in_a_container_of_its_own_folds() -> None:
+    model = net(lambda m, x: m.layer(m.choice(x)), choice=nn.Sequential(norm()), layer=nn.Linear(6, 6))
+    assert fused(model, X)[1]["choice.0"].action == "forward"
+
+
 class Double(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * 2

@@ -67,6 +67,7 @@ class _Decider:
             raise RefusalError("it has forward hooks, which see its output")
         if not any(norm.index in trace.calls for trace in self.traces):
             raise RefusalError("it is not called on the example inputs, or its output is not used")
+        self.known.wrappers.need_plain_norm(norm)
 
     def decide(self, norm: Norm) -> Edit:
         """Forward, else backward, else forward with the stream in front of it moved; else RefusalError."""

@@ -27,6 +27,7 @@ class Neighbours:
 
     Attributes:
         owners: Of its parameters.
+        wrappers: Which of them belong to plain layers.
         norms: Of the model.
         pads: Of the model.
         gone: Norms that are folded: the identity to the others.
@@ -36,7 +37,7 @@ class Neighbours:
 
     def __init__(self, model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace], fixed_size: bool) -> None:
         self.owners, self.norms, self.pads = Owners(model), norms, find_pads(model)
-        self._wrappers = Wrappers(model, traces)
+        self.wrappers = Wrappers(model, norms, traces)
         self.gone: set[int] = set()
         self.untouchable: set[int] = set()
         self.fixed_size = fixed_size
@@ -76,11 +77,11 @@ class Neighbours:
     def _need_own(self, name: str) -> None:
         """Refuse a parameter or buffer that something else than the layer it belongs to has a use for."""
         self.owners.need_single(name)
-        self._wrappers.need_plain(name)
+        self.wrappers.need_plain(name)
 
     def _new_bias(self, weight: Part, role: Role) -> tuple[Part, ...]:
         try:
-            self._wrappers.need_no_merging(weight.name)
+            self.wrappers.need_no_merging(weight.name)
             return (replace(weight, name=self.owners.new_bias(weight.name), axis=0, groups=1),)
         except RefusalError:
             if role != "scale":

@@ -19,6 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from slabformer.surgery.fuse.graph import Trace
 from slabformer.surgery.fuse.labels import RefusalError
+from slabformer.surgery.fuse.marks import NORM
+from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.rules import CHECKS, FOLLOW
 from slabformer.surgery.fuse.sites import EMBEDDING, site_of
 
@@ -36,7 +38,7 @@ _LAYERS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, _C
 class Wrappers:
     """Which parameters of a model belong to plain layers, whose weights mean what the graph shows."""
 
-    def __init__(self, model: nn.Module, traces: Sequence[Trace]) -> None:
+    def __init__(self, model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace]) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._names: dict[nn.Module, list[str]] = {}
         for name, module in self._modules.items():
@@ -45,6 +47,8 @@ class Wrappers:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._first[tensor] = name
         self._read = {name for trace in traces for node, name in trace.names.items() if _is_read(node)}
+        called = [norm.module for norm in norms if any(norm.index in trace.calls for trace in traces)]
+        self._read |= {self._first[t] for norm in called for t in (*norm.parameters(), *norm.buffers())}
         self._calls = [_Calls(trace, self._modules) for trace in traces]
         self._reasons: dict[nn.Module, str] = {}
 
@@ -62,6 +66,19 @@ class Wrappers:
             self._reasons[owner] = next(self._objections(owner, prefix), "")
         if self._reasons[owner]:
             raise RefusalError(self._reasons[owner])
+
+    def need_plain_norm(self, norm: Norm) -> None:
+        """Refuse a norm inside a module that chooses between it and others, which the forward does not call.
+
+        Raises:
+            RefusalError: Naming the module.
+        """
+        for name in norm.names:
+            for place, module in self._around(name.rpartition(".")[0], _Calls.is_norm):
+                unread = self._unread(module)
+                if unread:
+                    kind = type(module).__name__
+                    raise RefusalError(f"{place} is a {kind} {unread}; merge adapters, or give an example of each use")
 
     def need_no_merging(self, weight: str) -> None:
         """Refuse a new bias beside ``weight`` where a wrapper that holds other weights, too, may know of none.
@@ -88,12 +105,15 @@ class Wrappers:
                 if reason:
                     yield f"{place} is a {type(module).__name__} {reason}; merge adapters first"
 
-    def _around(self, name: str) -> Iterator[tuple[str, nn.Module]]:
-        """The layers that ``name`` is part of, inner ones first."""
+    def _around(
+        self, name: str, fits: Callable[[_Calls, nn.Module], bool] | None = None
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The layers that ``name`` is part of, inner ones first; or the modules whose calls ``fits``."""
+        fits = fits or _Calls.is_layer
         while name:
             module = self._modules[name]
             called = [calls for calls in self._calls if module in calls.nodes]
-            if called and not all(calls.is_layer(module) for calls in called):
+            if called and not all(fits(calls, module) for calls in called):
                 return
             if called:
                 yield name, module
@@ -102,12 +122,18 @@ class Wrappers:
     def _objection(self, module: nn.Module) -> str:
         if _is_torchs(module):
             return ""
+        unread = self._unread(module)
+        if unread:
+            return unread
+        if any(calls.has_low_rank_update(module) for calls in self._calls):
+            return "that adds a low-rank update to a layer"
+        return ""
+
+    def _unread(self, module: nn.Module) -> str:
         for tensor in (*module.parameters(), *module.buffers()):
             name = self._first[tensor]
             if tensor.is_floating_point() and tensor.numel() > 1 and name not in self._read:
                 return f"whose {name} the forward does not read"
-        if any(calls.has_low_rank_update(module) for calls in self._calls):
-            return "that adds a low-rank update to a layer"
         return ""
 
 
@@ -129,6 +155,10 @@ class _Calls:
     def is_layer(self, module: nn.Module) -> bool:
         """Whether all that ``module`` computes is affine in its input."""
         return all(self._is_affine(node) for node in self.nodes[module])
+
+    def is_norm(self, module: nn.Module) -> bool:
+        """Whether ``module`` computes a norm and nothing else."""
+        return all(node.target is NORM or node.target in FOLLOW or node.target in CHECKS for node in self.nodes[module])
 
     def has_low_rank_update(self, module: nn.Module) -> bool:
         """Whether ``module`` adds what comes out of one layer and out of two in a row."""
