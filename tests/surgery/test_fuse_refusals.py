@@ -1,5 +1,6 @@
 """What fuse refuses, in words, before anything changes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -153,3 +154,68 @@ def test_fuse_refuses_to_guess_inputs(example: Any) -> None:
 def test_fuse_refuses_what_is_no_module() -> None:
     with pytest.raises(TypeError, match="Module, got function"):
         fuse(lambda x: x, X)  # type: ignore[arg-type]
+
+
+def damaged(change: Callable[[nn.Module], object], of: Callable[[], nn.Module] = norm) -> nn.Module:
+    model = simple(norm=of())
+    with torch.no_grad():
+        change(model.norm.rep if isinstance(model.norm, PRepBN) else model.norm)
+    return model
+
+
+def faded() -> nn.Module:
+    made = PRepBN(6)
+    made.set_gamma(0)
+    return made
+
+
+@pytest.mark.parametrize("of", [norm, faded], ids=["RepBN", "PRepBN"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda n: n.running_var[2:4].fill_(float("inf")), "not finite: the variance of 2 of 6 channels .* channel 2"),
+        (lambda n: n.running_mean[:1].fill_(float("nan")), "not finite: the mean of 1 of 6 channels"),
+        (lambda n: n.running_var[5:].fill_(-1e-9), "negative: the variance of 1 of 6 channels .* channel 5"),
+        (lambda n: n.weight[:1].fill_(float("nan")), "norm: weight, bias or eta is not finite"),
+        (lambda n: n.bias[:1].fill_(float("inf")), "norm: weight, bias or eta is not finite"),
+        (lambda n: n.eta.fill_(float("nan")), "norm: weight, bias or eta is not finite"),
+    ],
+    ids=["variance", "mean", "negative", "weight", "bias", "eta"],
+)
+def test_statistics_that_no_data_has_are_refused(change, said, of):
+    model = damaged(change, of)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=said):
+        fuse_(model, X)
+    assert all(torch.equal(tensor, before[name]) or tensor.isnan().any() for name, tensor in model.state_dict().items())
+
+
+def test_those_of_a_batch_norm_are_refused_too():
+    model = net(lambda m, x: m.conv(m.norm(x)), norm=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 3, 1))
+    model.norm.running_var[1] = float("inf")
+    with pytest.raises(ValueError, match="statistics of norm are not finite: the variance of 1 of 4 channels"):
+        fuse(model, tokens(2, 4, 5, 5))
+
+
+def test_channels_that_never_varied_are_named(caplog):
+    model = damaged(lambda n: n.running_var[1:3].zero_())
+    _, report = fuse(model, X)
+    assert report.num_kept == 0
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "running variance is 0 in 2 of 6 channels of norm: their input never varied" in record.getMessage()
+
+
+def test_a_norm_in_order_is_fused_without_a_word(caplog):
+    fuse(simple(), X)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(float("inf"), "not finite: the variance"), (-1.0, "negative: the variance")], ids=str
+)
+def test_a_norm_by_itself_refuses_to_fuse_them(value, said):
+    layer = norm()
+    layer.running_var[0] = value
+    with pytest.raises(ValueError, match=f"statistics of RepBN are {said} of 1 of 6 channels"):
+        layer.fuse()

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import slabformer as sf
+from distributed import run_ranks
 from slabformer.tasks.engine.checkpoint import CheckpointStore, read_checkpoint
 from slabformer.tasks.engine.devices import create_accelerator
+from slabformer.tasks.engine.ema import ModelEma
 from slabformer.tasks.engine.loop import Trainer
 from slabformer.tasks.engine.nonfinite import NonFiniteError
 from slabformer.tasks.engine.observers import Observer, RunStart, StepReport
 from slabformer.tasks.engine.parts import LoopConfig
+from slabformer.tasks.engine.update import Update
 
 Batch = tuple[Tensor, Tensor]
 
@@ -165,6 +170,43 @@ def test_gamma_moves_once_an_optimizer_step() -> None:
     trainer.gamma_schedule = sf.ProgressiveSchedule(model, total_steps=4, fade=1.0)
     trainer.fit()
     assert [s.gamma for s in recorder.of(StepReport)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_the_average_has_the_gamma_that_a_step_ended_with() -> None:
+    """Averaged before gamma moves, the last average would still be fading."""
+    model = nn.Sequential(nn.Linear(6, 8), sf.PRepBN(8), nn.Linear(8, 2))
+    trainer = make_trainer((4,) * 4, model=model)
+    trainer.gamma_schedule = sf.ProgressiveSchedule(model, total_steps=4, fade=1.0)
+    trainer.ema = ModelEma(model, decay=0.5)
+    gammas: list[tuple[float, float]] = []
+    update = trainer.ema.update
+
+    def noted(*args: Any) -> None:
+        update(*args)
+        gammas.append((float(model[1].gamma), float(trainer.ema.module[1].gamma)))
+
+    trainer.ema.update = noted
+    trainer.fit()
+    assert gammas == [(0.75, 0.75), (0.5, 0.5), (0.25, 0.25), (0.0, 0.0)]
+    fused, _ = sf.fuse(trainer.ema.module.eval(), torch.randn(4, 6))
+    assert fused is not None
+
+
+def _buffers_after_a_step(rank: int, num_ranks: int) -> list[Tensor]:
+    model = nn.Linear(6, 2)
+    model.register_buffer("own", torch.zeros(1))
+    accelerator = SimpleNamespace(prepare_model=DistributedDataParallel, prepare_optimizer=lambda optimizer: optimizer)
+    update = Update(accelerator, model, torch.optim.SGD(model.parameters(), 0.1), cross_entropy, LoopConfig(epochs=1))
+    model.own.fill_(rank)  # wrapping has made all ranks' alike
+    for _ in range(2):
+        update.train_step((torch.randn(4, 6), torch.zeros(4, dtype=torch.long)))
+    return [model.own]
+
+
+def test_no_rank_sends_its_buffers_to_the_others(tmp_path: Path) -> None:
+    """Statistics are shared by the norms themselves; what rank 0 would send each step overwrites those of the rest."""
+    buffers = run_ranks(_buffers_after_a_step, tmp_path)
+    assert [float(own) for (own,) in buffers] == [0.0, 1.0]
 
 
 def test_one_epoch_leaves_the_model_unwrapped(tmp_path: Path) -> None:
