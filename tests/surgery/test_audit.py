@@ -87,6 +87,23 @@ def test_what_looks_like_a_norm_and_stays_is_listed(device: str) -> None:
     assert (len(alone), len(alone.left)) == (0, 1)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_norms_in_the_code_of_other_modules_are_listed(device: str) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.query = nn.LayerNorm(6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rms_norm(self.query(self.norm(x)), (6,))
+
+    with torch.device(device):
+        model = nn.Sequential(Attention(), nn.Linear(6, 6))
+    report = audit(model, X.to(device))
+    assert [o.name for o in report] == ["0.norm"]
+    assert report.left == (("0", "Attention", "its code calls rms_norm; a norm must be a module"),)
+
+
 def test_a_model_without_norms_is_refused() -> None:
     with pytest.raises(ValueError, match="no LayerNorm or RMSNorm to convert"):
         audit(nn.Sequential(nn.Linear(6, 6)), X)

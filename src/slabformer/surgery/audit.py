@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from slabformer.nn.affine import Affine
 from slabformer.surgery.batches import eval_mode
@@ -21,9 +23,11 @@ from slabformer.surgery.fuse.plan import outcomes
 from slabformer.surgery.fuse.propose import propose
 from slabformer.surgery.fuse.report import FuseReport
 from slabformer.surgery.fuse.ties import Untied
-from slabformer.surgery.fuse.twin import Example, deployed_twin
+from slabformer.surgery.fuse.twin import Example, deployed_twin, quiet
 from slabformer.surgery.recognise import HOOKS
 
+#: what code that is no module of its own normalises with
+NORM_FUNCTIONS = (F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm)
 #: runs that are timed; the first is not counted
 NUM_RUNS = 6
 
@@ -76,6 +80,9 @@ def audit(
     examples = check_examples(example_inputs, example_kwargs)
     copied = deployed_twin(model).eval()
     norms, left = _as_affines_(copied)
+    left += _norms_in_code(model, examples, [name for norm in norms for name in norm.names] + [n.name for n in left])
+    if not norms and not left:
+        raise ValueError(nothing_to_convert(model, 0, left))
     for parameter in copied.parameters():
         if parameter.numel() == max(
             parameter.shape, default=1
@@ -92,8 +99,6 @@ def _as_affines_(model: nn.Module) -> tuple[list[Norm], tuple[LeftNorm, ...]]:
     """
     found, left = find_layer_norms(model)
     replace_norms_(model, found, progressive=False, eta=1.0, eps=1e-5, momentum=None)
-    if not left and not find_norms(model):
-        raise ValueError(nothing_to_convert(model, 0, left))
     for norm in find_norms(model):
         new = Affine(norm.num_channels, channel_dim=norm.channel_dim, then=tail_of(norm.module))
         nn.init.ones_(new.bias)
@@ -101,6 +106,44 @@ def _as_affines_(model: nn.Module) -> tuple[list[Norm], tuple[LeftNorm, ...]]:
             setattr(new, name, getattr(norm.module, name))
         set_module(model, norm.names, new.eval())
     return find_norms(model), left
+
+
+def _norms_in_code(model: nn.Module, examples: list[Example], known: list[str]) -> tuple[LeftNorm, ...]:
+    """Modules whose own code calls a norm's function on ``examples``, but for those ``known`` by name as norms.
+
+    None if the model does not run; whoever traces it says why.
+    """
+    copied, calls = deployed_twin(model).eval(), _NormCalls()
+    for name, module in copied.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: calls.inside.append(name))
+        module.register_forward_hook(lambda *_: calls.inside.pop() and None, always_call=True)
+    devices = {tensor.device for example in examples for tensor in example.tensors() if tensor.is_cuda}
+    try:
+        with quiet(), torch.random.fork_rng(devices), calls:
+            for example in examples:
+                copied(*example.args, **example.kwargs)
+    except Exception:  # code of others, on inputs of others
+        return ()
+    inside = tuple(f"{name}." for name in known)
+    return tuple(
+        LeftNorm(name, type(model.get_submodule(name)).__name__, f"its code calls {call}; a norm must be a module")
+        for name, call in calls.found.items()
+        if name not in known and not name.startswith(inside)
+    )
+
+
+class _NormCalls(TorchFunctionMode):
+    """Notes in which module, by name, a norm's function is called first, while hooks keep ``inside`` up to date."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: list[str] = []
+        self.found: dict[str, str] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in NORM_FUNCTIONS and self.inside:
+            self.found.setdefault(self.inside[-1], func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def time_norms(
@@ -118,7 +161,10 @@ def time_norms(
     if any(tensor.device.type != "cpu" for tensor in tensors):
         raise ValueError("norms are timed on a CPU; move the model and its inputs there")
     copied = deployed_twin(model)
-    norms = [copied.get_submodule(norm.name) for norm in _as_affines_(deployed_twin(model))[0]]
+    found, left = _as_affines_(deployed_twin(model))
+    if not found:
+        raise ValueError(nothing_to_convert(model, 0, left))
+    norms = [copied.get_submodule(norm.name) for norm in found]
     clock = _Clock()
     handles = [handle for norm in norms for handle in clock.watch(norm)]
     try:
