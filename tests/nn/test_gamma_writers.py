@@ -257,6 +257,15 @@ def test_shards_load_one_after_the_other_into_empty_memory() -> None:
     check(model, 0.5)
 
 
+def test_small_steps_of_gamma_survive_a_buffer_that_was_narrowed() -> None:
+    norm = PRepBN(C)
+    norm._buffers["gamma"] = norm.gamma.bfloat16()  # as transformers' from_pretrained does it
+    norm.set_gamma(0.9999)
+    assert float(norm.gamma) == pytest.approx(0.9999, abs=1e-7)
+    norm._buffers["gamma"] = torch.zeros((), dtype=torch.bfloat16)
+    assert norm.phase == "done"
+
+
 def test_models_built_in_inference_mode_follow_gamma_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepbn, "_reads_freely", lambda buffer: False)
     with torch.inference_mode():

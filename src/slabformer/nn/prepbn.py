@@ -131,6 +131,7 @@ class PRepBN(KeepsFloat32):
         phase = phase or phase_of(gamma)
         if phase != phase_of(gamma) and (gamma, phase) != (1, "fading"):
             raise ValueError(f"phase {phase!r} does not go with gamma {gamma}, which means {phase_of(gamma)!r}")
+        self.keep_float32()
         self.gamma.fill_(gamma)
         self._note(phase, begins=gamma == 1 and phase == "fading")
 
@@ -172,11 +173,9 @@ class PRepBN(KeepsFloat32):
             return
         if not -_SLACK <= value <= 1 + _SLACK:
             raise ValueError(f"gamma of a PRepBN must be in [0, 1], got {value:.3g}; load the weights, or set_gamma(1)")
-        if (
-            _reads_freely(gamma) and self._phase_at(value) == self.known_phase
-        ):  # nothing to write, which would take longer
-            return
-        self._note(self._phase_at(value), self._begins and value == 1)
+        phase = self._phase_at(value)
+        if phase != self.known_phase or not _reads_freely(gamma):  # an attribute takes longer to write than to read
+            self._note(phase, self._begins and value == 1)
 
     def _phase_at(self, gamma: float) -> Phase:
         return "fading" if self._begins and gamma == 1 else phase_of(gamma)
