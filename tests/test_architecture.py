@@ -16,7 +16,7 @@ import pytest
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "slabformer"
 #: rooms that import no other one
-GROUND = {"_extras", "_files", "_listing", "_process"}
+GROUND = {"_extras", "_files", "_listing", "_process", "_torch"}
 CORE = GROUND | {"__init__", "ops", "nn", "progressive", "surgery", "testing"}
 ON_CORE = CORE | {"models"}
 
@@ -127,6 +127,56 @@ def test_core_rooms_import_torch_and_the_standard_library_only(path: Path) -> No
 def test_kernels_are_imported_inside_functions_alone(path: Path) -> None:
     at_once = imported_modules(module_level(ast.parse(path.read_text())))
     assert not [name for name in at_once if name.startswith("slabformer.ops.kernels")]
+
+
+def private_names_of_torch(source: str) -> set[str]:
+    """Names below `torch` with a leading underscore that ``source`` imports or reads, and storages' addresses."""
+    tree = ast.parse(source)
+    known: dict[str, str] = {}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {
+                a.asname or a.name.split(".")[0]: a.name if a.asname else "torch" for a in node.names if _torch(a)
+            }
+            found |= {alias.name for alias in node.names if _torch(alias)}
+        elif isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
+            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and node.attr in ("_cdata", "_version"):
+            found.add(node.attr)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, *rest = ast.unparse(node).split(".")
+            if first in known and all(part.isidentifier() for part in rest):
+                found.add(".".join([known[first], *rest]))
+    named = {name: name.split(".") for name in found if not name.startswith("torch.ops.")}  # operators' own names
+    return {name for name, parts in named.items() if any(p.startswith("_") and not p.startswith("__") for p in parts)}
+
+
+def _torch(alias: ast.alias) -> bool:
+    return alias.name.split(".")[0] == "torch"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem != "_torch"], ids=lambda p: str(p.relative_to(SOURCE)))
+def test_private_names_of_torch_stay_in_one_file(path: Path) -> None:
+    assert private_names_of_torch(path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "private"),
+    [
+        ("import torch\ntorch._C._jit()", {"torch._C._jit", "torch._C"}),
+        ("from torch.nn.modules.conv import _ConvNd", {"torch.nn.modules.conv._ConvNd"}),
+        ("import torch._dynamo", {"torch._dynamo"}),
+        ("from torch import nn\nnn.modules._x", {"torch.nn.modules._x"}),
+        ("x.untyped_storage()._cdata", {"_cdata"}),
+        ("import torch\ntorch.ops.aten._int_mm", set()),
+        ("import torch\ntorch.nn.__name__", set()),
+    ],
+)
+def test_private_names_are_seen(source: str, private: set[str]) -> None:
+    assert private_names_of_torch(source) == private
 
 
 @pytest.mark.parametrize(

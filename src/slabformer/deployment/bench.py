@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from slabformer._torch import compile_error
 from slabformer.deployment.equality import RUNTIME_RTOL
 from slabformer.deployment.measure import (
     Machine,
@@ -165,7 +166,7 @@ def _candidates(
         program = Compiled(model, batch[0].device)
         try:
             program(*batch)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except compile_error() as error:
             reason = str(error).strip().splitlines()[0]
             notes.append(f"compiled forms left out, torch.compile failed: {reason}")
             return {key: module for key, module in candidates.items() if key[1] == "eager"}

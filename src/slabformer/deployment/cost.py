@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from slabformer._torch import storage_identity
 from slabformer.deployment.measure import count_macs, count_parameters
 from slabformer.nn import PRepBN, RepBN
 
@@ -50,7 +50,7 @@ class _Readers:
     """While open, finds the Linears and Convs without bias that read what a norm has written, by its storage."""
 
     def __init__(self, model: nn.Module, norms: Sequence[nn.Module]) -> None:
-        self.written: list[torch.UntypedStorage] = []  # held, so that no other tensor takes their place
+        self.written: list[Tensor] = []  # held, so that no other tensor takes their place
         self.found: set[nn.Linear | nn.Conv2d] = set()
         layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is None]
         self.handles = [norm.register_forward_hook(self._write) for norm in norms]
@@ -64,9 +64,8 @@ class _Readers:
             handle.remove()
 
     def _write(self, norm: nn.Module, inputs: object, output: Tensor) -> None:
-        self.written.append(output.untyped_storage())
+        self.written.append(output)
 
     def _read(self, layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
-        place = inputs[0].untyped_storage()._cdata
-        if any(place == storage._cdata for storage in self.written):
+        if any(storage_identity(inputs[0]) == storage_identity(written) for written in self.written):
             self.found.add(layer)

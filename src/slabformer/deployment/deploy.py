@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slabformer._torch import compile_error
 from slabformer.deployment import allocator
 from slabformer.deployment.equality import RUNTIME_RTOL
 from slabformer.deployment.measure import Machine, quantile, ratio, time_interleaved
@@ -211,7 +212,7 @@ class _Compile(_Step):
         try:
             with torch.no_grad():
                 program(*_place(job.inputs, job.device, form.dtype))
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except compile_error() as error:
             job.notes.append(f"not compiled: {str(error).strip().splitlines()[0]}")
             return None
         return _Form("compiled", how, program, form.eager, form.dtype)

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from slabformer._torch import compile_error
 from slabformer.deployment.detector_report import Latency, LatencyReport, Part
 from slabformer.deployment.equality import RUNTIME_RTOL
 from slabformer.deployment.fuse_detector import fuse_detector, verify_detections
@@ -119,7 +120,7 @@ def _calls(
         program = Compiled(detector.backbone, image.device)
         try:
             program(padded)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except compile_error() as error:
             notes.append(f"compiled forms left out, torch.compile failed: {str(error).strip().splitlines()[0]}")
             return {key: call for key, call in calls.items() if key[2] == "eager"}, found
         verify(detector.backbone, program, padded, rtol=RUNTIME_RTOL, lazy=True)

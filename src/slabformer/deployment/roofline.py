@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from slabformer._torch import DispatchMode, tree_leaves
 from slabformer.deployment.flops import flop_counter, is_counted
 from slabformer.deployment.measure import quantile, time_interleaved
 
@@ -88,7 +87,7 @@ def work_of(call: Callable[..., object], *inputs: Tensor) -> Work:
     return Work(flops=flops.get_total_flops(), bytes=traffic.bytes)
 
 
-class _Traffic(TorchDispatchMode):
+class _Traffic(DispatchMode):
     """While active, adds up the bytes that operations with a FLOP formula read and write."""
 
     def __init__(self) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
 
+from slabformer._torch import inductor_settings
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
 from slabformer.surgery.recognise import NormForm, recognise
@@ -87,7 +87,7 @@ class Compiled(nn.Module):
         if shapes in self._compiled_for:
             return self.run(*inputs)
         # options reach the compiler's back end alone; whether weights are constants is decided in front of it
-        with inductor_config.patch(self._settings):
+        with inductor_settings(self._settings):
             outputs = self.run(*inputs)
         self._compiled_for.add(shapes)
         return outputs

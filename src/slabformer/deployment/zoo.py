@@ -59,7 +59,7 @@ class ZooTable:
                 logger.warning("%s: %s", model, message)
                 found = [{"model": model, "error": message}]
             self._put(model, [_as_text(self.where | row) for row in found])
-            torch._dynamo.reset()
+            torch.compiler.reset()
             gc.collect()
 
     def _put(self, model: str, rows: list[Row]) -> None:

@@ -10,8 +10,8 @@ import timm
 from timm.layers.format import Format
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from slabformer._torch import BatchNorm
 from slabformer.models import deit, swin
 from slabformer.models.arguments import check_arguments
 from slabformer.models.detection.token_pyramid import STRIDES, TokenPyramid
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
         super().train(mode)
         if self.frozen_statistics:
             for module in self.body.modules():
-                if isinstance(module, (RepBN, _BatchNorm)):
+                if isinstance(module, (RepBN, BatchNorm)):
                     module.eval()
         return self
 

@@ -1,0 +1,93 @@
+"""Every private name of torch that this package uses, and what it does where a release of torch has it no more.
+
+Checked with torch 2.11 to 2.14. What is missing raises a :class:`MissingTorchAPIError` that names it when it is first
+used, so that a new torch costs one feature and not the import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHECKED_WITH = ("2.11", "2.14")
+
+
+class MissingTorchAPIError(ImportError):
+    """This torch lacks a private name that others have."""
+
+
+def private(name: str) -> Any:
+    """``torch._some.thing`` by its dotted name.
+
+    Raises:
+        MissingTorchAPIError: If this torch has no such thing.
+    """
+    module, found = name.split(".")[0], importlib.import_module(name.split(".")[0])
+    for part in name.split(".")[1:]:
+        module = f"{module}.{part}"
+        if not hasattr(found, part):
+            try:
+                found = importlib.import_module(module)
+                continue
+            except ImportError:
+                raise MissingTorchAPIError(
+                    f"torch {torch.__version__} has no {name}, which slabformer needs here; it is checked with torch "
+                    f"{CHECKED_WITH[0]} to {CHECKED_WITH[1]}: install one of these, or a newer slabformer"
+                ) from None
+        found = getattr(found, part)
+    return found
+
+
+#: bases of torch's own classes, for isinstance
+BatchNorm: type[nn.Module] = private("torch.nn.modules.batchnorm._BatchNorm")
+Conv: type[nn.Module] = private("torch.nn.modules.conv._ConvNd")
+#: calls are seen one operator at a time while such a mode is active
+DispatchMode: type[Any] = private("torch.utils._python_dispatch.TorchDispatchMode")
+
+_graph_task = private("torch._C._current_graph_task_id")
+_peek_interpreter = private("torch._C._functorch.peek_interpreter_stack")
+
+
+def in_backward() -> bool:
+    """Whether autograd runs this code: for a forward that means recomputation by activation checkpointing."""
+    return _graph_task() != -1
+
+
+def in_function_transform() -> bool:
+    """Whether :mod:`torch.func` or forward-mode differentiation runs."""
+    return _peek_interpreter() is not None or private("torch.autograd.forward_ad._current_level") >= 0
+
+
+def tree_map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
+    """``tree`` of nested containers with ``change`` of each tensor in its place."""
+    return private("torch.utils._pytree.tree_map_only")(Tensor, change, tree)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """What nested containers hold."""
+    return private("torch.utils._pytree.tree_leaves")(tree)
+
+
+def compile_error() -> type[Exception]:
+    """What ``torch.compile`` raises for code that it cannot take."""
+    return private("torch._dynamo.exc.TorchDynamoException")
+
+
+def inductor_settings(settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Inductor's ``settings`` for a block."""
+    return private("torch._inductor.config").patch(dict(settings))
+
+
+def storage_identity(tensor: Tensor) -> int:
+    """The same number for tensors that share memory, on the meta device too; another one for all others alive."""
+    return tensor.untyped_storage()._cdata
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
