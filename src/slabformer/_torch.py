@@ -6,6 +6,7 @@ used, so that a new torch costs one feature and not the import.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -13,6 +14,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+# bases of torch's own classes, and a mode in which calls are seen one operator at a time; by name, for type checkers
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.conv import _ConvNd as Conv
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+
+__all__ = [
+    "BatchNorm",
+    "Conv",
+    "DispatchMode",
+    "MissingTorchAPIError",
+    "NormBase",
+    "assert_async",
+    "compile_error",
+    "graph_sources",
+    "in_backward",
+    "in_function_transform",
+    "inductor_settings",
+    "is_compiled_in_place",
+    "private",
+    "storage_identity",
+    "tree_leaves",
+    "tree_map_tensors",
+    "version_of",
+]
 
 CHECKED_WITH = ("2.11", "2.14")
 
@@ -43,14 +71,9 @@ def private(name: str) -> Any:
     return found
 
 
-#: bases of torch's own classes, for isinstance
-BatchNorm: type[nn.Module] = private("torch.nn.modules.batchnorm._BatchNorm")
-Conv: type[nn.Module] = private("torch.nn.modules.conv._ConvNd")
-#: calls are seen one operator at a time while such a mode is active
-DispatchMode: type[Any] = private("torch.utils._python_dispatch.TorchDispatchMode")
-
 _graph_task = private("torch._C._current_graph_task_id")
 _peek_interpreter = private("torch._C._functorch.peek_interpreter_stack")
+assert_async = private("torch._assert_async")
 
 
 def in_backward() -> bool:
@@ -60,7 +83,7 @@ def in_backward() -> bool:
 
 def in_function_transform() -> bool:
     """Whether :mod:`torch.func` or forward-mode differentiation runs."""
-    return _peek_interpreter() is not None or private("torch.autograd.forward_ad._current_level") >= 0
+    return _peek_interpreter() is not None or forward_ad._current_level >= 0
 
 
 def tree_map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -86,6 +109,18 @@ def inductor_settings(settings: Mapping[str, Any]) -> AbstractContextManager[Any
 def storage_identity(tensor: Tensor) -> int:
     """The same number for tensors that share memory, on the meta device too; another one for all others alive."""
     return tensor.untyped_storage()._cdata
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often ``tensor`` was written in place, other than through ``.data``; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def graph_sources() -> dict[str, str]:
+    """The sources that torch.fx keeps of every graph that it has compiled; empty where it keeps them elsewhere."""
+    with contextlib.suppress(MissingTorchAPIError):
+        return private("torch.fx.graph_module._loader.eval_cache")
+    return {}
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from slabformer._torch import assert_async, version_of
 from slabformer.nn.affine import Affine
 from slabformer.nn.float32 import KeepsFloat32
 from slabformer.nn.repbn import RepBN
@@ -95,7 +96,7 @@ class PRepBN(KeepsFloat32):
             return self.rep(x)
         phase = self.phase
         if phase != "fading" and torch.compiler.is_compiling():
-            torch._assert_async(self.gamma == (1 if phase == "warm" else 0), _STALE)
+            assert_async(self.gamma == (1 if phase == "warm" else 0), _STALE)
         if phase == "done":
             return keep_in_graph(self.rep(x), *self.norm.parameters())
         if phase == "warm":
@@ -154,14 +155,14 @@ class PRepBN(KeepsFloat32):
 
     def _note(self, phase: Phase, begins: bool) -> None:
         self.known_phase, self._begins = phase, begins
-        self._read_from = (self.gamma, _version(self.gamma))
+        self._read_from = (self.gamma, version_of(self.gamma))
 
     def _is_read(self) -> bool:
         """Whether the known phase is that of the buffer as it is now, as far as can be told without its value."""
         if self._read_from is None:
             return False
         buffer, version = self._read_from
-        return buffer is self.gamma and version is not None and version == _version(buffer)
+        return buffer is self.gamma and version is not None and version == version_of(buffer)
 
     def _follow_gamma(self) -> None:
         """Bring the known phase up to the buffer, where that has a value."""
@@ -260,11 +261,6 @@ def phase_of(gamma: float) -> Phase:
 def _reads_freely(buffer: Tensor) -> bool:
     """Whether reading a value waits for nothing, so that no write can escape, whichever way it comes."""
     return buffer.is_cpu
-
-
-def _version(buffer: Tensor) -> int | None:
-    """How often ``buffer`` was written in place, other than through ``.data``; None where torch does not count."""
-    return None if buffer.is_inference() else buffer._version
 
 
 def _value(buffer: Tensor) -> float | None:

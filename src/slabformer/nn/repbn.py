@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from slabformer._torch import BatchNorm, NormBase, in_backward
 from slabformer.nn.affine import Affine
 from slabformer.nn.float32 import KeepsFloat32
 from slabformer.nn.statistics import check_statistics
@@ -19,16 +19,16 @@ from slabformer.ops.moments import (
     MomentsAccumulator,
     accumulation_dtype,
     batch_moments,
-    in_backward,
     share_moments,
     update_running_,
 )
+from slabformer.ops.precision import has_float64
 from slabformer.ops.rep_norm import rep_norm
 
 logger = logging.getLogger(__name__)
 
 
-class RepBN(KeepsFloat32, _BatchNorm):
+class RepBN(KeepsFloat32, BatchNorm):
     """BatchNorm with a learnable skip, ``BN(x) + eta * x`` (Guo et al. 2024, RepBN).
 
     In eval mode it is one scale and shift per channel, so :func:`slabformer.fuse` can remove it. Which tokens count
@@ -76,7 +76,7 @@ class RepBN(KeepsFloat32, _BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super(_NormBase, self).__init__()  # BatchNorm's own would keep the statistics in the parameters' dtype
+        super(NormBase, self).__init__()  # BatchNorm's own would keep the statistics in the parameters' dtype
         if channel_dim not in (-1, 1):
             raise ValueError(f"channel_dim must be -1 (tokens) or 1 (maps), got {channel_dim}")
         self.normalized_shape, self.num_features, self.channel_dim = (dim,), dim, channel_dim
@@ -140,7 +140,7 @@ class RepBN(KeepsFloat32, _BatchNorm):
         tokens = x if tokens_last else self._tokens_last(x)
         self._check_tokens(tokens)
         with torch.no_grad():
-            dtype = torch.float64 if self.accumulator is not None else None
+            dtype = torch.float64 if self.accumulator is not None and has_float64(tokens.device) else None
             moments = batch_moments(tokens, self.mask_of(tokens), dtype)
             if self.accumulator is not None:
                 self.accumulator.add(moments)
@@ -148,7 +148,7 @@ class RepBN(KeepsFloat32, _BatchNorm):
                 moments = share_moments(moments, self.sync.group)
             if self.accumulator is not None:
                 dtype = accumulation_dtype(tokens.dtype)
-                return Moments(*(t.to(dtype) for t in (moments.count, moments.mean, moments.var)))
+                return Moments(*(t.to(tokens.device, dtype) for t in (moments.count, moments.mean, moments.var)))
             self._check_recomputation()
             if self.running_mean is not None and self.track_running_stats:
                 self._update_running(moments)
@@ -214,7 +214,7 @@ class RepBN(KeepsFloat32, _BatchNorm):
         return [name for name in super().__dir__() if name != "affine"]  # torch.jit.trace asks for all that is listed
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super(_NormBase, self)._load_from_state_dict(*args, **kwargs)  # BatchNorm's own does not miss its counter
+        super(NormBase, self)._load_from_state_dict(*args, **kwargs)  # BatchNorm's own does not miss its counter
         self.keep_float32()
 
     def _shares_batch(self) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slabformer.ops.precision import wide
+
 
 def repbn_scale_shift(
     weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eta: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """RepBN in eval mode as ``x * scale + shift`` (Guo et al. 2024, Lemma 4.1), float64 ``(C,)`` each."""
-    gain = weight.double() / (running_var.double() + eps).sqrt()
-    return (gain + eta.double()).detach(), (bias.double() - gain * running_mean.double()).detach()
+    gain = wide(weight) / (wide(running_var) + eps).sqrt()
+    return (gain + wide(eta)).detach(), (wide(bias) - gain * wide(running_mean)).detach()
 
 
 def spread(scale: Tensor, shift: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,11 +46,11 @@ def fold_into_next(
     shape = (num_out, per_group, *[1] * (weight.ndim - 2))
     # output channel o reads the input channels of its own group
     scale, shift = (
-        t.double().view(groups, 1, per_group).expand(-1, num_out // groups, -1).reshape(shape) for t in (scale, shift)
+        wide(t).view(groups, 1, per_group).expand(-1, num_out // groups, -1).reshape(shape) for t in (scale, shift)
     )
-    weight = weight.double()
+    weight = wide(weight)
     added = (weight * shift).flatten(1).sum(1)
-    return weight * scale, added if bias is None else bias.double() + added
+    return weight * scale, added if bias is None else wide(bias) + added
 
 
 def fold_into_previous(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,6 +65,6 @@ def fold_into_previous(weight: Tensor, bias: Tensor | None, scale: Tensor, shift
     Returns:
         Weight and bias, float64.
     """
-    scale, shift = scale.double(), shift.double()
-    folded = weight.double() * scale.view(-1, *[1] * (weight.ndim - 1))
-    return folded, shift if bias is None else bias.double() * scale + shift
+    scale, shift = wide(scale), wide(shift)
+    folded = wide(weight) * scale.view(-1, *[1] * (weight.ndim - 1))
+    return folded, shift if bias is None else wide(bias) * scale + shift

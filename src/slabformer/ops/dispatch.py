@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from slabformer._torch import in_function_transform
 
 #: head widths that the kernels are built for
 NARROWEST, WIDEST = 16, 128
@@ -95,7 +96,7 @@ def _is_transformed() -> bool:
     """Whether :mod:`torch.func` or forward-mode differentiation runs; neither is compiled into what calls this."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return in_function_transform()
 
 
 @torch.compiler.assume_constant_result

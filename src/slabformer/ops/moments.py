@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slabformer._torch import in_backward
+from slabformer.ops.precision import wide, wide_device
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -63,15 +66,15 @@ def share_moments(moments: Moments, group: dist.ProcessGroup | None) -> Moments:
     The sums are taken from moments rather than from raw values, so that no digits are lost before float64.
     Ranks may hold different numbers of tokens, zero included.
     """
-    count, mean, var = (t.double() for t in (moments.count, moments.mean, moments.var))
+    count, mean, var = (wide(t) for t in (moments.count, moments.mean, moments.var))
     sums = torch.cat([count.reshape(1), count * mean, count * (var + mean.square())])
     dist.all_reduce(sums, group=group)
     count, total, squares = sums.split([1, mean.numel(), mean.numel()])
     count = count.squeeze()
     mean = total / count.clamp(min=1)
     var = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
-    dtype = moments.mean.dtype
-    return Moments(count.to(dtype), mean.to(dtype), var.to(dtype))
+    like = moments.mean
+    return Moments(count.to(like), mean.to(like), var.to(like))
 
 
 def update_running_(
@@ -109,11 +112,6 @@ def update_running_(
     store(running_mean, running_var, num_batches, mean, var, seen)
 
 
-def in_backward() -> bool:
-    """Whether autograd runs this code: for a forward that means recomputation by activation checkpointing."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def _store_running(
     running_mean: Tensor, running_var: Tensor, num_batches: Tensor, mean: Tensor, var: Tensor, seen: Tensor
 ) -> None:
@@ -143,6 +141,7 @@ class MomentsAccumulator:
     """
 
     def __init__(self, num_channels: int, device: torch.device) -> None:
+        device = wide_device(device)
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.mean = torch.zeros(num_channels, dtype=torch.float64, device=device)
         self.squares = torch.zeros(num_channels, dtype=torch.float64, device=device)
@@ -151,7 +150,7 @@ class MomentsAccumulator:
 
     def add(self, moments: Moments) -> None:
         """Merge the moments of one more batch; nothing is read back to the host."""
-        count, mean, var = (t.double() for t in (moments.count, moments.mean, moments.var))
+        count, mean, var = (wide(t) for t in (moments.count, moments.mean, moments.var))
         total = self.count + count
         share = count / total.clamp(min=1)
         delta = mean - self.mean

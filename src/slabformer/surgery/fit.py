@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slabformer.nn.controls import blended, prepbn_modules
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.statistics import check_statistics
+from slabformer.ops.precision import wide, wide_device
 from slabformer.surgery.batches import NO_BATCH, eval_mode, run_batches
 
 
@@ -21,10 +22,10 @@ class _Regression:
     def __init__(self, dim: int, device: torch.device) -> None:
         self.count = 0
         self.origin: Tensor | None = None
-        self.sums = torch.zeros(4, dim, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(4, dim, dtype=torch.float64, device=wide_device(device))
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        x, y = x.double(), y.double()
+        x, y = wide(x), wide(y)
         if not x.shape[0]:
             return
         if self.origin is None:  # shifting by a first mean keeps the digits of the sums of squares

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._process import alone
+from slabformer.ops.precision import wide, widened
 from slabformer.surgery.batches import eval_mode
-from slabformer.surgery.fuse.twin import Example, first_line, twin, widened
+from slabformer.surgery.fuse.twin import Example, first_line, twin
 from slabformer.surgery.outputs import Plain, leaves, why_not_comparable
 
 #: largest difference that passes in any case, relative to the output's scale
@@ -106,7 +107,8 @@ def verify(
             _check_alike(one, other, check_dtype)
         distances = _distances(expected, actual)
         exceeded = any(each.relative > (rtol if each.is_float else 0) for each in distances.values())
-        own, note = {}, "the reference's own rounding error was not needed"
+        own: dict[str, _Distance] = {}
+        note = "the reference's own rounding error was not needed"
         if exceeded or not lazy:
             own, note = _own_errors(reference, cases, expected)
         if exceeded and own and _is_random(reference, cases[0], expected[0]):
@@ -143,9 +145,9 @@ class _Distance:
         """Over the entries that are finite in both."""
         actual = actual.to(expected.device)
         if not expected.dtype.is_floating_point:
-            share = (expected != actual).double().mean().item() if expected.numel() else 0.0
+            share = (expected != actual).sum().item() / expected.numel() if expected.numel() else 0.0
             return cls(False, expected.numel(), 0.0, share)
-        expected, actual = expected.double(), actual.double()
+        expected, actual = wide(expected), wide(actual)
         finite = expected.isfinite() & actual.isfinite()
         expected, actual = expected[finite], actual[finite]
         if not expected.numel():
@@ -195,11 +197,7 @@ def _own_errors(
 def _in_float64(model: nn.Module) -> nn.Module:
     """A copy in float64, on a CPU where the device of ``model`` has none."""
     model = getattr(model, "_orig_mod", model)  # a compiled model's own
-    return twin(model, _widened)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return widened(tensor.cpu() if tensor.device.type == "mps" else tensor)
+    return twin(model, widened)
 
 
 def _is_random(model: nn.Module, case: Any, expected: Outputs) -> bool:
@@ -222,7 +220,7 @@ def _run(model: nn.Module, case: Any, dtype: torch.dtype | None = None, seed: in
     args, kwargs = ((), case) if isinstance(case, Mapping) else ((case,) if isinstance(case, Tensor) else case, {})
     example = Example(tuple(args), kwargs)
     if dtype is not None:
-        example = example.map(_widened)
+        example = example.map(widened)
     with alone, torch.random.fork_rng({tensor.device for tensor in example.tensors() if tensor.is_cuda}):
         torch.manual_seed(seed)
         return leaves(model(*example.args, **example.kwargs))
@@ -256,7 +254,7 @@ def _check_alike(expected: Outputs, actual: Outputs, check_dtype: bool) -> None:
         if one.dtype != other.dtype and (check_dtype or not one.is_floating_point() & other.is_floating_point()):
             raise VerificationError(f"output{name} differs in dtype: {one.dtype} and {other.dtype}")
         if one.dtype.is_floating_point:
-            one, other = one.double(), other.to(one.device).double()
+            one, other = wide(one), wide(other.to(one.device))
             unlike = ~(one.isfinite() & other.isfinite()) & (one != other)
             if unlike.any():
                 raise VerificationError(
@@ -288,7 +286,7 @@ def _agreement(expected: Sequence[Outputs], actual: Sequence[Outputs]) -> float:
             continue
         pair = filled[name], _tensors(other)[name].to(filled[name].device)
         tops = [each.argmax(-1) if each.is_floating_point() else each for each in pair]
-        shares.append((tops[0] == tops[1]).double().mean().item())
+        shares.append((tops[0] == tops[1]).float().mean().item())
     return sum(shares) / len(shares)
 
 

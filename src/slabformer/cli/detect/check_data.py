@@ -62,16 +62,22 @@ def run(config: Namespace) -> None:
 
 def _fixed(data: DetectionData, output: Path, decode: bool) -> tuple[DetectionData, list[SplitReport]]:
     """Mend the annotations of ``data``, say what became of them, and look at the result."""
-    settings = {"train": "train_annotations", "validation": "val_annotations"}
-    train, validation = (locate(data, split)[0] for split in SPLITS)
-    mended = replace(data, train_images=str(train), val_images=str(validation))
+    images = {split: str(locate(data, split)[0]) for split in SPLITS}
+    written = {}
     for file in mend_data(data, output):
         console().print(f"{file.split}: {escape(str(file.path))}", soft_wrap=True)
         for did, counts in (("mended", file.changed), ("left out", file.removed)):
             for what, count in counts.items():
                 console().print(f"  {did} {count}: {escape(what)}", soft_wrap=True)
-        mended = replace(mended, **{settings[file.split]: str(file.path)})
-    options = " ".join(f"--data.{name} {getattr(mended, name)}" for name in settings.values())
+        written[file.split] = str(file.path)
+    mended = replace(
+        data,
+        train_images=images["train"],
+        val_images=images["validation"],
+        train_annotations=written["train"],
+        val_annotations=written["validation"],
+    )
+    options = f"--data.train_annotations {written['train']} --data.val_annotations {written['validation']}"
     console().print(f"use them with {escape(options)}", soft_wrap=True)
     return mended, check_data(mended, decode=decode)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from slabformer._torch import is_compiled_in_place
 from slabformer.nn.affine import Folded
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.statistics import check_statistics
@@ -79,7 +80,7 @@ def check_not_compiled(model: nn.Module) -> None:
         ValueError: Naming the first one.
     """
     for name, module in model.named_modules():
-        if module._compiled_call_impl is not None:
+        if is_compiled_in_place(module):
             raise ValueError(
                 f"{name or 'the model'} is compiled in place; use fuse(), which copies, and compile the copy"
             )

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from slabformer._extras import require
 from slabformer._files import workspace
+from slabformer._torch import Conv
 from slabformer.nn import PadTokens
 from slabformer.nn.affine import Affine, Folded
 from slabformer.surgery.convert import switch_off_fast_paths
@@ -169,7 +169,7 @@ def _expected_shapes(skeleton: nn.Module, changes: Mapping[str, Any]) -> dict[st
         weight = shapes.get(_weight_beside(name))
         if weight is not None:
             owner = skeleton.get_submodule(name.rpartition(".")[0])
-            shapes[name] = (owner.out_channels if isinstance(owner, _ConvNd) else weight[0],)
+            shapes[name] = (owner.out_channels if isinstance(owner, Conv) else weight[0],)
     return shapes
 
 

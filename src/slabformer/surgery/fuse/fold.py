@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slabformer.nn.affine import Affine, Folded
 from slabformer.ops.affine import compose, fold_into_next, fold_into_previous, spread
+from slabformer.ops.precision import wide
 from slabformer.surgery.convert import HOOKS, switch_off_fast_paths
 from slabformer.surgery.fuse.norms import Norm, ScaleShift, find_norms, tail_of
 from slabformer.surgery.fuse.pads import Pad, fill_after, fill_before, find_pads
@@ -119,7 +120,7 @@ def _map_values(model: nn.Module, solution: Solution, scale_shift: ScaleShift, t
 
 def gain_of(model: nn.Module, part: Part) -> Tensor:
     """Value of a LayerScale for each output channel that it multiplies, float64."""
-    return tensor_at(model, part.name).detach().double().flatten()[part.rows]
+    return wide(tensor_at(model, part.name).detach()).flatten()[part.rows]
 
 
 def _bias(model: nn.Module, solution: Solution, target: Target, like: Tensor) -> Tensor | None:
@@ -134,7 +135,7 @@ def _bias(model: nn.Module, solution: Solution, target: Target, like: Tensor) ->
 
 def _current(model: nn.Module, solution: Solution, name: str) -> Tensor:
     found = solution.tensors.get(name)
-    return tensor_at(model, name).detach().double() if found is None else found
+    return wide(tensor_at(model, name).detach()) if found is None else found
 
 
 def tensor_at(model: nn.Module, name: str) -> Tensor:

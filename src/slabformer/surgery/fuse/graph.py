@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node, graph_module
+from torch.fx import Graph, GraphModule, Node
 
 from slabformer._process import alone, no_logs
+from slabformer._torch import graph_sources
 from slabformer.surgery.fuse.marks import NORM, PAD, mark_
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.pads import find_pads
@@ -128,7 +129,7 @@ def _no_fast_path() -> Iterator[None]:
 @contextmanager
 def _no_sources() -> Iterator[None]:
     """Without what torch.fx notes for good of every graph that it compiles: its source, here and in linecache."""
-    sources: dict[str, str] = graph_module._loader.eval_cache
+    sources = graph_sources()
     before = set(sources)
     try:
         yield

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from slabformer._torch import BatchNorm
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
+from slabformer.ops.precision import wide, wide_device
 
 ScaleShift = tuple[Tensor, Tensor]
 
@@ -49,8 +50,8 @@ class Norm:
     def statistics(self) -> tuple[Tensor, Tensor] | None:
         """Running mean and variance, ``(C,)`` each; None where it has none, as an Affine."""
         holder = self.module.rep if isinstance(self.module, PRepBN) else self.module
-        found = getattr(holder, "running_mean", None), getattr(holder, "running_var", None)
-        return found if isinstance(found[0], Tensor) and isinstance(found[1], Tensor) else None
+        mean, variance = getattr(holder, "running_mean", None), getattr(holder, "running_var", None)
+        return (mean, variance) if isinstance(mean, Tensor) and isinstance(variance, Tensor) else None
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def tail_of(module: nn.Module) -> nn.Module | None:
 
 def _is_batch_norm(module: nn.Module) -> bool:
     """BatchNorm with running statistics, proper or timm's; other subclasses may compute anything."""
-    plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or _has_tail(module)
-    return isinstance(module, _BatchNorm) and plain and isinstance(module.running_mean, Tensor)
+    plain = type(module).forward in (BatchNorm.forward, nn.SyncBatchNorm.forward) or _has_tail(module)
+    return isinstance(module, BatchNorm) and plain and isinstance(module.running_mean, Tensor)
 
 
 def _has_tail(module: nn.Module) -> bool:
@@ -88,14 +89,14 @@ def _has_tail(module: nn.Module) -> bool:
     return module._modules.keys() == set(_TAIL) and not inside
 
 
-def _batch_norm_map(module: _BatchNorm) -> ScaleShift:
+def _batch_norm_map(module: BatchNorm) -> ScaleShift:
     assert module.running_mean is not None
     assert module.running_var is not None
-    scale = (module.running_var.double() + module.eps).rsqrt()
+    scale = (wide(module.running_var) + module.eps).rsqrt()
     if module.weight is not None:
-        scale = scale * module.weight.double()
-    shift = -module.running_mean.double() * scale
-    return scale.detach(), (shift if module.bias is None else shift + module.bias.double()).detach()
+        scale = scale * wide(module.weight)
+    shift = -wide(module.running_mean) * scale
+    return scale.detach(), (shift if module.bias is None else shift + wide(module.bias)).detach()
 
 
 def _is_frozen_batch_norm(module: nn.Module) -> bool:
@@ -107,8 +108,8 @@ def _is_frozen_batch_norm(module: nn.Module) -> bool:
 @torch.no_grad()
 def _probed_map(module: nn.Module) -> ScaleShift:
     """The map of a module that does not say what it adds to its variance, by what it makes of 0 and 1."""
-    one = torch.ones(1, len(module.bias), 1, 1, dtype=torch.float64, device=module.bias.device)  # type: ignore[arg-type]
-    double = copy.deepcopy(module).double()
+    one = torch.ones(1, len(module.bias), 1, 1, dtype=torch.float64, device=wide_device(module.bias.device))  # type: ignore[arg-type]
+    double = copy.deepcopy(module).to(one.device).double()
     for name in double._modules:
         double._modules[name] = nn.Identity()  # what comes after the map
     shift = double(0 * one).flatten()
@@ -125,7 +126,7 @@ NORM_TYPES: tuple[NormType, ...] = (
     ),
     NormType(
         lambda m: isinstance(m, Affine),
-        lambda m: (m.weight.detach().double(), m.bias.detach().double()),
+        lambda m: (wide(m.weight.detach()), wide(m.bias.detach())),
         lambda m: m.normalized_shape[0],
         lambda m: m.channel_dim,
     ),

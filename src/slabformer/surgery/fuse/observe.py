@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from slabformer._process import alone
+from slabformer._torch import DispatchMode, tree_leaves
 from slabformer.surgery.fuse.twin import Example, quiet
 from slabformer.surgery.outputs import Plain, leaves
 
@@ -50,7 +49,7 @@ def observe(model: nn.Module, example: Example) -> Observation:
     return Observation(outputs, watch.found)
 
 
-class _Decisions(TorchDispatchMode):
+class _Decisions(DispatchMode):
     """Keeps the floats from which an operator makes what is no float."""
 
     supports_higher_order_operators = True

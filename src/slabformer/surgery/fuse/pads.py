@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer.nn.padding import PadTokens
+from slabformer.ops.precision import wide
 from slabformer.surgery.fuse.norms import ScaleShift
 
 
@@ -33,7 +34,7 @@ class Pad:
     def fill(self) -> Tensor:
         """What it pads with, float64 ``(C,)``."""
         value = self.module.value
-        return torch.zeros(self.module.dim, dtype=torch.float64) if value is None else value.detach().double()
+        return torch.zeros(self.module.dim, dtype=torch.float64) if value is None else wide(value.detach())
 
 
 def find_pads(model: nn.Module) -> list[Pad]:

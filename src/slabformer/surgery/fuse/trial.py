@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from slabformer.ops.precision import wide, widened
 from slabformer.surgery.fuse.fold import Solution, commit, solve
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.observe import Observation, observe
 from slabformer.surgery.fuse.plan import Edit, Plan
-from slabformer.surgery.fuse.twin import Example, deployed_twin, first_line, widened
+from slabformer.surgery.fuse.twin import Example, deployed_twin, first_line
 from slabformer.surgery.outputs import why_not_comparable
 
 logger = logging.getLogger(__name__)
@@ -128,14 +129,14 @@ def _equal(expected: Tensor, actual: Tensor, integers: float) -> bool:
     if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return False
     if not expected.is_floating_point():
-        return not expected.numel() or bool((expected != actual).double().mean() <= integers)
+        return not expected.numel() or bool((expected != actual).sum() <= integers * expected.numel())
     finite = expected.isfinite()
     if not torch.equal(finite, actual.isfinite()) or not torch.equal(
         expected[~finite].nan_to_num(nan=0), actual[~finite].nan_to_num(nan=0)
     ):
         return False
     tolerance = TOLERANCES.get(expected.dtype, 1e-3)
-    expected, actual = expected[finite].double(), actual[finite].double()
+    expected, actual = wide(expected[finite]), wide(actual[finite])
     if not expected.numel():
         return True
     return bool((expected - actual).abs().max() <= tolerance * expected.square().mean().sqrt())

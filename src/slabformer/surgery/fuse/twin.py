@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._process import no_warnings
+from slabformer._torch import tree_map_tensors
 from slabformer.nn.prepbn import PRepBN
+from slabformer.ops.precision import widened
 from slabformer.surgery.fuse.watch import Watched, watching
 from slabformer.surgery.outputs import tensors_of
 
@@ -56,7 +58,7 @@ class Example:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Example:
         """The same with every tensor changed."""
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, change, (self.args, dict(self.kwargs)))
+        args, kwargs = tree_map_tensors(change, (self.args, dict(self.kwargs)))
         return dataclasses.replace(self, args=args, kwargs=kwargs)
 
     def outputs_of(self, model: nn.Module) -> Any:
@@ -93,6 +95,8 @@ def deployed_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
     """A twin that shares the parameters and computes what is deployed, in ``dtype`` where given."""
 
     def share(tensor: Tensor) -> Tensor:
+        if dtype is torch.float64:
+            return widened(tensor)
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     copied = twin(model, share)
@@ -103,11 +107,6 @@ def deployed_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
         if getattr(config, "use_cache", False):
             config.use_cache = False  # a cache is no tensor that a graph could return
     return copied
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """In float64 if it holds floats."""
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 @contextmanager

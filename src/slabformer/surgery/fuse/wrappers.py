@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.nn.modules.conv import _ConvNd
 
+from slabformer._torch import Conv
 from slabformer.surgery.fuse.graph import Trace
 from slabformer.surgery.fuse.labels import RefusalError
 from slabformer.surgery.fuse.marks import NORM
@@ -32,7 +32,7 @@ _PRODUCTS = {
 }
 #: affine in all arguments together
 _SUMS = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor}
-_LAYERS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, _ConvNd)
+_LAYERS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, Conv)
 
 
 class Wrappers:

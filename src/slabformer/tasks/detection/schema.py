@@ -403,8 +403,8 @@ def _numbers_of_names(dataset: Dataset) -> dict[str, dict[str, int]]:
     """For images and categories a number for each id that is text and none, beyond all numbers there are."""
     numbers: dict[str, dict[str, int]] = {}
     for part in ("images", "categories"):
-        ids = [row.get("id") for row in dataset[part]]
-        following = max((value for value in ids if is_id(value)), default=0) + 1
+        ids: list[Any] = [row.get("id") for row in dataset[part]]
+        following = max((int(value) for value in ids if is_id(value)), default=0) + 1
         names = dict.fromkeys(value for value in ids if _is_name(value) and not _is_numeral(value))
         numbers[part] = {str(name): following + index for index, name in enumerate(names)}
     return numbers

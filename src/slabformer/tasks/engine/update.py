@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from slabformer._torch import NormBase
 from slabformer.nn.repbn import RepBN
 from slabformer.tasks.engine.devices import to_device
 from slabformer.tasks.engine.parts import LoopConfig, StepFn, num_samples
@@ -109,7 +109,7 @@ def average_statistics_(model: nn.Module) -> None:
     That is BatchNorm's own rule: the average of batches' statistics. Evaluation, the EMA and checkpoints are then the
     same whichever rank they come from. RepBN that shares its batch statistics already holds the same everywhere.
     """
-    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    norms = [module for module in model.modules() if isinstance(module, NormBase)]
     own = [norm for norm in norms if not (isinstance(norm, RepBN) and norm.sync is not None and norm.sync.active)]
     statistics = [buffer for norm in own for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
     if not statistics:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slabformer.ops.precision import wide, wide_device
 from slabformer.surgery.batches import eval_mode
 from slabformer.tasks.language.packing import IGNORED, Block
 
@@ -56,13 +57,13 @@ def perplexity(model: nn.Module, batches: Iterable[Block], progress: Callable[[]
         ValueError: If there is nothing to predict.
     """
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=wide_device(torch.device(device)))
     count = torch.zeros((), dtype=torch.int64, device=device)
     with eval_mode(model):
         for batch in batches:
             moved = {name: value.to(device) for name, value in batch.items()}
             labels = moved.pop("labels")[:, 1:]
-            total += nll_of(model(**moved, use_cache=False).logits[:, :-1], labels).sum(dtype=torch.float64)
+            total += wide(nll_of(model(**moved, use_cache=False).logits[:, :-1], labels)).sum()
             count += (labels != IGNORED).sum()
             progress()
     if not count:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 
 import slabformer as sf
 from slabformer.nn.controls import prepbn_modules
+from slabformer.ops.precision import wide_device
 from slabformer.tasks.engine.checkpoint import LAST_FILE, CheckpointFolders
 from slabformer.tasks.engine.devices import broadcast, first_of_ranks
 from slabformer.tasks.engine.nonfinite import (
@@ -119,7 +120,7 @@ class LanguageTrainer(Trainer):
             own = perplexity(self.net, batches_of(blocks, self.args.eval_batch_size))
         if self.args.world_size == 1:
             return own
-        sums = torch.tensor([own.nll, own.tokens], dtype=torch.float64, device=self.args.device)
+        sums = torch.tensor([own.nll, own.tokens], dtype=torch.float64, device=wide_device(self.args.device))
         dist.all_reduce(sums)
         return Perplexity(float(sums[0]), int(sums[1]))
 
