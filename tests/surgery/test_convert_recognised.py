@@ -195,6 +195,17 @@ class OwnLinear(nn.Linear):
         return x @ self.weight.T
 
 
+class LazyNorm(nn.Module):
+    normalized_shape = "unknown yet"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.UninitializedParameter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight)
+
+
 class AnyWidth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:])
@@ -265,6 +276,7 @@ LEFT = {
     "conditional": (lambda: Conditional(C), "layers of its own"),
     "adaptive": (lambda: AdaptiveNorm(C), r"2 inputs \(x, condition\)"),
     "clipped": (lambda: ClippedNorm(C), "neither"),
+    "lazy": (LazyNorm, "cannot be run on its own: "),
     "picky": (lambda: PickyNorm(C), "made for other inputs"),
 }
 #: what does not look like a norm

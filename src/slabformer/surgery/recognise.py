@@ -151,14 +151,17 @@ def recognise(module: nn.Module, known: dict[Any, Verdict] | None = None) -> Ver
         names = ", ".join(argument.name for argument in required)
         return Lookalike(f"its forward needs {len(required)} inputs ({names})") if named else None
     known = {} if known is None else known
-    key = tuple((name, type(part), *_traits(part)) for name, part in module.named_modules())
-    if key not in known:
-        try:
+    try:
+        key = tuple((name, type(part), *_traits(part)) for name, part in module.named_modules())
+        if key not in known:
             with _alone():
                 known[key] = _probed(module, named)
-        except _CannotRunError as error:
-            known[key] = Lookalike(f"it cannot be run on its own: {error}") if named else None
-    return known[key]
+        return known[key]
+    except _CannotRunError as error:
+        known[key] = Lookalike(f"it cannot be run on its own: {error}") if named else None
+        return known[key]
+    except Exception as error:  # attributes of foreign code, parameters that have no shape yet
+        return Lookalike(f"it cannot be run on its own: {_first_line(error)}") if named else None
 
 
 def _over(x: Tensor, square: Tensor) -> Tensor:
@@ -427,8 +430,10 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _own_shape(module: nn.Module) -> tuple[int, ...]:
     """The attribute ``normalized_shape``, without axes of length 1 if it has several."""
     shape = getattr(module, "normalized_shape", ())
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    return shape if len(shape) == 1 else _squeezed(shape)
+    shape = (shape,) if isinstance(shape, int) else shape
+    if not isinstance(shape, (tuple, list)) or not all(isinstance(n, int) for n in shape):
+        return ()
+    return tuple(shape) if len(shape) == 1 else _squeezed(tuple(shape))
 
 
 def _only_width(module: nn.Module) -> int | None:
