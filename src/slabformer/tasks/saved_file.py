@@ -186,7 +186,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safetensors.safe_open(str(path), framework="pt") as file:
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        if path.suffix in CHECKPOINTS:
+        if path.suffix.lower() in CHECKPOINTS:
             message = f"{path} does not say which model it holds; give the model's name, and the file as its checkpoint"
             raise ValueError(message) from error
         raise ValueError(f"{path} is truncated, or no safetensors file ({error})") from error

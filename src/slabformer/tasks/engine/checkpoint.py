@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 import torch
 
 from slabformer._files import sync_file, sync_folder, workspace
+from slabformer._listing import check_regular
 from slabformer.tasks.engine.files import errors_of, replaced
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpointError: If the file is not what was written.
     """
+    check_regular(path)
     data = memoryview(path.read_bytes())
     header, payload = bytes(data[:HEADER_LENGTH]), data[HEADER_LENGTH:]
     if header != MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n":

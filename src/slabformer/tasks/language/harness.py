@@ -80,8 +80,8 @@ def evaluate_tasks(
     """
     harness = require("lm_eval", extra="lm-eval")
     adapter = require("lm_eval.models.huggingface", extra="lm-eval").HFLM
-    folders = sorted({str(Path(name).parent) for name in tasks if Path(name).suffix in YAML})
-    named = any(Path(name).suffix not in FILES for name in tasks)  # the harness's own tasks take seconds to list
+    folders = sorted({str(Path(name).parent) for name in tasks if Path(name).suffix.lower() in YAML})
+    named = any(Path(name).suffix.lower() not in FILES for name in tasks)  # the harness's take seconds to list
     manager = require("lm_eval.tasks", extra="lm-eval").TaskManager(include_path=folders, include_defaults=named)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     given = [_task(name, manager) for name in tasks]
@@ -126,10 +126,10 @@ def choices_task(path: Path) -> dict[str, Any]:
 
 def _task(name: str, manager: Any) -> str | dict[str, Any]:
     path = Path(name)
-    if path.suffix in FILES:
+    if path.suffix.lower() in FILES:
         if not path.is_file():
             raise FileNotFoundError(f"no task file {name!r}")
-        return FILES[path.suffix](path)
+        return FILES[path.suffix.lower()](path)
     if name not in manager.all_tasks:
         raise ValueError(
             f"unknown task {name!r}; name one of lm-evaluation-harness, 'published', or give a .jsonl file"
