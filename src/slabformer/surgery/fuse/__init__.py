@@ -135,11 +135,13 @@ def _fuse(
         solution = Trial(model, norms, examples).settle(plan)
     if untied is not None:
         untied.put_together(solution.tensors)
-    before = deployed_twin(model, trial.dtype)
+    before, after = deployed_twin(model, trial.dtype), deployed_twin(model, trial.dtype)
+    commit(after, solution, plan.untouchable)
+    changed = changed_methods(before, after, trial.examples[0])
+    del before, after
     commit(model, solution, plan.untouchable)
     if untied is not None:
         note_untied_(model)
-    changed = changed_methods(before, deployed_twin(model, trial.dtype), trial.examples[0])
     if fixed_size:
         fix_size_(model, [sizes_of(example) for example in inputs])
     report = FuseReport(outcomes(norms, plan), shapes_of(inputs), changed_methods=changed)
