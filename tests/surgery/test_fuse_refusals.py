@@ -71,7 +71,7 @@ MODELS = {
     "mixed modes": (with_mode_of_child, "fuse needs eval mode, but linear is in train mode"),
     "fading": (
         lambda: with_gamma(0.25),
-        "norm still holds its norm (gamma is 0.25); finish the schedule, or pass allow_gamma",
+        "norm still holds its norm (gamma is 0.25); finish the schedule, take the model's gamma",
     ),
     "fresh": (lambda: with_gamma(1.0), "norm still holds its norm (gamma is 1)"),
     "no norms": (lambda: simple(norm=nn.LayerNorm(6)), "no RepBN, PRepBN, BatchNorm or Affine to fuse in Net"),
