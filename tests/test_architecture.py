@@ -16,7 +16,7 @@ import pytest
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "slabformer"
 #: rooms that import no other one
-GROUND = {"_extras", "_files", "_listing", "_process", "_torch"}
+GROUND = {"_extras", "settings", "_files", "_listing", "_process", "_torch"}
 CORE = GROUND | {"__init__", "ops", "nn", "progressive", "surgery", "testing"}
 ON_CORE = CORE | {"models"}
 

@@ -57,14 +57,14 @@ def test_schedule_never_ends_after_training(total: int, warmup: float) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"total_steps": 0}, "total_steps must be a whole number of at least 1"),
+        ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
         ({"total_steps": 2.5}, "got 2.5"),
         ({"warmup": -0.1}, "warmup must be at least 0"),
-        ({"fade": 0.0}, "fade above 0"),
-        ({"fade": float("nan")}, "fade above 0"),
-        ({"warmup": float("nan")}, "warmup must be at least 0"),
+        ({"fade": 0.0}, "fade must be above 0 and at most 1, got 0.0"),
+        ({"fade": float("nan")}, "fade must be a finite number above 0"),
+        ({"warmup": float("nan")}, "warmup must be a finite number of at least 0"),
         ({"warmup": 0.3}, "end after training: warmup 0.3"),
-        ({"fade": 1.1}, "end after training"),
+        ({"fade": 1.1}, "fade must be above 0 and at most 1, got 1.1"),
         ({"shape": "step"}, "shape must be 'linear' or 'cosine', got 'step'"),
     ],
     ids=str,
@@ -142,7 +142,7 @@ def test_start_is_the_step_where_a_training_goes_on(caplog: pytest.LogCaptureFix
     assert gammas_of(model) == pytest.approx([0.4])
     assert not caplog.text
     assert ProgressiveSchedule(faded(1), 10, fade=1.0, start=3).gamma == pytest.approx(0.7)
-    with pytest.raises(ValueError, match="start must be a whole number of at least 0, got -1"):
+    with pytest.raises(ValueError, match="start must be at least 0, got -1"):
         ProgressiveSchedule(model, 10, start=-1)
 
 

@@ -210,3 +210,25 @@ def _let_go_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def check_readable(path: str | os.PathLike[str], what: str = "file") -> Path:
+    """``path``, if it is a file that can be read; libraries in other languages say "no such file" of both.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        IsADirectoryError: If it is a folder.
+        PermissionError: If reading it is not allowed.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb"):
+            return path
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no {what} at {str(path)!r}: no such file") from error
+    except PermissionError as error:
+        if path.is_dir():  # what Windows calls opening a folder
+            raise IsADirectoryError(f"{str(path)!r} is a folder; give a file") from error
+        raise PermissionError(f"no permission to read {str(path)!r}") from error
+    except IsADirectoryError as error:
+        raise IsADirectoryError(f"{str(path)!r} is a folder; give a file") from error

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from slabformer.nn.controls import prepbn_modules
 from slabformer.nn.prepbn import Phase, PRepBN
+from slabformer.settings import FractionBelowOne, NonNegativeInt, PositiveFraction, PositiveInt, checked
 
 logger = logging.getLogger(__name__)
 
@@ -51,31 +52,26 @@ class ProgressiveSchedule:
             norms are at different gammas above 0, or the optimizer was built before the norms were converted.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
-        total_steps: int,
-        warmup: float = 0.0,
-        fade: float = 0.8,
+        total_steps: PositiveInt,
+        warmup: FractionBelowOne = 0.0,
+        fade: PositiveFraction = 0.8,
         shape: Shape = "linear",
         warm_statistics: bool = True,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        start: int = 0,
+        start: NonNegativeInt = 0,
     ) -> None:
         self._norms = prepbn_modules(model)
         if not self._norms:
             raise ValueError("the model has no PRepBN to fade; call convert_norms_(model) first")
-        if total_steps < 1 or total_steps != int(total_steps):
-            raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps}")
         check_fractions(warmup, fade)
-        if shape not in ("linear", "cosine"):
-            raise ValueError(f"shape must be 'linear' or 'cosine', got {shape!r}")
-        if start < 0 or start != int(start):
-            raise ValueError(f"start must be a whole number of at least 0, got {start}")
         self.total_steps, self.shape, self.warm_statistics = total_steps, shape, warm_statistics
         self.warmup_steps = min(round(warmup * total_steps), total_steps - 1)
         self.fade_steps = min(max(1, round(fade * total_steps)), total_steps - self.warmup_steps)
-        self._step = int(start)
+        self._step = start
         goes_on = self._go_on()
         self._watch: _OptimizerWatch | None = _OptimizerWatch(self._norms, model)
         if optimizer is not None:
@@ -270,10 +266,8 @@ def check_fractions(warmup: float, fade: float) -> None:
     """Of training, before LayerNorm starts to fade and while it does.
 
     Raises:
-        ValueError: If one is out of range, or LayerNorm would not be gone when training ends.
+        ValueError: If LayerNorm would not be gone when training ends.
     """
-    if not (warmup >= 0 and fade > 0):
-        raise ValueError(f"warmup must be at least 0 and fade above 0, got warmup={warmup}, fade={fade}")
     if warmup + fade > 1 + 1e-9:
         raise ValueError(
             f"the schedule would end after training: warmup {warmup} + fade {fade} is above 1; LayerNorm would stay"

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from slabformer.nn.affine import Affine
 from slabformer.nn.repbn import RepBN
+from slabformer.settings import Seed, checked
 
 
 @torch.no_grad()
-def randomize_norms_(model: nn.Module, seed: int = 0) -> nn.Module:
+@checked
+def randomize_norms_(model: nn.Module, seed: Seed = 0) -> nn.Module:
     """Redraw what fresh models leave at values that hide mistakes; returns ``model``.
 
     Statistics, weights and ``eta`` of every norm (mean 0 and variance 1 hide a wrong fold), parameters that are

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jsonargparse import ArgumentParser, Namespace
+from torch import nn
 
 from slabformer.cli import main as cli
+from slabformer.surgery.batches import run_batches
 
 LAUNCH = "import sys, slab_launcher; sys.exit(slab_launcher.main())"
 
@@ -82,14 +86,13 @@ def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> N
     ("error", "code", "line"),
     [
         (ValueError("no such\n  thing"), 2, "no such thing"),
-        (TypeError("wrong"), 2, "wrong"),
         (ImportError("needs timm"), 2, "needs timm"),
         (FileNotFoundError(2, "No such file or directory", "x.pth"), 2, "No such file or directory: x.pth"),
         (OSError(28, "No space left on device", "x.onnx"), 1, "No space left on device: x.onnx"),
         (RuntimeError("outputs differ"), 1, "outputs differ"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
-    ids=["value", "type", "import", "missing-file", "disk-full", "runtime", "interrupt"],
+    ids=["value", "import", "missing-file", "disk-full", "runtime", "interrupt"],
 )
 def test_errors_become_one_line_and_a_code(
     probe: Callable[..., None], capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
@@ -112,13 +115,30 @@ def test_debug_shows_the_traceback(probe: Callable[..., None], monkeypatch: pyte
         cli.main(["probe"])
 
 
-def test_a_fault_of_ours_keeps_its_traceback(probe: Callable[..., None]) -> None:
-    def fail(config: Namespace) -> None:
-        raise AssertionError("impossible")
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        (lambda: None + 1, "TypeError: unsupported operand"),  # type: ignore[operator]
+        (lambda: {}["missing"], "KeyError: 'missing'"),
+        (lambda: importlib.import_module("slabformer.moved"), "No module named 'slabformer.moved'"),
+    ],
+    ids=["operation", "key", "own-module"],
+)
+def test_a_fault_of_ours_shows_its_traceback_and_asks_for_a_report(
+    probe: Callable[..., None], capsys: pytest.CaptureFixture[str], fault: Callable[[], Any], line: str
+) -> None:
+    probe(lambda config: fault())
+    assert cli.main(["probe"]) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown
+    assert line in shown
+    assert shown.endswith("not yours; please report what stands above\n")
 
-    probe(fail)
-    with pytest.raises(AssertionError, match="impossible"):
-        cli.main(["probe"])
+
+def test_a_type_error_that_we_raise_is_one_line(probe: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    probe(lambda config: run_batches(nn.Identity(), ["text"]))
+    assert cli.main(["probe"]) == 2
+    assert capsys.readouterr().err.startswith("slab: cannot feed a batch of type str")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +148,7 @@ def test_a_fault_of_ours_keeps_its_traceback(probe: Callable[..., None]) -> None
         (["--optimizer.lrr", "3"], None, "unknown option 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
         ([], "batch_sizes: 3", "unknown option 'batch_sizes'; did you mean 'batch_size'?"),
         ([], "optimizer:\n  lrr: 3", "unknown option 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
-        (["--batch-size", "x"], None, "Expected a <class 'int'>. Got value: x"),
+        (["--batch-size", "x"], None, "--batch-size must be a whole number, got x"),
         (["--config", "missing.yaml"], None, "missing.yaml"),
     ],
     ids=["flag", "nested-flag", "yaml", "nested-yaml", "type", "missing-config"],

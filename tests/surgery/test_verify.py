@@ -137,7 +137,7 @@ def test_no_input_is_an_error() -> None:
 
 @pytest.mark.parametrize("rtol", [-1.0, float("nan")])
 def test_a_tolerance_below_0_is_an_error(rtol: float) -> None:
-    with pytest.raises(ValueError, match="rtol must be 0 or more, got"):
+    with pytest.raises(ValueError, match="rtol must be "):
         verify(Fixed(X), Fixed(X), X, rtol)
 
 

@@ -74,8 +74,8 @@ def test_groups_keep_their_own_rates_through_a_resume() -> None:
         ({"warmup_steps": 24}, r"warmup_steps \(24\) must be below the 24 steps"),
         ({"milestones": [8, 12], "warmup_steps": 0}, r"milestones \[8, 12\] must be below epochs \(12\)"),
         ({"milestones": [11, 8]}, "rising epochs"),
-        ({"milestones": [0]}, "rising epochs"),
-        ({"warmup_steps": -1}, "must not be negative"),
+        ({"milestones": [0]}, r"milestones\[0\] must be at least 1, got 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
     ],
     ids=str,
 )

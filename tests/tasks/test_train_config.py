@@ -76,10 +76,10 @@ def test_rates_are_taken_as_they_are_without_a_base_batch() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": 0}, r"epochs must be in \[1, 100000\], got 0"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"keep": 0}, "keep must be at least 1"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -16,6 +16,7 @@ from slabformer._extras import require
 from slabformer.cli.common import console, writable
 from slabformer.cli.fuse import fuse_table
 from slabformer.models.arguments import check_arguments
+from slabformer.settings import FileToWrite, NonEmptyStr, Pixels, PositiveInt
 from slabformer.surgery.audit import audit, time_norms
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.engine.files import write_text
@@ -33,18 +34,18 @@ def parser() -> ArgumentParser:
     )
     made.add_argument(
         "model",
-        type=str,
+        type=NonEmptyStr,
         help="a name that timm knows, a folder with a config.json of timm or transformers, or module:factory, which "
         "returns a model and a tuple of example inputs",
     )
-    made.add_argument("--input-size", type=int | None, help="height and width of images, if not the model's own")
-    made.add_argument("--batch-size", type=int, default=1)
+    made.add_argument("--input-size", type=Pixels | None, help="height and width of images, if not the model's own")
+    made.add_argument("--batch-size", type=PositiveInt, default=1)
     made.add_argument("--fixed-size", action="store_true", help="as in slab fuse")
     made.add_argument("--untie", action="store_true", help="as in slab fuse")
     made.add_argument("--meta", action="store_true", help="allocate no weights, for models too large to build")
     time_help = "time the norms of today, eager; not with --meta"
     made.add_argument("--time", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help=time_help)
-    made.add_argument("--json", type=Path | None, help="also write it as JSON")
+    made.add_argument("--json", type=FileToWrite | None, help="also write it as JSON")
     return made
 
 

@@ -25,6 +25,7 @@ from slabformer.deployment.report import BenchReport
 from slabformer.deployment.zoo import ZooTable, to_markdown
 from slabformer.models.registry import check_model_name, twin_of
 from slabformer.nn.controls import prepbn_modules
+from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, PositiveInt, Seconds, Threads
 from slabformer.tasks.saved_model import ModelInfo, create_model
 
 ZOO_FOLDER = Path("benchmarks/results/zoo")
@@ -51,11 +52,13 @@ def parser() -> ArgumentParser:
         formatter_class=ExamplesFormatter,
     )
     add_model_options(made, required=False)
-    made.add_argument("--models", type=str, nargs="+", default=[], help="of ours, by name or pattern: 'slab_*'")
-    made.add_argument("--against", type=str, default="twin", help="twin, none, or a LayerNorm model that timm knows")
+    made.add_argument("--models", type=NonEmptyStr, nargs="+", default=[], help="of ours, by name or pattern: 'slab_*'")
+    made.add_argument(
+        "--against", type=NonEmptyStr, default="twin", help="twin, none, or a LayerNorm model that timm knows"
+    )
     made.add_argument("--convert", action="store_true", help="first replace the model's LayerNorms; it is its own twin")
-    made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    made.add_argument("--threads", type=int | None, help="torch's threads on a CPU; all cores by default")
+    made.add_argument("--batch-sizes", type=PositiveInt, nargs="+", default=[1, 8])
+    made.add_argument("--threads", type=Threads | None, help="torch's threads on a CPU; all cores by default")
     made.add_argument(
         "--compile", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="also under torch.compile"
     )
@@ -64,10 +67,12 @@ def parser() -> ArgumentParser:
     )
     made.add_argument("--deploy", action="store_true", help="instead, each step on the way to the fastest form")
     made.add_argument("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of --deploy")
-    made.add_argument("--seconds", type=float, default=20.0, help="of measuring for each batch size")
-    made.add_argument("--device", type=str, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
+    made.add_argument("--seconds", type=Seconds, default=20.0, help="of measuring for each batch size")
+    made.add_argument("--device", type=DeviceName, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
     made.add_argument(
-        "--output", type=Path | None, help=f"folder for bench.csv and more; {ZOO_FOLDER} by default with --models"
+        "--output",
+        type=FolderToWrite | None,
+        help=f"folder for bench.csv and more; {ZOO_FOLDER} by default with --models",
     )
     return made
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer.models.hub import is_shared
+from slabformer.settings import ExistingFile, NonEmptyStr, Pixels
 from slabformer.tasks.saved_model import ModelInfo, create_model, load_model
 
 #: widths of tables go by the terminal; files and pipes get room for all columns
@@ -30,12 +31,14 @@ def console() -> Console:
 def add_model_options(parser: ArgumentParser, *, required: bool = True) -> None:
     """``MODEL`` and all that says which weights and input size it has."""
     if required:
-        parser.add_argument("model", type=str, help=MODEL_HELP)
+        parser.add_argument("model", type=NonEmptyStr, help=MODEL_HELP)
     else:
-        parser.add_argument("model", type=str | None, nargs="?", help=MODEL_HELP)
-    parser.add_argument("--checkpoint", type=Path | None, help="published weights (.pth) for a model given by name")
+        parser.add_argument("model", type=NonEmptyStr | None, nargs="?", help=MODEL_HELP)
+    parser.add_argument(
+        "--checkpoint", type=ExistingFile | None, help="published weights (.pth) for a model given by name"
+    )
     parser.add_argument("--pretrained", action="store_true", help="fetch the released weights of a named model")
-    parser.add_argument("--input-size", type=int | None, help="height and width of its images, if not its own")
+    parser.add_argument("--input-size", type=Pixels | None, help="height and width of its images, if not its own")
 
 
 def load(config: Namespace) -> tuple[nn.Module, ModelInfo]:

@@ -22,6 +22,7 @@ import slabformer as sf
 from slabformer.cli.common import load, needs_weights
 from slabformer.models.registry import check_model_name
 from slabformer.nn.controls import prepbn_modules
+from slabformer.settings import DeviceOrAuto, NonEmptyStr, PositiveFraction, PositiveInt, ShareOrCount, Workers
 from slabformer.tasks.classification.predict import data_config
 from slabformer.tasks.classification.sources import DataConfig, Split
 from slabformer.tasks.engine.devices import create_accelerator
@@ -41,32 +42,37 @@ class ExamplesFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatt
 def add_data_options(parser: ArgumentParser) -> None:
     """Which images, and in what portions."""
     parser.add_argument(
-        "--data", type=str, required=True, help="a folder, hfds/NAME, torch/NAME, wds/FOLDER, or digits"
+        "--data", type=NonEmptyStr, required=True, help="a folder, hfds/NAME, torch/NAME, wds/FOLDER, or digits"
     )
-    parser.add_argument("--root", type=str | None, help="where a named data set lies")
+    parser.add_argument("--root", type=NonEmptyStr | None, help="where a named data set lies")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch a torch/ data set")
-    parser.add_argument("--split", type=str | None, help="sub-folder, split or shard pattern, if not of a usual name")
+    parser.add_argument(
+        "--split", type=NonEmptyStr | None, help="sub-folder, split or shard pattern, if not of a usual name"
+    )
     parser.add_argument(
         "--validation-fraction",
-        type=float,
+        type=PositiveFraction,
         default=0.2,
         help="share held out when a folder holds classes but no splits; 1 takes all",
     )
     parser.add_argument(
         "--max-unreadable",
-        type=float,
+        type=ShareOrCount,
         default=0.01,
         help="unreadable images put up with: a share, or a count from 1 on",
     )
-    parser.add_argument("--batch-size", type=int, default=128, help="images at once")
+    parser.add_argument("--batch-size", type=PositiveInt, default=128, help="images at once")
     parser.add_argument(
-        "--num-workers", type=int, default=min(MOST_WORKERS, os.cpu_count() or 1), help="processes that decode images"
+        "--num-workers",
+        type=Workers,
+        default=min(MOST_WORKERS, os.cpu_count() or 1),
+        help="processes that decode images",
     )
 
 
 def add_device_option(parser: ArgumentParser) -> None:
     """Where to run."""
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--device", type=DeviceOrAuto, default="auto", help="auto, cpu, cuda, cuda:1 ...")
 
 
 def data_of(config: Namespace, info: ModelInfo, split: Split) -> DataConfig:

@@ -24,6 +24,7 @@ from slabformer.cli.data import (
     load_trained,
     write_json,
 )
+from slabformer.settings import ExistingFile, FileToWrite, JsonToWrite
 from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.data import Loader, create_loader
 from slabformer.tasks.classification.evaluate import ClassResult, EvalResult, evaluate
@@ -55,14 +56,16 @@ def parser() -> ArgumentParser:
     add_data_options(made)
     add_device_option(made)
     made.add_argument("--fused", action="store_true", help="fold the norms before evaluating")
-    made.add_argument("--per-class", type=Path | None, help="also write every class's accuracy to this CSV file")
+    made.add_argument("--per-class", type=FileToWrite | None, help="also write every class's accuracy to this CSV file")
     made.add_argument(
         "--real-labels",
-        type=Path | None,
+        type=ExistingFile | None,
         help="also hold top-1 against several right classes an image: JSON, a list of classes for each image, in the "
         "order of file names (ImageNet-ReaL's real.json)",
     )
-    made.add_argument("--json", type=Path | None, help="also write the figures as JSON; - for standard output alone")
+    made.add_argument(
+        "--json", type=JsonToWrite | None, help="also write the figures as JSON; - for standard output alone"
+    )
     return made
 
 

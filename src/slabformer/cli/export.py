@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import get_args
 
 from jsonargparse import ArgumentParser, Namespace
@@ -11,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from slabformer.cli.common import add_model_options, example_images, load, writable
 from slabformer.deployment.equality import RUNTIME_RTOL
 from slabformer.deployment.export import Format, export
+from slabformer.settings import FileToWrite, PositiveInt, Tolerance
 from slabformer.tasks.engine.files import replaced
 
 
@@ -20,10 +20,12 @@ def parser() -> ArgumentParser:
         prog="slab export", description="Write a model for other runtimes, any batch size, checked against PyTorch."
     )
     add_model_options(made)
-    made.add_argument("--output", type=Path, required=True, help="the file: model.onnx, or model.pt2")
+    made.add_argument("--output", type=FileToWrite, required=True, help="the file: model.onnx, or model.pt2")
     made.add_argument("--format", type=Format | None, help="onnx or pt2 (torch.export); by default the file's suffix")
-    made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 7], help="compared with PyTorch")
-    made.add_argument("--rtol", type=float, default=RUNTIME_RTOL, help="largest difference, relative to outputs' scale")
+    made.add_argument("--batch-sizes", type=PositiveInt, nargs="+", default=[1, 2, 7], help="compared with PyTorch")
+    made.add_argument(
+        "--rtol", type=Tolerance, default=RUNTIME_RTOL, help="largest difference, relative to outputs' scale"
+    )
     return made
 
 

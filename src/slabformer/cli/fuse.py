@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -16,6 +15,7 @@ from slabformer._extras import require
 from slabformer.cli.common import add_model_options, console, example_images, load, writable
 from slabformer.models.registry import twin_of
 from slabformer.nn import Folded
+from slabformer.settings import FileToWrite, ModelToWrite, NonEmptyStr, Tolerance
 from slabformer.surgery.fuse import FuseReport
 from slabformer.surgery.fuse.plain import plain_
 from slabformer.surgery.verify import RTOL
@@ -29,20 +29,28 @@ def parser() -> ArgumentParser:
     """Options of `slab fuse`."""
     made = ArgumentParser(prog="slab fuse", description="Fold every norm into its neighbours, verify, save.")
     add_model_options(made)
-    made.add_argument("--output", type=Path, required=True, help="the fused model, a .safetensors file")
-    made.add_argument("--json", type=Path | None, help="also write where each norm went, as JSON")
+    made.add_argument("--output", type=ModelToWrite, required=True, help="the fused model, a .safetensors file")
+    made.add_argument("--json", type=FileToWrite | None, help="also write where each norm went, as JSON")
     made.add_argument(
-        "--keep", type=str, nargs="+", default=[], help="modules whose outputs stay, by name or pattern: 'blocks.*'"
+        "--keep",
+        type=NonEmptyStr,
+        nargs="+",
+        default=[],
+        help="modules whose outputs stay, by name or pattern: 'blocks.*'",
     )
     made.add_argument(
-        "--outputs", type=str, nargs="+", default=[], help="methods that stay beside the forward: forward_features"
+        "--outputs",
+        type=NonEmptyStr,
+        nargs="+",
+        default=[],
+        help="methods that stay beside the forward: forward_features",
     )
     made.add_argument("--fixed-size", action="store_true", help="fold for this input size alone; others are refused")
     made.add_argument("--untie", action="store_true", help="give a layer that stands under several names one for each")
     made.add_argument(
         "--plain", action="store_true", help="only if timm's own model, built without norms, can hold the weights"
     )
-    made.add_argument("--rtol", type=float, default=RTOL, help="largest difference, relative to outputs' scale")
+    made.add_argument("--rtol", type=Tolerance, default=RTOL, help="largest difference, relative to outputs' scale")
     return made
 
 

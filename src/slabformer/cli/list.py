@@ -17,12 +17,13 @@ from torch import nn
 
 from slabformer._extras import require
 from slabformer.cli.common import console
-from slabformer.cli.main import did_you_mean
+from slabformer.cli.suggest import did_you_mean
 from slabformer.deployment.cost import cost_of
 from slabformer.deployment.measure import count_parameters
 from slabformer.models.published import BY_MODEL
 from slabformer.models.registry import twin_of
 from slabformer.nn.attention import SimplifiedLinearAttention
+from slabformer.settings import NonEmptyStr
 from slabformer.tasks.saved_model import create_model
 
 
@@ -59,9 +60,11 @@ class Row:
 def parser() -> ArgumentParser:
     """Options of `slab list`."""
     made = ArgumentParser(prog="slab list", description="Models, published accuracies and released weights.")
-    made.add_argument("pattern", type=str, nargs="?", default="*", help="e.g. 'slab_*'; part of a name is enough")
-    made.add_argument("--family", type=str | None, help="of these models only: deit, swin ...")
-    made.add_argument("--attention", type=str | None, help="with this plan only, e.g. LLSS or 'L*'")
+    made.add_argument(
+        "pattern", type=NonEmptyStr, nargs="?", default="*", help="e.g. 'slab_*'; part of a name is enough"
+    )
+    made.add_argument("--family", type=NonEmptyStr | None, help="of these models only: deit, swin ...")
+    made.add_argument("--attention", type=NonEmptyStr | None, help="with this plan only, e.g. LLSS or 'L*'")
     made.add_argument("--weights", action="store_true", help="with released weights only")
     made.add_argument(
         "--macs", action="store_true", help="also count multiply-adds, and what is left when norms are folded (slower)"

@@ -7,18 +7,16 @@ group of verbs is one row of :data:`GROUPS` and one package with ``VERBS`` of it
 
 from __future__ import annotations
 
-import difflib
+import dis
 import importlib
 import importlib.metadata
 import logging
 import os
-import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+import traceback
+from collections.abc import Mapping, Sequence
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+from slabformer.cli.suggest import did_you_mean
 
 #: verb -> (module, what it does)
 VERBS = {
@@ -43,15 +41,13 @@ GROUPS = {
     "detect": ("slabformer.cli.detect", "detectors: check data, train, eval, predict, fuse, export, bench"),
     "lm": ("slabformer.cli.lm", "language models: train, eval, generate, import, fuse, bench, export"),
 }
-USAGE_ERRORS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, ImportError)
+USAGE_ERRORS = (
+    *(ValueError, TypeError, ImportError),
+    *(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError),
+)
 FAILURES = (RuntimeError, OSError)
 USAGE, FAILURE, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
 LONGEST_MESSAGE = 600
-UNKNOWN_KEY = re.compile(
-    r"unrecognized arguments: --(?P<flag>[\w.\-]+)"
-    r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<member>[^']+)'"
-    r"|Option '(?P<option>[^']+)' is not accepted"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,14 +82,8 @@ def usage(command: str = "slab", verbs: Mapping[str, tuple[str, str]] = VERBS) -
     )
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` with the nearest of ``known``, or nothing when none is near."""
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def _guarded(command: str, module: str, options: list[str]) -> int:
-    """Run a verb; users see one line for their own mistakes, a traceback for ours."""
+    """Run a verb; users see one line for their own mistakes, a traceback and where to report it for ours."""
     try:
         _run(command, module, options)
         sys.stdout.flush()
@@ -104,36 +94,43 @@ def _guarded(command: str, module: str, options: list[str]) -> int:
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
-    except (*USAGE_ERRORS, *FAILURES) as error:
+    except Exception as error:
         if os.environ.get("SLAB_DEBUG") == "1":
             raise
+        if _is_ours(error):
+            traceback.print_exception(error)
+            version = importlib.metadata.version("slabformer")
+            return _complain(f"a mistake in slabformer {version}, not yours; please report what stands above", FAILURE)
         return _complain(_one_line(error), USAGE if isinstance(error, USAGE_ERRORS) else FAILURE)
 
 
 def _run(command: str, module: str, options: list[str]) -> None:
+    from slabformer.cli.options import parse
+
     _log_to_stderr()
     verb = importlib.import_module(module)
-    parser = verb.parser()
-    parser.exit_on_error = False
-    from jsonargparse import ArgumentError
-
-    try:
-        config = parser.parse_args(options)
-    except ArgumentError as error:
-        message = _explain(" ".join(str(error).split()), parser)
-        raise ValueError(f"{message} (`{command} --help` shows all options)") from error
-    verb.run(config)
+    verb.run(parse(verb.parser(), options, command))
 
 
-def _explain(message: str, parser: ArgumentParser) -> str:
-    """``message`` of a parser with the nearest known key, where it is about an unknown one."""
-    unknown = UNKNOWN_KEY.search(message)
-    if unknown is None:
-        return message
-    group, member = unknown["group"], unknown["member"]
-    key = f"{group}.{member}" if group else unknown["flag"] or unknown["option"]
-    known = [action.dest for action in parser._actions]
-    return f"unknown option {key!r}{did_you_mean(key.replace('-', '_'), known)}"
+def _is_ours(error: Exception) -> bool:
+    """Whether ``error`` is a mistake in this library: of a kind that is never raised on purpose, or Python's own."""
+    if isinstance(error, ModuleNotFoundError):
+        return (error.name or "").partition(".")[0] == "slabformer"
+    if isinstance(error, TypeError):
+        return not _raised_on_purpose(error)
+    return not isinstance(error, (*USAGE_ERRORS, *FAILURES))
+
+
+def _raised_on_purpose(error: Exception) -> bool:
+    """Whether a ``raise`` of this library made ``error``, rather than an operation that failed."""
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    ours = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == "slabformer"
+    return ours and dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _log_to_stderr() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
@@ -17,6 +16,7 @@ from slabformer.cli.data import (
     progress_bar,
     write_json,
 )
+from slabformer.settings import JsonToWrite, NonEmptyStr, PositiveInt
 from slabformer.tasks.classification.predict import Prediction, predict
 from slabformer.tasks.images import expand_paths
 
@@ -37,12 +37,12 @@ def parser() -> ArgumentParser:
         formatter_class=ExamplesFormatter,
     )
     add_model_options(made)
-    made.add_argument("images", type=str, nargs="+", help="image files, and folders of them")
+    made.add_argument("images", type=NonEmptyStr, nargs="+", help="image files, and folders of them")
     add_device_option(made)
-    made.add_argument("--top", type=int, default=5, help="classes an image")
-    made.add_argument("--batch-size", type=int, default=32, help="images at once")
+    made.add_argument("--top", type=PositiveInt, default=5, help="classes an image")
+    made.add_argument("--batch-size", type=PositiveInt, default=32, help="images at once")
     made.add_argument(
-        "--json", type=Path | None, help="also write the predictions as JSON; - for standard output alone"
+        "--json", type=JsonToWrite | None, help="also write the predictions as JSON; - for standard output alone"
     )
     return made
 

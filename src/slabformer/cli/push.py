@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
@@ -13,10 +15,14 @@ from slabformer.cli.data import ExamplesFormatter, load_trained
 from slabformer.deployment.measure import count_macs
 from slabformer.models.hub import upload
 from slabformer.models.published import BY_MODEL
+from slabformer.settings import ExistingFile, FolderToWrite, NonEmptyStr, Where
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.publish import save_folder
 from slabformer.tasks.saved_model import ModelInfo
 
+Repository = Annotated[
+    str, Where("a repository of the hub, user/name", lambda name: re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None)
+]
 EXAMPLES = """examples:
   slab push runs/digits/model.safetensors --folder shared/digits
   slab push fused.safetensors --repo me/slab_deit_tiny_fused --eval result.json
@@ -36,11 +42,15 @@ def parser() -> ArgumentParser:
         formatter_class=ExamplesFormatter,
     )
     add_model_options(made)
-    made.add_argument("--folder", type=Path | None, help="write it here")
-    made.add_argument("--repo", type=str | None, help="and push it here on the Hugging Face hub: user/name")
+    made.add_argument("--folder", type=FolderToWrite | None, help="write it here")
+    made.add_argument(
+        "--repo",
+        type=Repository | None,
+        help="and push it here on the Hugging Face hub: user/name",
+    )
     made.add_argument("--private", action="store_true", help="make the repository private if it is new")
-    made.add_argument("--eval", type=Path | None, help="figures for the card: what `slab eval --json` wrote")
-    made.add_argument("--license", type=str, default="unknown", help="of the weights, in the hub's spelling")
+    made.add_argument("--eval", type=ExistingFile | None, help="figures for the card: what `slab eval --json` wrote")
+    made.add_argument("--license", type=NonEmptyStr, default="unknown", help="of the weights, in the hub's spelling")
     return made
 
 

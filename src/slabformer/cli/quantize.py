@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -17,6 +18,7 @@ from slabformer.cli.data import ExamplesFormatter, add_data_options, data_of, lo
 from slabformer.deployment.measure import Machine, num_threads, quantile, ratio, time_interleaved
 from slabformer.deployment.quantize import quantize, to_openvino
 from slabformer.nn.controls import repbn_modules
+from slabformer.settings import OutputFile, PositiveInt, Seconds, Threads
 from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.data import Loader, create_loader
 from slabformer.tasks.classification.evaluate import EvalResult, evaluate
@@ -40,10 +42,17 @@ def parser() -> ArgumentParser:
     )
     add_model_options(made)
     add_data_options(made)
-    made.add_argument("--output", type=Path, required=True, help="the graph, an .xml file; weights go beside it (.bin)")
-    made.add_argument("--calibrate", type=int, default=300, help="training images that show the ranges of activations")
-    made.add_argument("--threads", type=int | None, help="to measure speed with; all cores by default")
-    made.add_argument("--seconds", type=float, default=5.0, help="of measuring speed")
+    made.add_argument(
+        "--output",
+        type=Annotated[Path, OutputFile(".xml")],
+        required=True,
+        help="the graph, an .xml file; weights go beside it (.bin)",
+    )
+    made.add_argument(
+        "--calibrate", type=PositiveInt, default=300, help="training images that show the ranges of activations"
+    )
+    made.add_argument("--threads", type=Threads | None, help="to measure speed with; all cores by default")
+    made.add_argument("--seconds", type=Seconds, default=5.0, help="of measuring speed")
     return made
 
 

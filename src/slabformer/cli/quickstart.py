@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from slabformer.cli.options import add_settings
 from slabformer.quickstart.job import run_quickstart
 from slabformer.quickstart.result import QuickstartConfig, QuickstartResult
 from slabformer.tasks.engine.observers import Observer, RunStart, StepReport
@@ -27,7 +28,7 @@ def parser() -> ArgumentParser:
         description="Train a SLAB vision transformer and its LayerNorm twin on scikit-learn's handwritten digits, "
         "recalibrate, fuse, verify and benchmark; about three minutes on two CPU cores.",
     )
-    made.add_class_arguments(QuickstartConfig)
+    add_settings(made, QuickstartConfig)
     return made
 
 

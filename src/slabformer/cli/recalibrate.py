@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -19,6 +18,7 @@ from slabformer.cli.data import (
     progress_bar,
 )
 from slabformer.nn.controls import repbn_modules
+from slabformer.settings import ModelToWrite, PositiveInt, Seed
 from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.data import Loader, create_loader
 from slabformer.tasks.saved_model import save_model
@@ -40,9 +40,11 @@ def parser() -> ArgumentParser:
     add_model_options(made)
     add_data_options(made)
     add_device_option(made)
-    made.add_argument("--output", type=Path, required=True, help="the recalibrated model, a .safetensors file")
-    made.add_argument("--num-batches", type=int | None, help="stop after so many, drawn at random; all by default")
-    made.add_argument("--seed", type=int, default=0, help="picks the batches")
+    made.add_argument("--output", type=ModelToWrite, required=True, help="the recalibrated model, a .safetensors file")
+    made.add_argument(
+        "--num-batches", type=PositiveInt | None, help="stop after so many, drawn at random; all by default"
+    )
+    made.add_argument("--seed", type=Seed, default=0, help="picks the batches")
     made.add_argument(
         "--augment",
         type=bool,

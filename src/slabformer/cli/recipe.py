@@ -13,6 +13,7 @@ import torch.distributed as dist
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from slabformer.cli.options import add_settings
 from slabformer.tasks.engine.documents import check_yaml
 from slabformer.tasks.engine.files import read_text
 from slabformer.tasks.engine.signals import StoppedError
@@ -58,7 +59,7 @@ def recipe_parser(prog: str, description: str, example: str, config: type) -> Ar
         epilog="--data PATH is short for --data.path PATH. Keys given after --config override the recipe.",
     )
     options.add_argument("--config", action="config", help=f"a recipe, e.g. {example}")
-    options.add_class_arguments(config)
+    add_settings(options, config)
     return options
 
 

@@ -14,6 +14,7 @@ from slabformer.deployment.comparison import Comparison, compare_files
 from slabformer.deployment.comparison_picture import accuracy_over_speed
 from slabformer.deployment.measurement import Mode
 from slabformer.deployment.plots import save
+from slabformer.settings import ExistingPath, FigureToWrite, NonEmptyStr, PositiveInt
 
 logger = logging.getLogger(__name__)
 EXAMPLES = """examples:
@@ -32,11 +33,15 @@ def parser() -> ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=ExamplesFormatter,
     )
-    made.add_argument("benchmarks", type=Path, nargs="+", help="bench.csv files, or folders that hold some")
-    made.add_argument("--accuracy", type=str, nargs="+", default=[], metavar="NAME=PERCENT", help="measured top-1")
+    made.add_argument("benchmarks", type=ExistingPath, nargs="+", help="bench.csv files, or folders that hold some")
+    made.add_argument(
+        "--accuracy", type=NonEmptyStr, nargs="+", default=[], metavar="NAME=PERCENT", help="measured top-1"
+    )
     made.add_argument("--mode", type=Mode | None, help="by default compiled where every model was compiled")
-    made.add_argument("--batch-size", type=int | None, help="by default the largest that every model was measured at")
-    made.add_argument("--output", type=Path, default=Path("report.png"), help="a .png, .svg or .pdf")
+    made.add_argument(
+        "--batch-size", type=PositiveInt | None, help="by default the largest that every model was measured at"
+    )
+    made.add_argument("--output", type=FigureToWrite, default=Path("report.png"), help="a .png, .svg or .pdf")
     return made
 
 

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from slabformer.cli.common import example_images
+from slabformer.settings import ExistingFile, ExistingPath, PositiveInt, Tolerance
 from slabformer.surgery.verify import RTOL, verify
 from slabformer.tasks.classification.augment import eval_transform
 from slabformer.tasks.classification.predict import data_config
@@ -24,11 +25,13 @@ def parser() -> ArgumentParser:
         description="Compare the outputs of two models; exit code 1 when they differ by more than --rtol, or 4 times "
         "the distance of the reference's own outputs to those in float64.",
     )
-    made.add_argument("reference", type=Path, help="what is right, a .safetensors file that slab wrote")
-    made.add_argument("candidate", type=Path, help="what should equal it, its fused form for example")
-    made.add_argument("--images", type=Path, nargs="+", default=[], help="image files or folders; random by default")
-    made.add_argument("--batch-size", type=int, default=8, help="images at a time, and number of random ones")
-    made.add_argument("--rtol", type=float, default=RTOL, help="largest difference, relative to outputs' scale")
+    made.add_argument("reference", type=ExistingFile, help="what is right, a .safetensors file that slab wrote")
+    made.add_argument("candidate", type=ExistingFile, help="what should equal it, its fused form for example")
+    made.add_argument(
+        "--images", type=ExistingPath, nargs="+", default=[], help="image files or folders; random by default"
+    )
+    made.add_argument("--batch-size", type=PositiveInt, default=8, help="images at a time, and number of random ones")
+    made.add_argument("--rtol", type=Tolerance, default=RTOL, help="largest difference, relative to outputs' scale")
     return made
 
 

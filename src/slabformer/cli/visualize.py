@@ -16,6 +16,7 @@ from slabformer.cli.data import ExamplesFormatter
 from slabformer.deployment.attention_maps import padded_size, pick, record
 from slabformer.deployment.attention_picture import Panel, attention_figure
 from slabformer.deployment.plots import save
+from slabformer.settings import ExistingFile, FigureToWrite, Fraction, NonEmptyStr, NonNegativeInt, Pixels
 from slabformer.tasks.classification.augment import eval_transform
 from slabformer.tasks.classification.predict import data_config
 from slabformer.tasks.images import UNREADABLE, read_image
@@ -38,22 +39,26 @@ def parser() -> ArgumentParser:
         formatter_class=ExamplesFormatter,
     )
     made.add_argument(
-        "models", type=str, nargs="+", help=".safetensors files, names that timm knows, or NAME=PUBLISHED.pth"
+        "models", type=NonEmptyStr, nargs="+", help=".safetensors files, names that timm knows, or NAME=PUBLISHED.pth"
     )
     made.add_argument("--pretrained", action="store_true", help="fetch the released weights of named models")
-    made.add_argument("--input-size", type=int | None, help="height and width of the image, if not the models' own")
-    made.add_argument("--image", type=Path | None, help="by default a flower that comes with scikit-learn")
+    made.add_argument("--input-size", type=Pixels | None, help="height and width of the image, if not the models' own")
+    made.add_argument("--image", type=ExistingFile | None, help="by default a flower that comes with scikit-learn")
     made.add_argument(
-        "--layers", type=str, nargs="+", default=["0", "-1"], help="places among those that can be shown, or names"
+        "--layers",
+        type=NonEmptyStr,
+        nargs="+",
+        default=["0", "-1"],
+        help="places among those that can be shown, or names",
     )
-    made.add_argument("--heads", type=int, nargs="+", help="a row for each; by default their mean")
+    made.add_argument("--heads", type=NonNegativeInt, nargs="+", help="a row for each; by default their mean")
     made.add_argument(
-        "--at", type=float, nargs=2, default=[0.5, 0.5], metavar=("X", "Y"), help="the token, as shares of the image"
+        "--at", type=Fraction, nargs=2, default=[0.5, 0.5], metavar=("X", "Y"), help="the token, as shares of the image"
     )
     made.add_argument(
         "--without-local", action="store_true", help="show linear attention also without its depthwise convolution"
     )
-    made.add_argument("--output", type=Path, default=Path("attention.png"), help="a .png, .svg or .pdf")
+    made.add_argument("--output", type=FigureToWrite, default=Path("attention.png"), help="a .png, .svg or .pdf")
     return made
 
 

@@ -27,6 +27,7 @@ from slabformer.deployment.measure import Machine, quantile, ratio, time_interle
 from slabformer.deployment.native import natively
 from slabformer.deployment.variants import Compiled
 from slabformer.nn import PRepBN, RepBN
+from slabformer.settings import Device, Seconds, checked
 from slabformer.surgery.fuse import fuse
 from slabformer.surgery.recalibrate import recalibrate_
 from slabformer.surgery.verify import VerifyResult, verify
@@ -222,17 +223,18 @@ class _Compile(_Step):
 STEPS: Sequence[_Step] = (_Fuse(), _HalfPrecision(), _ChannelsLast(), _Native(), _Compile())
 
 
+@checked
 def deploy(
     model: nn.Module,
     example_inputs: Tensor | Inputs,
     *,
     batches: Iterable[Any] | None = None,
-    device: torch.device | str | None = None,
+    device: Device = None,
     dtype: torch.dtype | None = None,
     compile: bool = True,
     fixed_size: bool = False,
     keep_memory: bool = False,
-    seconds: float = 5.0,
+    seconds: Seconds = 5.0,
 ) -> Deployed:
     """The fastest verified form of ``model``, on a copy: fused, in half precision where asked, laid out, compiled.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,10 @@ from slabformer._extras import require
 
 #: timm's words for the two places, before a colon
 HUB, FOLDER = "hf-hub", "local-dir"
+#: ``name`` of the hub's first days, or ``user/name``
+REPOSITORY = re.compile(r"(?:[A-Za-z0-9][\w.\-]*/)?[A-Za-z0-9][\w.\-]*")
+#: of one question whether there is such a repository
+HUB_TIMEOUT_SECONDS = 10.0
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
@@ -38,6 +43,36 @@ def weights_file(source: str | Path) -> Path:
     if path.is_dir() and not (path / WEIGHTS).is_file():
         raise FileNotFoundError(f"no {WEIGHTS} in {str(path)!r}; give a file, or a folder that `slab push` wrote")
     return path / WEIGHTS if path.is_dir() else path
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether ``name`` can be a repository, ``user/name`` or ``name``, rather than a path that is not there."""
+    *folders, _ = name.split("/")
+    return REPOSITORY.fullmatch(name) is not None and not any(Path(folder).is_dir() for folder in folders)
+
+
+def check_on_hub(name: str, file: str) -> None:
+    """Look for ``file`` of a repository in the cache, else ask the hub once: loading would retry for half a minute.
+
+    Raises:
+        FileNotFoundError: If the hub knows no such repository, or none that you may read.
+        ConnectionError: If it is not in the cache and the hub cannot be reached, or may not be (``HF_HUB_OFFLINE``).
+    """
+    hub = require("huggingface_hub", extra="lm")
+    if isinstance(hub.try_to_load_from_cache(name, file), str):
+        return
+    nowhere = f"no folder {name!r} here, and it is not in the hub's cache"
+    if hub.constants.HF_HUB_OFFLINE:
+        raise ConnectionError(f"{nowhere}; HF_HUB_OFFLINE forbids to ask the hub")
+    errors = hub.errors
+    try:
+        hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
+        raise FileNotFoundError(f"no folder {name!r} here, and the hub has no such model that you may read") from error
+    except errors.HFValidationError as error:
+        raise FileNotFoundError(f"no folder {name!r} here, and no name that the hub allows") from error
+    except (errors.HTTPError, OSError) as error:
+        raise ConnectionError(f"{nowhere}; the hub cannot be reached ({_first(error)})") from error
 
 
 def upload(folder: Path, repo: str, *, private: bool = False, message: str = "Add model") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from slabformer._files import check_readable
 from slabformer._listing import check_regular
 from slabformer.nn import PRepBN, RepBN
 
@@ -124,10 +124,11 @@ def _unpickle(path: str | Path) -> object:
     check_regular(path)
     # the training script saves its yacs config beside the weights; as an OrderedDict it needs no yacs and runs no code
     with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        check_readable(path, "checkpoint")
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).partition("\n")[0]
+        except Exception as error:  # bytes that are no checkpoint raise whatever the opcodes that they look like do
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(f"cannot read {path} as a checkpoint of plain tensors: {reason}") from error
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from slabformer.settings import ChannelDim, Device, NonNegativeFloat, PositiveInt, checked
+
 
 class Affine(nn.Module):
     """``x * weight + bias`` per channel: a norm in eval mode that could not be folded into a neighbour.
@@ -21,14 +23,15 @@ class Affine(nn.Module):
         ``(B, *, C)``, or ``(B, C, *)`` with ``channel_dim=1``, to the same shape and dtype.
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
+        dim: PositiveInt,
         *,
-        channel_dim: int = -1,
-        eps: float = 1e-5,
+        channel_dim: ChannelDim = -1,
+        eps: NonNegativeFloat = 1e-5,
         then: nn.Module | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.fused import fused_linear_attention
 from slabformer.ops.linear_attention import composed_linear_attention, linear_attention, mask_tokens
 from slabformer.ops.native.linear_attention import NO_BIASES, Biases
+from slabformer.settings import Device, Fraction, PositiveInt, checked
 
 
 class LinearAttentionCore(nn.Module):
@@ -181,18 +182,19 @@ class SimplifiedLinearAttention(LinearAttentionCore):
         ValueError: If tokens form no grid, or an argument asks for what linear attention cannot do.
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
-        num_heads: int = 8,
+        dim: PositiveInt,
+        num_heads: PositiveInt = 8,
         *,
-        grid_size: Grid = (14, 14),
+        grid_size: tuple[PositiveInt, PositiveInt] = (14, 14),
         qkv_bias: bool = True,
         proj_bias: bool = True,
-        kernel_size: int = 5,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device: torch.device | str | None = None,
+        kernel_size: PositiveInt = 5,
+        attn_drop: Fraction = 0.0,
+        proj_drop: Fraction = 0.0,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

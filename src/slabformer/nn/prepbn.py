@@ -13,6 +13,7 @@ from slabformer.nn.float32 import KeepsFloat32
 from slabformer.nn.repbn import RepBN
 from slabformer.nn.sync import StatisticsSync
 from slabformer.ops.rep_norm import keep_in_graph
+from slabformer.settings import ChannelDim, Device, Fraction, NonNegativeFloat, Number, PositiveInt, checked
 
 Phase = Literal["warm", "fading", "done"]
 
@@ -56,17 +57,18 @@ class PRepBN(KeepsFloat32):
     float32_buffers = ("gamma",)  # steps of a long schedule are below the digits of bfloat16
     __jit_unused_properties__ = ("normalized_shape", "eps", "weight", "bias", "phase")
 
+    @checked
     def __init__(
         self,
-        dim: int,
+        dim: PositiveInt,
         *,
-        eps: float = 1e-6,
-        bn_eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        eta: float = 1.0,
+        eps: NonNegativeFloat = 1e-6,
+        bn_eps: NonNegativeFloat = 1e-5,
+        momentum: Fraction | None = 0.1,
+        eta: Number = 1.0,
         norm: nn.Module | None = None,
-        channel_dim: int = -1,
-        device: torch.device | str | None = None,
+        channel_dim: ChannelDim = -1,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()

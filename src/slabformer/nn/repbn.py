@@ -24,6 +24,7 @@ from slabformer.ops.moments import (
 )
 from slabformer.ops.precision import has_float64
 from slabformer.ops.rep_norm import rep_norm
+from slabformer.settings import ChannelDim, Device, Fraction, NonNegativeFloat, Number, PositiveInt, checked
 
 logger = logging.getLogger(__name__)
 
@@ -65,20 +66,19 @@ class RepBN(KeepsFloat32, BatchNorm):
         running_var: Tensor
         num_batches_tracked: Tensor
 
+    @checked
     def __init__(
         self,
-        dim: int,
+        dim: PositiveInt,
         *,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        eta: float = 1.0,
-        channel_dim: int = -1,
-        device: torch.device | str | None = None,
+        eps: NonNegativeFloat = 1e-5,
+        momentum: Fraction | None = 0.1,
+        eta: Number = 1.0,
+        channel_dim: ChannelDim = -1,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super(NormBase, self).__init__()  # BatchNorm's own would keep the statistics in the parameters' dtype
-        if channel_dim not in (-1, 1):
-            raise ValueError(f"channel_dim must be -1 (tokens) or 1 (maps), got {channel_dim}")
         self.normalized_shape, self.num_features, self.channel_dim = (dim,), dim, channel_dim
         self.eps, self.momentum, self.track_running_stats = eps, momentum, True
         statistics_dtype = accumulation_dtype(dtype or torch.get_default_dtype())

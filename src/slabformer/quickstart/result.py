@@ -8,26 +8,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from slabformer.deployment.report import BenchReport
+from slabformer.settings import Epochs, NonEmptyStr, Seconds, Seed, Settings, Threads
 from slabformer.surgery.fuse import FuseReport
 from slabformer.surgery.verify import VerifyResult
 from slabformer.tasks.classification.train import TrainResult
 
 
 @dataclass(kw_only=True)
-class QuickstartConfig:
+class QuickstartConfig(Settings):
     """What the main job does; the defaults take about three minutes on two CPU cores."""
 
-    output: str = "runs/quickstart"
+    output: NonEmptyStr = "runs/quickstart"
     """Folder that everything is written to; what an earlier quickstart left there is replaced."""
-    epochs: int = 40
+    epochs: Epochs = 40
     """Passes over the 1,437 training images, for either model."""
-    seed: int = 0
+    seed: Seed = 0
     """Of weights, order and augmentation."""
-    bench_seconds: float = 2.0
+    bench_seconds: Seconds = 2.0
     """Length of the measurement at each batch size."""
     compiled: bool = True
     """Also measure under `torch.compile`, at the larger batch size."""
-    threads: int = 1
+    threads: Threads = 1
     """torch's threads on a CPU. Operations this small gain nothing from a second one, and lose twenty times their speed
     where another process wants the same core."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
+from slabformer.settings import Fraction, NonNegativeFloat, Number, checked
 from slabformer.surgery.one_input import optional_arguments, take_one_input_
 from slabformer.surgery.recognise import HOOKS, Lookalike, NormForm, Verdict, recognise
 
@@ -52,14 +53,15 @@ class ConvertedNorms(list[str]):
         self.left = tuple(left)
 
 
+@checked
 def convert_norms_(
     model: nn.Module,
     filter: Callable[[nn.Module, str], bool] | None = None,
     *,
     progressive: bool = True,
-    eta: float = 1.0,
-    eps: float = 1e-5,
-    momentum: float | None = 0.1,
+    eta: Number = 1.0,
+    eps: NonNegativeFloat = 1e-5,
+    momentum: Fraction | None = 0.1,
 ) -> ConvertedNorms:
     """Replace every LayerNorm and RMSNorm of ``model`` in place by a :class:`PRepBN` that still holds it.
 

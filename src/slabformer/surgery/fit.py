@@ -13,6 +13,7 @@ from slabformer.nn.controls import blended, prepbn_modules
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.statistics import check_statistics
 from slabformer.ops.precision import wide, wide_device
+from slabformer.settings import PositiveInt, checked
 from slabformer.surgery.batches import NO_BATCH, eval_mode, run_batches
 
 
@@ -59,10 +60,11 @@ class _Regression:
         return slope, mean_y, mean_x + self.origin, variance
 
 
+@checked
 def fit_norms_(
     model: nn.Module,
     batches: Iterable[Any],
-    num_batches: int | None = None,
+    num_batches: PositiveInt | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> int:
     """Fit ``eta``, weight, bias and statistics of every PRepBN to its LayerNorm's output by least squares.

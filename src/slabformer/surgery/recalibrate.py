@@ -14,15 +14,17 @@ from slabformer.nn.controls import repbn_modules
 from slabformer.nn.repbn import RepBN
 from slabformer.nn.statistics import check_statistics
 from slabformer.ops.moments import Moments, MomentsAccumulator
+from slabformer.settings import PositiveInt, checked
 from slabformer.surgery.batches import NO_BATCH, eval_mode, run_batches
 
 _END = object()
 
 
+@checked
 def recalibrate_(
     model: nn.Module,
     batches: Iterable[Any],
-    num_batches: int | None = None,
+    num_batches: PositiveInt | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> int:
     """Replace the running statistics of every RepBN by the population mean and variance over ``batches``.

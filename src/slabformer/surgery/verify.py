@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slabformer._process import alone
 from slabformer.ops.precision import wide, widened
+from slabformer.settings import NonNegativeFloat, checked
 from slabformer.surgery.batches import eval_mode
 from slabformer.surgery.fuse.twin import Example, first_line, twin
 from slabformer.surgery.outputs import Plain, leaves, why_not_comparable
@@ -63,11 +64,12 @@ class VerifyResult:
         return self.note if self.own_error is None else f"the reference's own rounding error is {self.own_error:.1e}"
 
 
+@checked
 def verify(
     reference: nn.Module,
     candidate: nn.Module,
     inputs: Any,
-    rtol: float = RTOL,
+    rtol: NonNegativeFloat = RTOL,
     *,
     check_dtype: bool = True,
     lazy: bool = False,

@@ -9,20 +9,24 @@ from torch import nn
 
 import slabformer as sf
 from slabformer.nn import PRepBN, RepBN
+from slabformer.settings import Fraction, NonEmptyStr, PositiveFloat, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """Norms that :func:`slabformer.convert_norms_` replaced with the same settings."""
 
-    names: list[str]
+    names: list[NonEmptyStr]
     """Of the modules."""
     progressive: bool
     """PRepBN, or RepBN from the start."""
-    eps: float
+    eps: PositiveFloat
     """RepBN's."""
-    momentum: float | None
+    momentum: Fraction | None
     """RepBN's."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def converted_norms(model: nn.Module) -> dict[str, PRepBN | RepBN]:

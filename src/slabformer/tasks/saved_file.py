@@ -9,7 +9,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer._extras import require
+from slabformer._files import check_readable
 from slabformer.nn.affine import Affine, Folded
+from slabformer.settings import check_fields, from_mapping
 from slabformer.tasks.conversion import Conversion, convert_as_described_, converted_norms, describe
 from slabformer.tasks.engine.documents import parse_json
 from slabformer.tasks.engine.files import replaced
@@ -42,6 +44,9 @@ class SavedInfo(ABC):
     fused: bool = False
     """Norms are folded; found by :func:`save_with_info`."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     @abstractmethod
     def title(self) -> str:
@@ -53,8 +58,8 @@ class SavedInfo(ABC):
 
     @classmethod
     def restore(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """``values`` as JSON gave them, as the fields want them."""
-        return values
+        """``values`` as JSON gave them, checked, as the fields want them."""
+        return values | {"converted": [Conversion(**conversion) for conversion in values.get("converted", [])]}
 
     def to_json(self) -> str:
         """One line, for the file's header."""
@@ -65,19 +70,17 @@ class SavedInfo(ABC):
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: If ``text`` is not JSON, or lacks or adds a field.
+            ValueError: If ``text`` is not JSON, lacks or adds a field, or one is out of its range.
         """
-        values = parse_json(text)
-        if not isinstance(values, dict):
-            raise ValueError("not a mapping")
-        unknown = values.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown field {min(unknown)!r}; a newer slabformer may have written it")
-        try:
-            values["converted"] = [Conversion(**conversion) for conversion in values.get("converted", [])]
-            return cls(**cls.restore(values))
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+        return cls(**cls.restore(from_mapping(cls, parse_json(text))))
+
+    @abstractmethod
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a ``model``, as built, that this does not describe.
+
+        Raises:
+            ValueError: If class names are of another number than its classes.
+        """
 
 
 Info = TypeVar("Info", bound=SavedInfo)
@@ -123,9 +126,10 @@ def load_with_info(path: Path, kind: type[Info], device: torch.device | str = "c
         dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         model = sf.load_fused(model.to(dtypes.pop()) if len(dtypes) == 1 else model, path)
     else:
-        for name, kept in json.loads(metadata.get(TIED, "{}")).items():
+        for name, kept in parse_json(metadata.get(TIED, "{}")).items():
             tensors[name] = tensors[kept]
         load_strictly(model, tensors, f"{path} does not fit {info.title}")
+    info.check_model(model)
     return model.to(device).eval(), info
 
 
@@ -179,8 +183,7 @@ def digest_of(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no model at {str(path)!r}: no such file")
+    check_readable(path, "model")
     safetensors = require("safetensors", extra="vision")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:

@@ -11,6 +11,16 @@ from torch import nn
 
 from slabformer._extras import require
 from slabformer.models.hub import weights_file
+from slabformer.settings import (
+    Arguments,
+    ClassNames,
+    NonEmptyStr,
+    Number,
+    Pixels,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+)
 from slabformer.tasks.saved_file import SavedInfo, load_with_info, save_with_info
 
 
@@ -19,21 +29,21 @@ class ModelInfo(SavedInfo):
     """What a saved model is and what it expects."""
 
     KEY = "slabformer"
-    model: str
+    model: NonEmptyStr
     """Name in timm."""
-    model_args: dict[str, Any] = field(default_factory=dict)
+    model_args: Arguments = field(default_factory=dict)
     """Further arguments of ``timm.create_model``."""
-    class_names: list[str]
+    class_names: ClassNames
     """By label."""
-    input_size: tuple[int, int, int] = (3, 224, 224)
+    input_size: tuple[PositiveInt, Pixels, Pixels] = (3, 224, 224)
     """Channels, height, width."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
     """Subtracted from RGB in [0, 1]."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
     """Divides what is left."""
-    interpolation: str = "bicubic"
+    interpolation: NonEmptyStr = "bicubic"
     """How images are resized."""
-    crop_pct: float = 0.875
+    crop_pct: PositiveFraction = 0.875
     """Centre crop over the resized shorter side."""
 
     @property
@@ -53,10 +63,18 @@ class ModelInfo(SavedInfo):
         check_arguments(self.model, self.model_args)
         return create_model(self.model, **self.model_args)
 
+    def check_model(self, model: nn.Module) -> None:
+        """See :meth:`SavedInfo.check_model`; a model without names passes."""
+        classes, named = getattr(model, "num_classes", None), len(self.class_names)
+        if named and classes is not None and classes != named:
+            raise ValueError(f"class_names must name the {classes} classes of {self.model}, got {named} names")
+
     @classmethod
     def restore(cls, values: dict[str, Any]) -> dict[str, Any]:
         """JSON's lists as tuples."""
-        return values | {name: tuple(values.get(name, getattr(cls, name))) for name in ("input_size", "mean", "std")}
+        return super().restore(values) | {
+            name: tuple(values.get(name, getattr(cls, name))) for name in ("input_size", "mean", "std")
+        }
 
 
 def save_model(model: nn.Module, path: str | Path, info: ModelInfo) -> ModelInfo:

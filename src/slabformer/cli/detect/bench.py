@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from typing import Literal
 
 import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
@@ -17,6 +17,7 @@ from slabformer.deployment.detector_latency import as_if_trained_, measure_laten
 from slabformer.models.detection.backbones import create_backbone
 from slabformer.models.detection.config import DetectorConfig
 from slabformer.models.detection.mask_rcnn import Detector
+from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, NonNegativeInt, Pixels, Seconds, Threads
 from slabformer.tasks.detection.saved import DetectorInfo, load_detector
 
 EXAMPLES = """examples:
@@ -37,17 +38,25 @@ def parser() -> ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=ExamplesFormatter,
     )
-    made.add_argument("model", type=str, help="name of a backbone, or a .safetensors detector: its sizes are taken")
-    made.add_argument("--size", type=int, nargs=2, default=[800, 1333], help="height and width of the image")
-    made.add_argument("--output-norm", type=str | None, help="of the backbone's maps: prepbn folds as well")
-    made.add_argument("--sampling-ratio", type=int | None, help="of box features: 0 as published, 2 is faster")
-    made.add_argument("--device", type=str, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
-    made.add_argument("--threads", type=int | None, help="torch's threads on a CPU; all cores by default")
+    made.add_argument(
+        "model", type=NonEmptyStr, help="name of a backbone, or a .safetensors detector: its sizes are taken"
+    )
+    made.add_argument("--size", type=Pixels, nargs=2, default=[800, 1333], help="height and width of the image")
+    made.add_argument(
+        "--output-norm",
+        type=Literal["layernorm", "prepbn", "repbn", "none"] | None,
+        help="of the backbone's maps: prepbn folds as well",
+    )
+    made.add_argument(
+        "--sampling-ratio", type=NonNegativeInt | None, help="of box features: 0 as published, 2 is faster"
+    )
+    made.add_argument("--device", type=DeviceName, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
+    made.add_argument("--threads", type=Threads | None, help="torch's threads on a CPU; all cores by default")
     made.add_argument(
         "--compile", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="also compiled backbones"
     )
-    made.add_argument("--seconds", type=float, default=60.0, help="of measuring")
-    made.add_argument("--output", type=Path | None, help="folder for latency.csv, latency.md and latency.json")
+    made.add_argument("--seconds", type=Seconds, default=60.0, help="of measuring")
+    made.add_argument("--output", type=FolderToWrite | None, help="folder for latency.csv, latency.md and latency.json")
     return made
 
 

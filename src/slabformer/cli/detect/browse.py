@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer.cli.common import writable
 from slabformer.cli.recipe import config_of, recipe_parser
+from slabformer.settings import NonNegativeInt, OutputFile, PositiveInt
 from slabformer.tasks.detection.config import TrainConfig
+from slabformer.tasks.detection.digits import Split
 
 
 def parser() -> ArgumentParser:
@@ -17,10 +20,15 @@ def parser() -> ArgumentParser:
     made = recipe_parser("slab detect browse", "", "recipes/detection_slab_swin_tiny_1x.yaml", TrainConfig)
     made.description = "Draw the first images of an epoch as they are trained on, with boxes, masks and names."
     made.usage = "slab detect browse [--data PATH] [--config RECIPE] [--out FILE] [--num N] [any key of training]"
-    made.add_argument("--out", type=Path, default=Path("batches.png"), help="the picture")
-    made.add_argument("--num", type=int, default=16, help="images in it")
-    made.add_argument("--epoch", type=int, default=0, help="whose order and augmentation")
-    made.add_argument("--split", type=str, default="train", choices=["train", "validation"], help="which images")
+    made.add_argument(
+        "--out",
+        type=Annotated[Path, OutputFile(".png", ".jpg", ".jpeg", ".webp")],
+        default=Path("batches.png"),
+        help="the picture",
+    )
+    made.add_argument("--num", type=PositiveInt, default=16, help="images in it")
+    made.add_argument("--epoch", type=NonNegativeInt, default=0, help="whose order and augmentation")
+    made.add_argument("--split", type=Split, default="train", help="which images")
     return made
 
 

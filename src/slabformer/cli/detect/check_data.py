@@ -12,6 +12,7 @@ from rich.table import Table
 from slabformer.cli.common import console
 from slabformer.cli.data import STDOUT, progress_bar, write_json
 from slabformer.cli.recipe import config_of, recipe_parser
+from slabformer.settings import FolderToWrite, JsonToWrite
 from slabformer.tasks.detection.check import SPLITS, SplitReport, check_data, mend_data
 from slabformer.tasks.detection.config import TrainConfig
 from slabformer.tasks.detection.dataset import DetectionData, locate
@@ -31,11 +32,13 @@ def parser() -> ArgumentParser:
     made.add_argument("--decode", action="store_true", help="read every image to its end, to find truncated ones")
     made.add_argument(
         "--fix",
-        type=Path | None,
+        type=FolderToWrite | None,
         metavar="OUTPUT",
         help="write mended annotations into this folder; what means nothing is left out, and all of it is told",
     )
-    made.add_argument("--json", type=Path | None, help="also write the report as JSON; - for standard output alone")
+    made.add_argument(
+        "--json", type=JsonToWrite | None, help="also write the report as JSON; - for standard output alone"
+    )
     return made
 
 

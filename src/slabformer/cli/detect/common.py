@@ -9,6 +9,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
+from slabformer.settings import NonEmptyStr, PositiveInt
 from slabformer.tasks.detection.dataset import DetectionData
 from slabformer.tasks.detection.loader import create_loader
 from slabformer.tasks.detection.saved import DetectorInfo
@@ -22,8 +23,12 @@ SHAPES = ((3, 4), (7, 5), (1, 1), (2, 3))
 
 def add_picture_options(parser: ArgumentParser) -> None:
     """``--data`` and ``--num-images``."""
-    parser.add_argument("--data", type=str | None, help="compare on validation images of this data set, or of digits")
-    parser.add_argument("--num-images", type=int, default=4, help="how many to compare on; random ones without --data")
+    parser.add_argument(
+        "--data", type=NonEmptyStr | None, help="compare on validation images of this data set, or of digits"
+    )
+    parser.add_argument(
+        "--num-images", type=PositiveInt, default=4, help="how many to compare on; random ones without --data"
+    )
 
 
 def compared_pictures(config: Namespace, info: DetectorInfo) -> Iterator[Tensor]:

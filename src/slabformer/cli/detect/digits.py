@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from slabformer.settings import FolderToWrite, PositiveInt, Seed
 from slabformer.tasks.detection.digits import NUM_IMAGES, write_digits
 
 
@@ -17,10 +17,12 @@ def parser() -> ArgumentParser:
         description="Write digits pasted on photographs with boxes and masks, in COCO's layout: "
         "OUT/{train2017,val2017,annotations}. `--data OUT` then means the same images as `--data digits`.",
     )
-    made.add_argument("out", type=Path, help="a folder that is not there yet")
-    made.add_argument("--num-train", type=int, default=NUM_IMAGES["train"], help="images to train on")
-    made.add_argument("--num-validation", type=int, default=NUM_IMAGES["validation"], help="images to evaluate on")
-    made.add_argument("--seed", type=int, default=0, help="of everything random")
+    made.add_argument("out", type=FolderToWrite, help="a folder that is not there yet")
+    made.add_argument("--num-train", type=PositiveInt, default=NUM_IMAGES["train"], help="images to train on")
+    made.add_argument(
+        "--num-validation", type=PositiveInt, default=NUM_IMAGES["validation"], help="images to evaluate on"
+    )
+    made.add_argument("--seed", type=Seed, default=0, help="of everything random")
     return made
 
 

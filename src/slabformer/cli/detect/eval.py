@@ -6,7 +6,7 @@ import csv
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
@@ -22,6 +22,7 @@ from slabformer.cli.data import (
     write_json,
 )
 from slabformer.deployment.fuse_detector import fuse_detector
+from slabformer.settings import ExistingFile, FileToWrite, InputPath, JsonToWrite, NonEmptyStr, PositiveInt, Workers
 from slabformer.tasks.detection.dataset import DetectionData
 from slabformer.tasks.detection.evaluate import collect
 from slabformer.tasks.detection.loader import DetectionLoader, create_loader
@@ -48,21 +49,38 @@ def parser() -> ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=ExamplesFormatter,
     )
-    made.add_argument("model", type=Path, help="a .safetensors file that `slab detect train` or `fuse` wrote")
+    made.add_argument("model", type=ExistingFile, help="a .safetensors file that `slab detect train` or `fuse` wrote")
     made.add_argument(
-        "--data", type=str | None, help="a folder with val2017 and annotations/instances_val2017.json, or digits"
+        "--data",
+        type=NonEmptyStr | None,
+        help="a folder with val2017 and annotations/instances_val2017.json, or digits",
     )
-    made.add_argument("--images", type=str | None, help="folder of the images, if not DATA/val2017")
-    made.add_argument("--annotations", type=str | None, help="COCO file, if not the usual one below DATA")
-    made.add_argument("--batch-size", type=int, default=1, help="images that are read at once")
-    made.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
+    made.add_argument(
+        "--images", type=Annotated[str, InputPath("folder")] | None, help="folder of the images, if not DATA/val2017"
+    )
+    made.add_argument(
+        "--annotations",
+        type=Annotated[str, InputPath("file")] | None,
+        help="COCO file, if not the usual one below DATA",
+    )
+    made.add_argument("--batch-size", type=PositiveInt, default=1, help="images that are read at once")
+    made.add_argument("--num-workers", type=Workers, default=0, help="processes that decode images")
     add_device_option(made)
     made.add_argument("--fused", action="store_true", help="fold the norms of the backbone before evaluating")
     made.add_argument("--boxes", action="store_true", help="boxes alone, for annotations without masks")
-    made.add_argument("--backend", type=str, default="auto", help="auto, faster-coco-eval or pycocotools")
-    made.add_argument("--classes", type=Path | None, help="also show every class's AP, and write it to this CSV file")
-    made.add_argument("--results", type=Path | None, help="also write all detections as COCO's results.json")
-    made.add_argument("--json", type=Path | None, help="also write the figures as JSON; - for standard output alone")
+    made.add_argument(
+        "--backend",
+        type=Literal["auto", "faster-coco-eval", "pycocotools"],
+        default="auto",
+        help="auto, faster-coco-eval or pycocotools",
+    )
+    made.add_argument(
+        "--classes", type=FileToWrite | None, help="also show every class's AP, and write it to this CSV file"
+    )
+    made.add_argument("--results", type=FileToWrite | None, help="also write all detections as COCO's results.json")
+    made.add_argument(
+        "--json", type=JsonToWrite | None, help="also write the figures as JSON; - for standard output alone"
+    )
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -12,6 +13,7 @@ from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
 from slabformer.deployment.export_detector import RUNTIME_PIXELS, export_detector
 from slabformer.deployment.static_detector import MAX_CANDIDATES
+from slabformer.settings import ExistingFile, NonNegativeFloat, OutputFile, Pixels, PositiveInt
 from slabformer.tasks.detection.saved import DetectorInfo, load_detector
 from slabformer.tasks.engine.files import replaced
 
@@ -30,16 +32,20 @@ def parser() -> ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=ExamplesFormatter,
     )
-    made.add_argument("model", type=Path, help="a .safetensors file that `slab detect train` or `fuse` wrote")
-    made.add_argument("--output", type=Path, required=True, help="the file, detector.onnx")
+    made.add_argument("model", type=ExistingFile, help="a .safetensors file that `slab detect train` or `fuse` wrote")
     made.add_argument(
-        "--size", type=int | None, nargs=2, help="largest height and width; by default landscape, as in evaluation"
+        "--output", type=Annotated[Path, OutputFile(".onnx")], required=True, help="the file, detector.onnx"
     )
     made.add_argument(
-        "--max-candidates", type=int, default=MAX_CANDIDATES, help="boxes that enter the last suppression"
+        "--size", type=Pixels | None, nargs=2, help="largest height and width; by default landscape, as in evaluation"
+    )
+    made.add_argument(
+        "--max-candidates", type=PositiveInt, default=MAX_CANDIDATES, help="boxes that enter the last suppression"
     )
     add_picture_options(made)
-    made.add_argument("--pixels", type=float, default=RUNTIME_PIXELS, help="largest distance of a box's edge")
+    made.add_argument(
+        "--pixels", type=NonNegativeFloat, default=RUNTIME_PIXELS, help="largest distance of a box's edge"
+    )
     return made
 
 

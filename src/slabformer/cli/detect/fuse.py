@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
@@ -13,6 +12,7 @@ from slabformer.cli.common import console, writable
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
 from slabformer.cli.fuse import fuse_table
 from slabformer.deployment.fuse_detector import PIXELS, fuse_detector, verify_detections
+from slabformer.settings import ExistingFile, FileToWrite, ModelToWrite, NonNegativeFloat
 from slabformer.tasks.detection.saved import load_detector, save_detector
 from slabformer.tasks.engine.files import write_text
 
@@ -22,11 +22,13 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(
         prog="slab detect fuse", description="Fold every norm of the backbone into its neighbours, verify, save."
     )
-    made.add_argument("model", type=Path, help="a .safetensors file that `slab detect train` wrote")
-    made.add_argument("--output", type=Path, required=True, help="the fused detector, a .safetensors file")
-    made.add_argument("--json", type=Path | None, help="also write where each norm went, as JSON")
+    made.add_argument("model", type=ExistingFile, help="a .safetensors file that `slab detect train` wrote")
+    made.add_argument("--output", type=ModelToWrite, required=True, help="the fused detector, a .safetensors file")
+    made.add_argument("--json", type=FileToWrite | None, help="also write where each norm went, as JSON")
     add_picture_options(made)
-    made.add_argument("--pixels", type=float, default=PIXELS, help="largest distance of a box's edge that passes")
+    made.add_argument(
+        "--pixels", type=NonNegativeFloat, default=PIXELS, help="largest distance of a box's edge that passes"
+    )
     return made
 
 

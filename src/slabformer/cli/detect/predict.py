@@ -21,6 +21,7 @@ from slabformer.cli.data import (
     write_json,
 )
 from slabformer.deployment.export_detector import OnnxDetector
+from slabformer.settings import ExistingFile, FolderToWrite, Fraction, JsonToWrite, NonEmptyStr
 from slabformer.tasks.detection.drawing import to_pil
 from slabformer.tasks.detection.predict import Detect, PicturePrediction, draw, on_device, picture_paths, predict
 from slabformer.tasks.detection.saved import DetectorInfo, load_detector
@@ -41,11 +42,17 @@ def parser() -> ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=ExamplesFormatter,
     )
-    made.add_argument("model", type=Path, help="a .safetensors file of `slab detect train` or `fuse`, or an .onnx file")
-    made.add_argument("images", type=str, nargs="+", help="image files, folders of them, and patterns like 'a/*.jpg'")
-    made.add_argument("--score", type=float, default=0.3, help="least score of an object")
-    made.add_argument("--out", type=Path | None, help="folder for the pictures with what was found, as PNG")
-    made.add_argument("--json", type=Path | None, help="also write what was found, masks as COCO's RLE; - for stdout")
+    made.add_argument(
+        "model", type=ExistingFile, help="a .safetensors file of `slab detect train` or `fuse`, or an .onnx file"
+    )
+    made.add_argument(
+        "images", type=NonEmptyStr, nargs="+", help="image files, folders of them, and patterns like 'a/*.jpg'"
+    )
+    made.add_argument("--score", type=Fraction, default=0.3, help="least score of an object")
+    made.add_argument("--out", type=FolderToWrite | None, help="folder for the pictures with what was found, as PNG")
+    made.add_argument(
+        "--json", type=JsonToWrite | None, help="also write what was found, masks as COCO's RLE; - for stdout"
+    )
     add_device_option(made)
     return made
 

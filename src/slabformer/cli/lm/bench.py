@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
 import slabformer as sf
@@ -18,6 +17,7 @@ from slabformer.cli.lm.common import available_accelerator, check_no_file, quiet
 from slabformer.deployment.measurement import Variant
 from slabformer.nn.affine import Folded
 from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, PositiveInt, Seconds, Threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,19 +39,21 @@ def parser() -> ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=ExamplesFormatter,
     )
-    made.add_argument("model", type=str, help="a folder or hub name, or a recipe (.yaml): random weights of its sizes")
-    made.add_argument("--device", type=str, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
+    made.add_argument(
+        "model", type=NonEmptyStr, help="a folder or hub name, or a recipe (.yaml): random weights of its sizes"
+    )
+    made.add_argument("--device", type=DeviceName, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
     made.add_argument("--bf16", action="store_true", help="weights and arithmetic in bfloat16")
     made.add_argument("--batch-sizes", type=PositiveInt, nargs="+", default=[1, 8], help="texts at once")
     made.add_argument("--prompt-tokens", type=PositiveInt, default=128, help="length of the prompt")
-    made.add_argument("--threads", type=PositiveInt | None, help="torch's threads on a CPU; all cores by default")
+    made.add_argument("--threads", type=Threads | None, help="torch's threads on a CPU; all cores by default")
     made.add_argument(
         "--compile", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="also under torch.compile"
     )
     made.add_argument(
-        "--seconds", type=float, default=20.0, help="of measuring at each batch size, for prompts and tokens each"
+        "--seconds", type=Seconds, default=20.0, help="of measuring at each batch size, for prompts and tokens each"
     )
-    made.add_argument("--output", type=Path | None, help="folder for decode.csv, decode.json and decode.md")
+    made.add_argument("--output", type=FolderToWrite | None, help="folder for decode.csv, decode.json and decode.md")
     return made
 
 

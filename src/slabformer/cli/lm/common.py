@@ -10,6 +10,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer._extras import require
+from slabformer.settings import DeviceOrAuto, NonEmptyStr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,8 +40,8 @@ def available_accelerator(name: str) -> torch.device:
 
 def add_model_options(parser: ArgumentParser) -> None:
     """``MODEL``, where it runs and in which arithmetic."""
-    parser.add_argument("model", type=str, help=MODEL_HELP)
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("model", type=NonEmptyStr, help=MODEL_HELP)
+    parser.add_argument("--device", type=DeviceOrAuto, default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--bf16", action="store_true", help="weights and arithmetic in bfloat16")
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
 from rich.table import Table
 
 import slabformer as sf
@@ -14,6 +12,8 @@ from slabformer.cli.common import console
 from slabformer.cli.data import STDOUT, ExamplesFormatter, progress_bar, write_json
 from slabformer.cli.lm.common import add_model_options, load
 from slabformer.nn.controls import prepbn_modules
+from slabformer.settings import JsonToWrite, NonEmptyStr, PositiveInt
+from slabformer.tasks.language.rows import Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,19 +36,25 @@ def parser() -> ArgumentParser:
         formatter_class=ExamplesFormatter,
     )
     add_model_options(made)
-    made.add_argument("--data", type=str | None, help="a text: files, a folder, hf:NAME, or pydoc")
-    made.add_argument("--document", type=str, default="file", help="what a document is in text: file, paragraph, line")
-    made.add_argument("--split", type=str, default="test", help="split of a data set of the hub")
-    made.add_argument("--text-field", type=str, default="text", help="where the text lies in JSON lines and columns")
-    made.add_argument("--max-documents", type=PositiveInt | None, help="read no more of the text")
-    made.add_argument("--stride", type=int | None, help="tokens from window to window; half the context by default")
+    made.add_argument("--data", type=NonEmptyStr | None, help="a text: files, a folder, hf:NAME, or pydoc")
+    made.add_argument("--document", type=Unit, default="file", help="what a document is in text: file, paragraph, line")
+    made.add_argument("--split", type=NonEmptyStr, default="test", help="split of a data set of the hub")
     made.add_argument(
-        "--tasks", type=str, nargs="+", default=[], help="'published', names of the harness, .jsonl files"
+        "--text-field", type=NonEmptyStr, default="text", help="where the text lies in JSON lines and columns"
+    )
+    made.add_argument("--max-documents", type=PositiveInt | None, help="read no more of the text")
+    made.add_argument(
+        "--stride", type=PositiveInt | None, help="tokens from window to window; half the context by default"
+    )
+    made.add_argument(
+        "--tasks", type=NonEmptyStr, nargs="+", default=[], help="'published', names of the harness, .jsonl files"
     )
     made.add_argument("--limit", type=PositiveInt | None, help="questions of each task")
     made.add_argument("--batch-size", type=PositiveInt, default=8, help="texts at once")
     made.add_argument("--fused", action="store_true", help="fold the norms before evaluating")
-    made.add_argument("--json", type=Path | None, help="also write the figures as JSON; - for standard output alone")
+    made.add_argument(
+        "--json", type=JsonToWrite | None, help="also write the figures as JSON; - for standard output alone"
+    )
     return made
 
 

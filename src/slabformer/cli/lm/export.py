@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer.cli.common import writable
 from slabformer.cli.lm.common import MODEL_HELP, quiet_transformers
 from slabformer.deployment.equality import RUNTIME_RTOL
+from slabformer.settings import NonEmptyStr, OutputFile, Tolerance
 from slabformer.tasks.engine.files import replaced_with
 
 
@@ -21,10 +23,12 @@ def parser() -> ArgumentParser:
         "present.I.key and .value), any batch and length, checked against PyTorch. Above 2 GB the weights lie in "
         "a second file, model.onnx.data.",
     )
-    made.add_argument("model", type=str, help=MODEL_HELP)
-    made.add_argument("--output", type=Path, required=True, help="the file, model.onnx")
+    made.add_argument("model", type=NonEmptyStr, help=MODEL_HELP)
+    made.add_argument("--output", type=Annotated[Path, OutputFile(".onnx")], required=True, help="the file, model.onnx")
     made.add_argument("--fused", action="store_true", help="fold the norms first")
-    made.add_argument("--rtol", type=float, default=RUNTIME_RTOL, help="largest difference, relative to outputs' scale")
+    made.add_argument(
+        "--rtol", type=Tolerance, default=RUNTIME_RTOL, help="largest difference, relative to outputs' scale"
+    )
     return made
 
 

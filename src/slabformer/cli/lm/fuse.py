@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
@@ -10,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from slabformer.cli.common import console
 from slabformer.cli.fuse import fuse_table
 from slabformer.cli.lm.common import add_model_options, folder_to_write, load_model
+from slabformer.settings import FolderToWrite
 from slabformer.surgery.verify import verify
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def parser() -> ArgumentParser:
         "slab lm import, or anybody's Trainer with a ProgressiveCallback.",
     )
     add_model_options(made)
-    made.add_argument("--output", type=Path, required=True, help="folder to write")
+    made.add_argument("--output", type=FolderToWrite, required=True, help="folder to write")
     made.add_argument("--untie", action="store_true", help="give a head that shares the embedding weights of its own")
     made.add_argument("--overwrite", action="store_true", help="replace the model that is there")
     return made

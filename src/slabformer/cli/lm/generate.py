@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.lm.common import add_model_options, load
+from slabformer.settings import (
+    ExistingFile,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Seed,
+)
 from slabformer.tasks.engine.files import read_text
 
 EXAMPLES = """examples:
@@ -30,13 +38,17 @@ def parser() -> ArgumentParser:
     )
     add_model_options(made)
     made.add_argument("prompt", type=str | None, nargs="?", help="what to go on with; - reads standard input")
-    made.add_argument("--file", type=Path | None, help="a file that holds it")
-    made.add_argument("--max-new-tokens", type=int, default=100, help="longest continuation")
-    made.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    made.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0 from all")
-    made.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this total share")
-    made.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids what was said already")
-    made.add_argument("--seed", type=int, default=0, help="of the draws")
+    made.add_argument("--file", type=ExistingFile | None, help="a file that holds it")
+    made.add_argument("--max-new-tokens", type=PositiveInt, default=100, help="longest continuation")
+    made.add_argument("--temperature", type=NonNegativeFloat, default=0.8, help="0 takes the likeliest token each time")
+    made.add_argument("--top-k", type=NonNegativeInt, default=0, help="draw from so many likeliest tokens; 0 from all")
+    made.add_argument(
+        "--top-p", type=PositiveFraction, default=0.95, help="draw from the likeliest tokens of this total share"
+    )
+    made.add_argument(
+        "--repetition-penalty", type=PositiveFloat, default=1.0, help="above 1 avoids what was said already"
+    )
+    made.add_argument("--seed", type=Seed, default=0, help="of the draws")
     made.add_argument("--fused", action="store_true", help="fold the norms first")
     made.add_argument("--only-new", action="store_true", help="write the continuation without the prompt")
     return made

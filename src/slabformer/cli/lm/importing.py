@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer.cli.common import console
 from slabformer.cli.lm.common import folder_to_write, quiet_transformers
 from slabformer.cli.lm.fuse import fuse_verified
+from slabformer.settings import FolderToWrite, InputPath
 
 
 def parser() -> ArgumentParser:
@@ -18,8 +20,8 @@ def parser() -> ArgumentParser:
         description="Read a published folder strictly (config.json, pytorch_model.bin; nothing but tensors is "
         "unpickled) and write it as transformers and slab read it.",
     )
-    made.add_argument("folder", type=Path, help="what was downloaded from the hub")
-    made.add_argument("--output", type=Path, required=True, help="folder to write")
+    made.add_argument("folder", type=Annotated[Path, InputPath("folder")], help="what was downloaded from the hub")
+    made.add_argument("--output", type=FolderToWrite, required=True, help="folder to write")
     made.add_argument("--fuse", action="store_true", help="fold every norm into its neighbours")
     made.add_argument("--overwrite", action="store_true", help="replace the model that is there")
     return made

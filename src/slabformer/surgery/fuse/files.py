@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._extras import require
-from slabformer._files import workspace
+from slabformer._files import check_readable, workspace
 from slabformer._torch import Conv
 from slabformer.nn import PadTokens
 from slabformer.nn.affine import Affine, Folded
@@ -124,8 +124,7 @@ def load_fused(skeleton: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     safetensors = require("safetensors", "vision")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+    check_readable(path, "fused model")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(HEADER)
@@ -134,7 +133,17 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, An
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     if header is None:
         raise ValueError(f"{path} is not a fused model's file; write one with slabformer.save_fused")
-    return tensors, {"filled_pads": {}, "kept_buffers": {}, **json.loads(header)}
+    return tensors, {"filled_pads": {}, "kept_buffers": {}, **_parsed(header, path)}
+
+
+def _parsed(header: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        changes = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} says what was folded in words that cannot be read: {error}") from error
+    if not isinstance(changes, dict):
+        raise ValueError(f"{path} must say what was folded in a mapping, got {changes!r}")
+    return changes
 
 
 def _check_fit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,17 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from slabformer._extras import require
+from slabformer.settings import (
+    Fraction,
+    FractionBelowOne,
+    NonEmptyStr,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Range,
+    Settings,
+)
 from slabformer.tasks.classification.sources import DataConfig
 from slabformer.tasks.engine.order import Stream
 
@@ -21,45 +32,45 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass(kw_only=True)
-class AugmentConfig:
+class AugmentConfig(Settings):
     """What training images go through. Defaults are the published ImageNet recipe."""
 
     policy: Literal["timm", "light", "none"] = "timm"
     """`timm`: random resized crop, flips and what the fields below say. `light`: small shifts and turns of images
     held in memory, whole batches at once (for `digits`). `none`: as for validation."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
     """Share of the image's area that a random crop keeps (`timm`)."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
+    ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
     """Aspect ratio of a random crop (`timm`)."""
-    hflip: float = 0.5
+    hflip: Fraction = 0.5
     """Probability of a horizontal flip (`timm`)."""
-    vflip: float = 0.0
+    vflip: Fraction = 0.0
     """Probability of a vertical flip (`timm`)."""
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    auto_augment: NonEmptyStr | None = "rand-m9-mstd0.5-inc1"
     """timm's name of an automatic policy (`timm`)."""
-    color_jitter: float = 0.4
+    color_jitter: NonNegativeFloat = 0.4
     """Strength of brightness, contrast, saturation jitter (`timm`); without effect under RandAugment, as published."""
-    re_prob: float = 0.25
+    re_prob: Fraction = 0.25
     """Probability of random erasing (`timm`)."""
     re_mode: Literal["const", "rand", "pixel"] = "pixel"
     """What erases: zeros, one random colour, or random pixels (`timm`)."""
-    re_count: int = 1
+    re_count: PositiveInt = 1
     """Most regions erased in one image (`timm`)."""
-    light_shift: float = 0.08
+    light_shift: Fraction = 0.08
     """Largest shift as a share of height and width (`light`)."""
-    light_rotate: float = 10.0
+    light_rotate: Annotated[float, Range(ge=0, le=180)] = 10.0
     """Largest turn in degrees (`light`)."""
-    light_scale: float = 0.1
+    light_scale: FractionBelowOne = 0.1
     """Largest relative change of size (`light`)."""
-    mixup: float = 0.8
+    mixup: NonNegativeFloat = 0.8
     """Mixup alpha, 0 for none; applied by the trainer."""
-    cutmix: float = 1.0
+    cutmix: NonNegativeFloat = 1.0
     """CutMix alpha, 0 for none; applied by the trainer."""
-    mixup_prob: float = 1.0
+    mixup_prob: Fraction = 1.0
     """Probability that a batch is mixed at all."""
-    mixup_switch_prob: float = 0.5
+    mixup_switch_prob: Fraction = 0.5
     """Probability of CutMix where both are on."""
-    label_smoothing: float = 0.1
+    label_smoothing: FractionBelowOne = 0.1
     """Share of the target spread over all classes."""
 
 
@@ -88,9 +99,6 @@ def eval_transform(data: DataConfig, *, normalize: bool = True) -> Transform:
 
 
 def _create_transform(data: DataConfig, **options: Any) -> Transform:
-    allowed = ("bicubic", "bilinear", "nearest", "lanczos")
-    if data.interpolation not in allowed:
-        raise ValueError(f"unknown interpolation {data.interpolation!r}; use one of {', '.join(allowed)}")
     transform = require("timm.data", extra="vision").create_transform(
         input_size=(3, data.image_size, data.image_size),
         mean=data.mean,

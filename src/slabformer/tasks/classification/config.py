@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from slabformer.settings import Arguments, Epochs, FractionBelowOne, NonEmptyStr, NonNegativeInt, Settings, Workers
 from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.sources import DataConfig
 from slabformer.tasks.engine.config import HARMLESS, FadeConfig, LrConfig, OptimizerConfig, RecalibrateConfig, RunConfig
@@ -14,16 +14,16 @@ HARMLESS_DATA = ("data.path", "data.root", "data.download", "data.max_unreadable
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Which model is trained, and from where it starts."""
 
-    name: str = "slab_deit_micro"
+    name: NonEmptyStr = "slab_deit_micro"
     """Any classifier that timm knows; `slab list` shows ours."""
-    args: dict[str, Any] = field(default_factory=dict)
+    args: Arguments = field(default_factory=dict)
     """Further arguments for `timm.create_model`, e.g. `drop_path_rate`; classes and image size follow the data."""
     pretrained: bool = False
     """Start from the released weights."""
-    weights: str | None = None
+    weights: NonEmptyStr | None = None
     """Start from a `model.safetensors` of the same model, e.g. of its LayerNorm twin, to be converted. A PRepBN model
     that has faded before is trained on without its norms."""
     convert_norms: bool = False
@@ -34,16 +34,16 @@ class ModelConfig:
 class GammaConfig(FadeConfig):
     """How LayerNorm fades; without effect on a model without PRepBN."""
 
-    fit_batches: int = 0
+    fit_batches: NonNegativeInt = 0
     """Training batches by which RepBN is first fitted to LayerNorm's output, so that fading starts from the same
     function; 0 keeps the published start."""
 
 
 @dataclass(kw_only=True)
-class EmaConfig:
+class EmaConfig(Settings):
     """A moving average of the weights beside them."""
 
-    decay: float = 0.0
+    decay: FractionBelowOne = 0.0
     """Weight of the past in each step, e.g. 0.9999; 0 for no average."""
     warmup: bool = False
     """Shorter memory at first, for short runs."""
@@ -69,15 +69,10 @@ class TrainConfig(RunConfig):
     """Average of the weights."""
     recalibrate: RecalibrateConfig = field(default_factory=RecalibrateConfig)
     """Statistics at the end."""
-    epochs: int = 300
+    epochs: Epochs = 300
     """Passes over the training data, warm-up included, cool-down not."""
-    num_workers: int = field(default=4, metadata=HARMLESS)
+    num_workers: Workers = field(default=4, metadata=HARMLESS)
     """Processes that decode images; no effect on what is trained."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_below("epochs", 1)
-        self._refuse_below("num_workers", 0)
 
     def harmless(self) -> set[str]:
         """Dotted keys that may differ when a run goes on."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 
 import slabformer as sf
+from slabformer._files import check_readable
+from slabformer.models.hub import weights_file
 from slabformer.nn.controls import repbn_modules
 from slabformer.tasks.classification.build import build_model, model_arguments
 from slabformer.tasks.classification.config import TrainConfig
@@ -20,6 +22,7 @@ from slabformer.tasks.engine.build import (
     build_loop_config,
     build_lr_schedule,
     build_optimizer,
+    check_accumulate,
     rate_scale,
 )
 from slabformer.tasks.engine.checkpoint import CheckpointStore
@@ -59,6 +62,8 @@ def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Seq
     folder, found = open_folder(config, RunFolder)
     if found == "finished":
         return finished_before(folder)
+    if found == "new" and config.model.weights is not None:
+        check_readable(weights_file(config.model.weights), "weights")  # told before the data is listed
     run = _Run(config, folder, model, fresh=found == "new")
     return train_and_finish(run, CsvObserver(folder.path, COLUMNS), observers)
 
@@ -70,6 +75,7 @@ class _Run:
         self.config, self.folder = config, folder
         self.accelerator = create_accelerator(config.precision, config.device)
         self.train_loader, self.val_loader = self._loader("train"), self._loader("validation")
+        check_accumulate(config.accumulate, len(self.train_loader))
         self.class_names = self.train_loader.class_names
         reseed(config.seed)
         needed = (config.model, len(self.class_names), config.data.image_size)

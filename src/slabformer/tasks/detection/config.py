@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from slabformer.models.detection.config import DetectorConfig
+from slabformer.settings import Arguments, Epochs, NonEmptyStr, PositiveFloat, PositiveInt, Settings, Threads, Workers
 from slabformer.tasks.detection.dataset import DetectionData
 from slabformer.tasks.detection.rate import RateConfig
 from slabformer.tasks.detection.transforms import DetectionAugment
@@ -44,12 +45,12 @@ SMALL_DETECTOR: dict[str, Any] = {
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Which backbone the detector stands on, and from where it starts."""
 
-    backbone: str = "slab_swin_tiny"
+    backbone: NonEmptyStr = "slab_swin_tiny"
     """A model of the zoo, or any of timm's that takes `features_only`."""
-    args: dict[str, Any] = field(default_factory=lambda: dict(SMALL_BACKBONE))
+    args: Arguments = field(default_factory=lambda: dict(SMALL_BACKBONE))
     """Further arguments of the backbone, e.g. `drop_path_rate`."""
     norm: Literal["prepbn", "repbn", "layernorm"] | None = None
     """Of a model of the zoo; its own by default, `layernorm` for its twin."""
@@ -61,9 +62,9 @@ class ModelConfig:
     """Turn every LayerNorm of a backbone of timm's into PRepBN before training."""
     pretrained: bool = False
     """Start from the backbone's released weights: the published ones, or timm's of its own models."""
-    backbone_weights: str | None = None
+    backbone_weights: NonEmptyStr | None = None
     """Start from a classifier: a published `.pth` or a `model.safetensors` that `slab train` wrote."""
-    weights: str | None = None
+    weights: NonEmptyStr | None = None
     """Start from a whole detector that `slab detect train` wrote; it brings backbone and sizes with it."""
     new_predictors: bool = False
     """Drop the layers of `weights` that name classes, and start them anew: for data with other classes."""
@@ -75,6 +76,7 @@ class ModelConfig:
     """Compute the backbone's activations again in backward instead of keeping them."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if "pretrained" in self.args:
             raise ValueError(
                 "model.args.pretrained would fetch weights whenever the detector is loaded; say model.pretrained"
@@ -96,18 +98,21 @@ class ModelConfig:
 class DecayConfig(OptimizerConfig):
     """timm's optimizers by name, and what they decay."""
 
-    lr: float = 1e-3
+    lr: PositiveFloat = 1e-3
     """Learning rate for a batch of `lr_base_batch`."""
-    lr_base_batch: int | None = None
+    lr_base_batch: PositiveInt | None = None
     """Total batch for which the rate is given: it is scaled by total batch / this; null takes it as it is."""
-    clip_norm: float | None = 1.0
+    clip_norm: PositiveFloat | None = 1.0
     """Largest norm of the gradient; null does not clip, as published."""
-    no_decay: list[str] = field(default_factory=lambda: ["norm", "relative_position_bias_table", "absolute_pos_embed"])
+    no_decay: list[NonEmptyStr] = field(
+        default_factory=lambda: ["norm", "relative_position_bias_table", "absolute_pos_embed"]
+    )
     """Parameters with one of these in their names are not decayed; `norm` means every RepBN and PRepBN too."""
     decay_vectors: bool = False
     """Decay parameters of one dimension too, as published."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.layer_decay is not None:
             raise ValueError("optimizer.layer_decay is for classifiers; leave it out")
 
@@ -132,30 +137,23 @@ class TrainConfig(RunConfig):
     """How LayerNorm fades."""
     recalibrate: RecalibrateConfig = field(default_factory=RecalibrateConfig)
     """Statistics at the end, unless they stand still."""
-    epochs: int = 8
+    epochs: Epochs = 8
     """Passes over the training data."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Images of one process in one batch."""
     twin: bool = field(default=False, metadata=HARMLESS)
     """Also train the LayerNorm twin, in `output`/twin."""
-    cpu_threads: int | None = 1
+    cpu_threads: Threads | None = 1
     """Threads of one process where it trains on a CPU; null leaves it to torch. A detector's many small operations are
     ten times slower on two threads of a machine that does anything else (7.7 instead of 0.76 s a step, measured)."""
-    num_workers: int = field(default=0, metadata=HARMLESS)
+    num_workers: Workers = field(default=0, metadata=HARMLESS)
     """Processes that decode images; no effect on what is trained."""
-    output: str = field(default="runs/detection_digits", metadata=HARMLESS)
+    output: NonEmptyStr = field(default="runs/detection_digits", metadata=HARMLESS)
     """Folder of this run; given again, the run goes on where it stopped."""
-    log_every: int = field(default=20, metadata=HARMLESS)
+    log_every: PositiveInt = field(default=20, metadata=HARMLESS)
     """Optimizer steps between logged ones."""
-    eval_every: int = field(default=4, metadata=HARMLESS)
+    eval_every: PositiveInt = field(default=4, metadata=HARMLESS)
     """Epochs between evaluations."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_below("epochs", 1)
-        self._refuse_below("num_workers", 0)
-        if self.cpu_threads is not None:
-            self._refuse_below("cpu_threads", 1)
 
     def harmless(self) -> set[str]:
         """Dotted keys that may differ when a run goes on."""

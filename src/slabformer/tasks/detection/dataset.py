@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
+from slabformer.settings import NonEmptyStr, Settings, ShareOrCount
 from slabformer.tasks.detection.annotations import (
     NOT_EVALUATED,
     SMALLEST_SIDE,
@@ -34,26 +35,26 @@ CHECK = "`slab detect check-data` tells more"
 
 
 @dataclass(kw_only=True)
-class DetectionData:
+class DetectionData(Settings):
     """Which images and annotations."""
 
-    path: str = "digits"
+    path: NonEmptyStr = "digits"
     """A folder with `train2017`, `val2017` and `annotations/instances_{train,val}2017.json`, or `digits`: 600 images
     made of what scikit-learn brings."""
-    train_images: str | None = None
+    train_images: NonEmptyStr | None = None
     """Folder of the images to train on, if not the usual one."""
-    train_annotations: str | None = None
+    train_annotations: NonEmptyStr | None = None
     """COCO file of the images to train on, if not the usual one."""
-    val_images: str | None = None
+    val_images: NonEmptyStr | None = None
     """Folder of the images to evaluate on, if not the usual one."""
-    val_annotations: str | None = None
+    val_annotations: NonEmptyStr | None = None
     """COCO file of the images to evaluate on, if not the usual one."""
     orientation: Literal["exif", "stored"] = "exif"
     """Which pictures were annotated: `exif` for those turned as their EXIF data says, as viewers show them, `stored`
     for the pixels in the file, as tools show them that ignore EXIF."""
     masks: bool = True
     """Whether objects have masks; false for boxes alone."""
-    max_unreadable: float = 0.01
+    max_unreadable: ShareOrCount = 0.01
     """Missing or unreadable images that are put up with: a share of all below 1, a count from 1 on, 0 for none."""
 
     @property

@@ -8,26 +8,27 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
+from slabformer.settings import Fraction, NonNegativeInt, PositiveInt, Settings
+
 
 @dataclass(kw_only=True)
-class RateConfig:
+class RateConfig(Settings):
     """Learning rate by optimizer step."""
 
     name: Literal["step", "cosine"] = "step"
     """`step` falls after each of `milestones`, as published; `cosine` falls to 0 over the whole training."""
-    milestones: list[int] = field(default_factory=lambda: [8, 11])
+    milestones: list[PositiveInt] = field(default_factory=lambda: [8, 11])
     """Epochs after which it falls."""
-    decay: float = 0.1
+    decay: Fraction = 0.1
     """Factor of each fall."""
-    warmup_steps: int = 500
+    warmup_steps: NonNegativeInt = 500
     """Optimizer steps of linear warm-up."""
-    warmup_start: float = 0.001
+    warmup_start: Fraction = 0.001
     """Share of the full rate that it starts from."""
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"lr_schedule.warmup_steps must not be negative, got {self.warmup_steps}")
-        if self.milestones != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
+        super().__post_init__()
+        if self.milestones != sorted(set(self.milestones)):
             raise ValueError(f"lr_schedule.milestones must be rising epochs from 1 on, got {self.milestones}")
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from slabformer.models.detection.backbones import check_backbone_arguments, create_backbone
 from slabformer.models.detection.config import DetectorConfig
 from slabformer.models.detection.mask_rcnn import Detector, build_detector
+from slabformer.settings import Arguments, CategoryId, ClassNames, NonEmptyStr, Pixels
 from slabformer.tasks.saved_file import SavedInfo, load_with_info, save_with_info
 
 logger = logging.getLogger(__name__)
@@ -24,19 +25,19 @@ class DetectorInfo(SavedInfo):
 
     KEY = "slabformer.detector"
 
-    backbone: str
+    backbone: NonEmptyStr
     """Name for :func:`slabformer.models.detection.backbones.create_backbone`."""
-    backbone_args: dict[str, Any] = field(default_factory=dict)
+    backbone_args: Arguments = field(default_factory=dict)
     """Its further arguments, ``norm``, ``output_norm`` and ``published`` among them."""
     detector: DetectorConfig
     """All but the backbone."""
-    class_names: list[str]
+    class_names: ClassNames
     """Of labels 1, 2, ..."""
-    category_ids: list[int]
+    category_ids: list[CategoryId]
     """What annotations call them."""
-    size: int = 800
+    size: Pixels = 800
     """Shorter side of images in evaluation, in pixels."""
-    max_size: int = 1333
+    max_size: Pixels = 1333
     """Longest side; it wins."""
 
     @property
@@ -58,7 +59,15 @@ class DetectorInfo(SavedInfo):
         """The detector's settings as such, JSON's lists in them as tuples."""
         settings: dict[str, Any] = values["detector"]
         settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-        return values | {"detector": DetectorConfig(**settings)}
+        return super().restore(values) | {"detector": DetectorConfig(**settings)}
+
+    def check_model(self, model: nn.Module) -> None:
+        """See :meth:`SavedInfo.check_model`."""
+        classes, named, numbered = self.detector.num_classes, len(self.class_names), len(self.category_ids)
+        if not classes == named == numbered:
+            raise ValueError(
+                f"class_names and category_ids must be one for each of {classes} classes, got {named} and {numbered}"
+            )
 
 
 def compare_classes(info: DetectorInfo, class_names: list[str], what: str = "the data") -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import slabformer as sf
+from slabformer._files import check_readable
 from slabformer.tasks.detection.build import backbone_args, build_fading, build_model, decay_groups, live_norms
 from slabformer.tasks.detection.config import TrainConfig
 from slabformer.tasks.detection.cost import refuse_slow_cpu
@@ -26,7 +27,7 @@ from slabformer.tasks.detection.result import (
     read_history,
 )
 from slabformer.tasks.detection.saved import DetectorInfo, save_detector
-from slabformer.tasks.engine.build import build_loop_config, build_optimizer
+from slabformer.tasks.engine.build import build_loop_config, build_optimizer, check_accumulate
 from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.devices import create_accelerator, to_device
 from slabformer.tasks.engine.folder import RunFolder, fingerprint
@@ -61,6 +62,9 @@ def train(config: TrainConfig, *, observers: Sequence[Observer] = ()) -> TrainRe
     folder, found = open_folder(config, RunFolder)
     if found == "finished":
         return finished_before(folder)
+    for weights in (config.model.weights, config.model.backbone_weights):
+        if found == "new" and weights is not None:
+            check_readable(weights, "weights")  # told before the data is listed
     run = _Run(config, folder)
     if found == "new":
         run.refuse_slow_cpu()
@@ -97,6 +101,7 @@ class _Run:
         if self.accelerator.device.type == "cpu" and config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
         self.train_loader, self.val_loader = self._loader("train"), self._loader("validation")
+        check_accumulate(config.accumulate, len(self.train_loader))
         _refuse_other_classes(self.train_loader, self.val_loader)
         self.info = DetectorInfo(
             backbone=config.model.backbone,

@@ -29,6 +29,16 @@ def build_loop_config(config: RunConfig, *, epochs: int, clip_norm: float | None
     )
 
 
+def check_accumulate(accumulate: int, num_batches: int) -> None:
+    """Refuse optimizer steps of more batches than one rank has in an epoch: a step never crosses two epochs.
+
+    Raises:
+        ValueError: With both numbers.
+    """
+    if accumulate > num_batches:
+        raise ValueError(f"accumulate must be at most {num_batches}, the batches of an epoch, got {accumulate}")
+
+
 def build_optimizer(
     config: OptimizerConfig,
     model: nn.Module,

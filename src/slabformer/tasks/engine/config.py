@@ -6,54 +6,66 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from slabformer.progressive import check_fractions
+from slabformer.settings import (
+    Arguments,
+    FractionBelowOne,
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Seed,
+    Settings,
+)
 
 #: may differ when a run goes on: nothing that is trained depends on it
 HARMLESS = {"harmless": True}
 
 
 @dataclass(kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """timm's optimizers by name; parameters of one dimension are not decayed."""
 
-    name: str = "adamw"
+    name: NonEmptyStr = "adamw"
     """Any of `timm.optim.list_optimizers()`."""
-    lr: float = 5e-4
+    lr: PositiveFloat = 5e-4
     """Learning rate for a batch of `lr_base_batch`."""
-    lr_base_batch: int | None = 512
+    lr_base_batch: PositiveInt | None = 512
     """Total batch for which the rates are given: all are scaled by total batch / this; None takes them as they are."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegativeFloat = 0.05
     """Decoupled where the optimizer is."""
-    args: dict[str, Any] = field(default_factory=dict)
+    args: Arguments = field(default_factory=dict)
     """Further arguments, e.g. `betas`."""
-    layer_decay: float | None = None
+    layer_decay: PositiveFraction | None = None
     """Factor on the learning rate from layer to layer, towards the input."""
-    clip_norm: float | None = 5.0
+    clip_norm: PositiveFloat | None = 5.0
     """Largest norm of the gradient; null does not clip."""
 
 
 @dataclass(kw_only=True)
-class LrConfig:
+class LrConfig(Settings):
     """timm's learning rate schedules by name, moved every optimizer step."""
 
-    name: str = "cosine"
+    name: NonEmptyStr = "cosine"
     """`cosine`, `poly`, `tanh`, `step`, `constant` ... as in timm."""
-    warmup_epochs: float = 20
+    warmup_epochs: NonNegativeFloat = 20
     """Epochs of linear warm-up."""
-    warmup_lr: float = 5e-7
+    warmup_lr: NonNegativeFloat = 5e-7
     """Rate it starts from; scaled like `optimizer.lr`."""
-    min_lr: float = 5e-6
+    min_lr: NonNegativeFloat = 5e-6
     """Rate it ends at; scaled like `optimizer.lr`."""
-    cooldown_epochs: int = 0
+    cooldown_epochs: NonNegativeInt = 0
     """Epochs at the lowest rate, after `epochs`."""
 
 
 @dataclass(kw_only=True)
-class FadeConfig:
+class FadeConfig(Settings):
     """How LayerNorm or RMSNorm fades; without effect on a model without PRepBN."""
 
-    warmup: float = 0.0
+    warmup: FractionBelowOne = 0.0
     """Share of training before it starts to fade."""
-    fade: float = 0.8
+    fade: PositiveFraction = 0.8
     """Share of training over which it fades; the published models range from 0.08 to 0.80."""
     shape: Literal["linear", "cosine"] = "linear"
     """Of gamma's way from 1 to 0; linear as published."""
@@ -61,28 +73,29 @@ class FadeConfig:
     """Let RepBN's statistics follow the data from the first step on; false is the published rule."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fractions(self.warmup, self.fade)
 
 
 @dataclass(kw_only=True)
-class RecalibrateConfig:
+class RecalibrateConfig(Settings):
     """Population statistics over the training data when training is done."""
 
     enabled: bool = True
     """Without effect on a model without RepBN."""
-    batches: int | None = None
+    batches: PositiveInt | None = None
     """Training batches of each rank; null for an epoch."""
 
 
 @dataclass(kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """How a training run runs and what it writes."""
 
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     """Samples of one process in one batch."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Batches an optimizer step."""
-    seed: int = 0
+    seed: Seed = 0
     """Of weights, order and all that is drawn on the way."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of forward and backward; weights stay float32."""
@@ -90,33 +103,22 @@ class RunConfig:
     """`auto` takes the accelerator where there is one."""
     compile: bool = False
     """Train through `torch.compile`."""
-    output: str = field(default="runs/train", metadata=HARMLESS)
+    output: NonEmptyStr = field(default="runs/train", metadata=HARMLESS)
     """Folder of this run; given again, the run goes on where it stopped."""
     resume: Literal["auto", "never"] = field(default="auto", metadata=HARMLESS)
     """`auto` goes on with an unfinished run in `output`; `never` refuses to."""
     overwrite: bool = field(default=False, metadata=HARMLESS)
     """Delete the run that is in `output` and start again."""
-    log_every: int = field(default=50, metadata=HARMLESS)
+    log_every: PositiveInt = field(default=50, metadata=HARMLESS)
     """Optimizer steps between logged ones."""
-    save_every: int = field(default=0, metadata=HARMLESS)
+    save_every: NonNegativeInt = field(default=0, metadata=HARMLESS)
     """Optimizer steps between checkpoints, beside the one of every epoch; 0 for none."""
-    eval_every: int = field(default=1, metadata=HARMLESS)
+    eval_every: PositiveInt = field(default=1, metadata=HARMLESS)
     """Epochs between evaluations."""
-    keep: int = field(default=2, metadata=HARMLESS)
+    keep: PositiveInt = field(default=2, metadata=HARMLESS)
     """Checkpoints that are kept."""
     tensorboard: bool = field(default=True, metadata=HARMLESS)
     """Write TensorBoard events."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_every", "eval_every", "keep"):
-            self._refuse_below(name, 1)
-        for name in ("seed", "save_every"):
-            self._refuse_below(name, 0)
-
-    def _refuse_below(self, name: str, least: int) -> None:
-        if getattr(self, name) < least:
-            what = f"be at least {least}" if least else "not be negative"
-            raise ValueError(f"{name} must {what}, got {getattr(self, name)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, as in a recipe."""

@@ -3,54 +3,66 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Literal
 
+from slabformer.settings import (
+    MOST,
+    Arguments,
+    FractionBelowOne,
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Settings,
+)
 from slabformer.tasks.engine.config import HARMLESS, FadeConfig, RecalibrateConfig, RunConfig
 from slabformer.tasks.language.corpus import DataConfig
 from slabformer.tasks.language.tokens import TokenizerConfig
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """A LLaMA, from random weights."""
 
-    hidden_size: int = 128
+    hidden_size: PositiveInt = 128
     """Width."""
-    intermediate_size: int = 384
+    intermediate_size: PositiveInt = 384
     """Width inside the MLP."""
-    num_hidden_layers: int = 4
+    num_hidden_layers: PositiveInt = 4
     """Blocks."""
-    num_attention_heads: int = 4
+    num_attention_heads: PositiveInt = 4
     """Heads of queries."""
-    context: int = 256
+    context: Annotated[int, Range(ge=2, le=MOST)] = 256
     """Tokens of a training block, and the longest text it takes."""
-    vocab_size: int | None = None
+    vocab_size: PositiveInt | None = None
     """Of its embedding; null for the tokenizer's."""
     norm: Literal["prepbn", "repbn", "rmsnorm"] = "prepbn"
     """`prepbn` fades RMSNorm out, `repbn` does without from the start, `rmsnorm` is the twin."""
     norm_start: Literal["zeros", "ones"] = "zeros"
     """Of RepBN's gain and skip: `zeros` as published, `ones` as in the vision models."""
-    args: dict[str, Any] = field(default_factory=dict)
+    args: Arguments = field(default_factory=dict)
     """Further arguments of `SlabLlamaConfig`, e.g. `num_key_value_heads`, `tie_word_embeddings`, `bn_momentum`."""
 
 
 @dataclass(kw_only=True)
-class AdamWConfig:
+class AdamWConfig(Settings):
     """AdamW; norms and biases are not decayed."""
 
-    lr: float = 3e-3
+    lr: PositiveFloat = 3e-3
     """Highest learning rate."""
-    min_lr: float = 3e-4
+    min_lr: NonNegativeFloat = 3e-4
     """Rate it ends at, by a cosine."""
-    warmup_steps: int = 50
+    warmup_steps: NonNegativeInt = 50
     """Steps in which it rises from 0."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95)
     """Of the two averages."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """Beside the root of the second one."""
-    clip_norm: float | None = 1.0
+    clip_norm: PositiveFloat | None = 1.0
     """Largest norm of the gradient; null does not clip."""
 
 
@@ -70,31 +82,27 @@ class TrainConfig(RunConfig):
     """How RMSNorm fades."""
     recalibrate: RecalibrateConfig = field(default_factory=RecalibrateConfig)
     """Statistics at the end."""
-    steps: int = 600
+    steps: PositiveInt = 600
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Blocks of one process in one batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward; weights stay float32."""
     checkpoint_activations: bool = False
     """Compute activations again in backward instead of keeping them."""
-    output: str = field(default="runs/lm", metadata=HARMLESS)
+    output: NonEmptyStr = field(default="runs/lm", metadata=HARMLESS)
     """Folder of this run; given again, the run goes on where it stopped."""
-    log_every: int = field(default=10, metadata=HARMLESS)
+    log_every: PositiveInt = field(default=10, metadata=HARMLESS)
     """Steps between logged ones."""
-    save_every: int = field(default=200, metadata=HARMLESS)
+    save_every: PositiveInt = field(default=200, metadata=HARMLESS)
     """Steps between checkpoints."""
-    eval_every: int = field(default=200, metadata=HARMLESS)
+    eval_every: PositiveInt = field(default=200, metadata=HARMLESS)
     """Steps between evaluations."""
     tensorboard: bool = field(default=False, metadata=HARMLESS)
     """Write TensorBoard events."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "save_every"):
-            self._refuse_below(name, 1)
-        if self.model.context < 2:
-            raise ValueError(f"model.context must be at least 2, got {self.model.context}")
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps must be below steps ({self.steps}), got {self.optimizer.warmup_steps}"

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from slabformer._extras import require
 from slabformer._listing import check_regular, files_below, matches
+from slabformer.settings import SHARE_OR_COUNT, NonEmptyStr, PositiveInt, Range, Settings
 from slabformer.tasks.language.rows import Unit, kind_of, rows_of
 
 EMBEDDED = "pydoc"
@@ -18,32 +19,29 @@ HUB = "hf:"
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """Which text."""
 
-    path: str = EMBEDDED
+    path: NonEmptyStr = EMBEDDED
     """`pydoc` for the documentation inside every Python installation; a file, a folder or a pattern of .txt, .jsonl or
     .parquet files (.gz, .zst ... too); `hf:NAME` for a data set of the Hugging Face hub."""
-    subset: str | None = None
+    subset: NonEmptyStr | None = None
     """Configuration of a data set of the hub."""
-    split: str = "train"
+    split: NonEmptyStr = "train"
     """Split of a data set of the hub."""
-    text_field: str = "text"
+    text_field: NonEmptyStr = "text"
     """Where the text lies in JSON lines and columns."""
     document: Unit = "file"
     """What one document is in text files: a `file`, a `paragraph` (up to an empty line) or a `line`."""
-    validation: float = 0.1
+    validation: Annotated[float, SHARE_OR_COUNT, Range(gt=0)] = 0.1
     """Documents held out: a share, or a count from 1 on. A stream holds out its first ones and needs a count."""
     stream: bool = False
     """Read while training instead of once into memory."""
-    shuffle_buffer: int = 10_000
+    shuffle_buffer: PositiveInt = 10_000
     """Of a stream: documents drawn from at random."""
 
     def __post_init__(self) -> None:
-        if self.validation <= 0:
-            raise ValueError(f"data.validation must be a share or a count of documents above 0, got {self.validation}")
-        if self.validation >= 1 and self.validation != int(self.validation):
-            raise ValueError(f"data.validation must be a whole number from 1 on, got {self.validation}")
+        super().__post_init__()
         if self.stream and self.validation < 1:
             raise ValueError(
                 f"a stream cannot hold out a share of its documents ({self.validation}); set data.validation to a count"

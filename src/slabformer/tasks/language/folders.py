@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import slabformer.models.llama  # noqa: F401 (registers ours)
 from slabformer._files import sync_file, sync_folder, workspace
+from slabformer.models.hub import check_on_hub, is_hub_name
+from slabformer.settings import shown
 from slabformer.tasks.engine.checkpoint import CheckpointFolders
+from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.engine.files import errors_of
 from slabformer.tasks.engine.folder import Found, RunFolder
 from slabformer.tasks.language.foreign import CONFIG, FUSED_WEIGHTS, is_foreign, load_foreign, save_foreign
@@ -34,6 +37,7 @@ def load_model_folder(
     Raises:
         ValueError: If there is none, or its weights do not fit its configuration.
     """
+    check_source(model)
     if is_foreign(Path(model)):
         foreign = load_foreign(Path(model), dtype).to(device).eval()
         assert isinstance(foreign, PreTrainedModel)
@@ -49,6 +53,29 @@ def load_model_folder(
     if found:
         raise ValueError(f"the weights in {str(model)!r} do not fit its configuration: {', '.join(found)}")
     return loaded.to(device).eval()
+
+
+def check_source(model: str | Path) -> None:
+    """Refuse at once what is neither a folder with a model nor a name on the hub, which is asked once.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or nothing of that name on the hub.
+        ConnectionError: If the name is not in the cache and the hub cannot be reached.
+        ValueError: If it is a file, or a folder without a configuration.
+    """
+    path, name = Path(model), str(model)
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"no language model at {name!r}: the folder holds no {CONFIG}")
+        settings = read_json(path / CONFIG)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path / CONFIG} must hold a mapping, got {shown(settings)}")
+        return
+    if path.is_file():
+        raise ValueError(f"no language model at {name!r}: it is a file; give the folder that holds {CONFIG}")
+    if not is_hub_name(name):
+        raise FileNotFoundError(f"no language model at {name!r}: no such folder; give a folder, or a name on the hub")
+    check_on_hub(name, CONFIG)
 
 
 class LanguageRunFolder(RunFolder):

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import slabformer as sf
+from slabformer._files import check_readable
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.nn.affine import Affine, Folded
+from slabformer.settings import from_mapping
 from slabformer.tasks.conversion import Conversion, convert_as_described_, converted_norms, describe
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.saved_file import load_strictly
@@ -111,7 +113,7 @@ def fresh_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 def _noted(folder: Path) -> list[Conversion]:
     try:
         config = read_json(folder / CONFIG)
-        return [Conversion(**row) for row in config.get(NOTE) or []]
+        return [Conversion(**from_mapping(Conversion, row)) for row in config.get(NOTE) or []]
     except (OSError, ValueError, TypeError):
         return []  # whoever reads the folder next says what is wrong with it
 
@@ -122,7 +124,7 @@ def _read(folder: Path) -> list[tuple[str, Tensor]]:
     if not files:
         raise ValueError(f"no language model at {str(folder)!r}: no model.safetensors beside its configuration")
     try:
-        return [row for file in files for row in load_file(file).items()]
+        return [row for file in files for row in load_file(check_readable(file, "weights")).items()]
     except SafetensorError as error:
         raise ValueError(f"the weights in {str(folder)!r} are damaged: {error}") from error
 

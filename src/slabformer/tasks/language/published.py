@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.models.official import load_published
+from slabformer.settings import shown
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.language.tokens import tokenizer_beside
 
@@ -43,6 +44,8 @@ def import_published(folder: Path) -> tuple[SlabLlamaForCausalLM, PreTrainedToke
 
 def _settings(path: Path) -> dict[str, Any]:
     given = read_json(path)
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must hold a mapping, got {shown(given)}")
     missing = [name for name in SIZES if name not in given]
     if missing:
         raise ValueError(f"{path} lacks {missing[0]}; is it a LLaMA's?")

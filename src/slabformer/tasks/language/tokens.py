@@ -7,9 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from slabformer.settings import MOST, NonEmptyStr, PositiveInt, Range, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -23,21 +26,15 @@ BATCH = 256
 
 
 @dataclass(kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(Settings):
     """How text becomes tokens."""
 
-    path: str | None = None
+    path: NonEmptyStr | None = None
     """A folder or a name on the hub; null trains a byte-level BPE on the training documents."""
-    vocab_size: int = 2048
+    vocab_size: Annotated[int, Range(ge=SMALLEST_VOCABULARY, le=MOST)] = 2048
     """Of the one that is trained."""
-    documents: int | None = None
+    documents: PositiveInt | None = None
     """Documents it is trained on; null for all, which a stream does not allow."""
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(
-                f"tokenizer.vocab_size must be at least {SMALLEST_VOCABULARY} (bytes, 2 marks), got {self.vocab_size}"
-            )
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

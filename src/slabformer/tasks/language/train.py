@@ -16,6 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 import slabformer as sf
 from slabformer.models.llama import SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.tasks.engine.build import check_accumulate
 from slabformer.tasks.engine.checkpoint import CheckpointFolders
 from slabformer.tasks.engine.process import leaves_the_process_alone
 from slabformer.tasks.engine.seeds import reseed
@@ -70,6 +71,9 @@ def train(config: TrainConfig) -> TrainResult:
     reseed(config.seed)
     model = build_model(config, text)
     arguments = training_arguments(config)
+    if isinstance(text.train, PackedBlocks):
+        samples = config.batch_size * arguments.world_size
+        check_accumulate(config.accumulate, -(-len(text.train) // samples))
     with folder.claimed(config.overwrite) if arguments.process_index == 0 else nullcontext():
         if arguments.world_size > 1:
             dist.barrier()
