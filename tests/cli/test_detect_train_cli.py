@@ -48,7 +48,7 @@ def test_a_recipe_makes_a_detector_and_its_twin_beside_it(
         (["--detector.fpn_channel", "8"], "did you mean 'detector.fpn_channels'?"),
         (["--model.backbone", "slab_swin_tinny"], "did you mean 'slab_swin_tiny'?"),
         (["--data", "/nowhere"], "/nowhere"),
-        (["--model.weights", "none.safetensors"], "no model at 'none.safetensors'"),
+        (["--model.weights", "none.safetensors"], "no weights at 'none.safetensors'"),
         (["--lr_schedule.warmup_steps", "9"], "warmup_steps (9) must be below the 2 steps"),
         (["--detector.roi_iou", "2"], "roi_iou must be in [0, 1], got 2"),
     ],

@@ -33,7 +33,7 @@ def test_the_table_says_where_an_accuracy_comes_from_and_the_figure_is_written(s
         (["--accuracy", "slab_deit_tiny"], "--accuracy takes NAME=PERCENT with a percentage from 0 to 100"),
         (["--accuracy", "slab_deit_tiny=740"], "got 'slab_deit_tiny=740'"),
         (["--batch-size", "3"], "not every model was measured fused, eager or compiled, batch 3, in common"),
-        (["--output", "report.doc"], "cannot draw report.doc; a figure is a .png, .svg or .pdf"),
+        (["--output", "report.doc"], "--output must be a .png, .svg or .pdf file, got 'report.doc'"),
     ],
     ids=["form", "range", "size", "format"],
 )

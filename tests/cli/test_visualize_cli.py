@@ -67,7 +67,7 @@ def test_random_weights_are_called_that(tmp_path, photo, caplog):
         (["--image", "nowhere.png"], "No such file or directory: nowhere.png"),
         (["--image", __file__], f"cannot read {__file__} as an image"),
         (["--output", "nowhere/attention.png"], "no folder 'nowhere' to write attention.png into"),
-        (["--output", "attention.doc"], "cannot draw attention.doc; a figure is a .png, .svg or .pdf"),
+        (["--output", "attention.doc"], "--output must be a .png, .svg or .pdf file, got 'attention.doc'"),
     ],
     ids=["name", "place", "head", "point", "missing", "unreadable", "folder", "format"],
 )

@@ -79,7 +79,9 @@ def test_normalisation_follows_mean_and_std() -> None:
 
 
 def test_an_unknown_interpolation_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown interpolation 'cubic'; use one of bicubic"):
+    with pytest.raises(
+        ValueError, match="interpolation must be 'bicubic', 'bilinear', 'nearest' or 'lanczos', got 'cubic'"
+    ):
         eval_transform(DataConfig(interpolation="cubic"))
 
 

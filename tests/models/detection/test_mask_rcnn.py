@@ -128,10 +128,10 @@ def test_activation_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_classes": 0}, "num_classes must be positive, got 0"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"nms_iou": 1.5}, r"nms_iou must be in \[0, 1\], got 1.5"),
         ({"rpn_negative_iou": 0.8}, "rpn_negative_iou must not exceed rpn_positive_iou"),
-        ({"anchor_ratios": ()}, "anchor_ratios must be positive"),
+        ({"anchor_ratios": ()}, "anchor_ratios must not be empty"),
     ],
     ids=["classes", "overlap", "order", "ratios"],
 )
