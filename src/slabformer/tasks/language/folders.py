@@ -59,9 +59,8 @@ def check_source(model: str | Path) -> None:
     """Refuse at once what is neither a folder with a model nor a name on the hub, which is asked once.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or nothing of that name on the hub.
-        ConnectionError: If the name is not in the cache and the hub cannot be reached.
-        ValueError: If it is a file, or a folder without a configuration.
+        FileNotFoundError: If there is no such folder, and its name is none that the hub allows.
+        ValueError: If it is a file, a folder without a configuration, or a name that neither cache nor hub know.
     """
     path, name = Path(model), str(model)
     if path.is_dir():
@@ -75,7 +74,10 @@ def check_source(model: str | Path) -> None:
         raise ValueError(f"no language model at {name!r}: it is a file; give the folder that holds {CONFIG}")
     if not is_hub_name(name):
         raise FileNotFoundError(f"no language model at {name!r}: no such folder; give a folder, or a name on the hub")
-    check_on_hub(name, CONFIG)
+    try:
+        check_on_hub(name, CONFIG)
+    except OSError as error:
+        raise ValueError(f"no language model at {name!r}: {error}") from error
 
 
 class LanguageRunFolder(RunFolder):
