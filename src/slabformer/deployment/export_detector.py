@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from slabformer.deployment.export import quiet_exporter
 from slabformer.deployment.static_detector import MAX_CANDIDATES, Size, StaticDetector
 from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.models.detection.paste import rescale_boxes
+from slabformer.settings import Number, Pixels, check
 
 INPUTS, OUTPUTS = ("image", "size"), ("boxes", "labels", "scores", "masks")
 #: the first whose RoIAlign and GridSample are those of PyTorch
@@ -30,6 +32,14 @@ OPSET = 20
 RUNTIME_PIXELS = 0.05
 #: of the file's header: canvas and mean colour, beside what the caller puts there
 CANVAS = "slabformer.canvas"
+
+
+@dataclass(kw_only=True)
+class _Canvas:
+    """What the header says of the images."""
+
+    size: tuple[Pixels, Pixels]
+    mean: tuple[Number, Number, Number]
 
 
 class OnnxDetector:
@@ -63,7 +73,11 @@ class OnnxDetector:
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
         if CANVAS not in self.metadata:
             raise ValueError(f"{path} is no detector that `slab detect export` wrote")
-        canvas = json.loads(self.metadata[CANVAS])
+        try:
+            canvas = json.loads(self.metadata[CANVAS])
+            check(CANVAS, canvas, _Canvas)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} describes its images in words that cannot be read: {error}") from error
         self.size: Size = (canvas["size"][0], canvas["size"][1])
         self._mean = torch.tensor(canvas["mean"]).view(3, 1, 1)
         self._outputs = [output.name for output in self.session.get_outputs()]

@@ -20,7 +20,7 @@ import slabformer as sf
 from slabformer._extras import require
 from slabformer._files import check_readable
 from slabformer.nn.affine import Affine, Folded
-from slabformer.settings import check_fields, from_mapping
+from slabformer.settings import NonEmptyStr, check, check_fields, from_mapping
 from slabformer.tasks.conversion import Conversion, convert_as_described_, converted_norms, describe
 from slabformer.tasks.engine.documents import parse_json
 from slabformer.tasks.engine.files import replaced
@@ -98,9 +98,11 @@ def save_with_info(model: nn.Module, path: str | Path, info: Info) -> Info:
         ``info`` as it was written.
 
     Raises:
+        ValueError: If ``info`` does not describe ``model``.
         OSError: If the file cannot be written.
     """
     model = _unwrap(model)
+    info.check_model(model)
     info = replace(info, fused=any(isinstance(module, (Affine, Folded)) for module in model.modules()))
     if not info.fused:
         info = replace(info, converted=_conversions(model, info))
@@ -126,10 +128,13 @@ def load_with_info(path: Path, kind: type[Info], device: torch.device | str = "c
         dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         model = sf.load_fused(model.to(dtypes.pop()) if len(dtypes) == 1 else model, path)
     else:
-        for name, kept in parse_json(metadata.get(TIED, "{}")).items():
+        for name, kept in _ties(path, metadata, tensors).items():
             tensors[name] = tensors[kept]
         load_strictly(model, tensors, f"{path} does not fit {info.title}")
-    info.check_model(model)
+    try:
+        info.check_model(model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return model.to(device).eval(), info
 
 
@@ -210,6 +215,19 @@ def _info_of(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor], k
         return kind.from_json(metadata[kind.KEY])
     except ValueError as error:
         raise ValueError(f"{path} describes its model in words that cannot be read: {error}") from error
+
+
+def _ties(path: Path, metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Under which name each tied tensor's values are found."""
+    try:
+        ties: dict[str, str] = parse_json(metadata.get(TIED, "{}"))
+        check(TIED, ties, dict[str, NonEmptyStr])
+    except ValueError as error:
+        raise ValueError(f"{path} says which tensors are tied in words that cannot be read: {error}") from error
+    absent = sorted(set(ties.values()) - tensors.keys())
+    if absent:
+        raise ValueError(f"{path} says that tensors are tied to {absent[0]!r}, but does not hold it")
+    return ties
 
 
 def _build(info: SavedInfo) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ class ModelInfo(SavedInfo):
     """Subtracted from RGB in [0, 1]."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
     """Divides what is left."""
-    interpolation: NonEmptyStr = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "hamming", "box"] = "bicubic"
     """How images are resized."""
     crop_pct: PositiveFraction = 0.875
     """Centre crop over the resized shorter side."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from slabformer._files import check_readable, workspace
 from slabformer._torch import Conv
 from slabformer.nn import PadTokens
 from slabformer.nn.affine import Affine, Folded
+from slabformer.settings import NonEmptyStr, NonNegativeInt, NotEmpty, PositiveInt, Range, check
 from slabformer.surgery.convert import switch_off_fast_paths
 from slabformer.surgery.fuse.fold import KEPT_BUFFERS, NEW_BIASES, create_bias, keep_buffer, set_module
 from slabformer.surgery.fuse.norms import tail_of
@@ -25,6 +27,29 @@ from slabformer.surgery.one_input import take_one_input_
 
 #: key of the header under which the changes are written, as JSON
 HEADER = "slabformer_fused"
+
+
+@dataclass(kw_only=True)
+class _Norm:
+    """A norm in the header."""
+
+    names: Annotated[list[NonEmptyStr], NotEmpty()]
+    gone: bool
+    dim: PositiveInt
+    eps: Annotated[float, Range(ge=0, le=1)]
+    channel_dim: Annotated[int, Range(ge=-8, le=8)] = -1
+
+
+@dataclass(kw_only=True)
+class _Changes:
+    """What the header holds; fields with a default are younger than the first version."""
+
+    norms: list[_Norm]
+    new_biases: list[NonEmptyStr]
+    tied: dict[str, NonEmptyStr]
+    filled_pads: dict[str, PositiveInt] = field(default_factory=dict)
+    kept_buffers: dict[str, PositiveInt] = field(default_factory=dict)
+    fixed_sizes: list[list[list[NonNegativeInt]]] | None = None
 
 
 def save_fused(model: nn.Module, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
@@ -133,17 +158,24 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, An
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     if header is None:
         raise ValueError(f"{path} is not a fused model's file; write one with slabformer.save_fused")
-    return tensors, {"filled_pads": {}, "kept_buffers": {}, **_parsed(header, path)}
+    return tensors, _changes_in(header, path, tensors)
 
 
-def _parsed(header: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+def _changes_in(header: str, path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the header of a file of ``tensors`` says.
+
+    Raises:
+        ValueError: If it is not what :func:`save_fused` writes.
+    """
     try:
         changes = json.loads(header)
+        check(HEADER, changes, _Changes)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} says what was folded in words that cannot be read: {error}") from error
-    if not isinstance(changes, dict):
-        raise ValueError(f"{path} must say what was folded in a mapping, got {changes!r}")
-    return changes
+    absent = [name for name in (*changes["new_biases"], *changes["tied"].values()) if name not in tensors]
+    if absent:
+        raise ValueError(f"{path} says that {absent[0]!r} was folded or tied, but does not hold it")
+    return {"filled_pads": {}, "kept_buffers": {}, "fixed_sizes": None, **changes}
 
 
 def _check_fit(

@@ -21,7 +21,7 @@ import slabformer as sf
 from slabformer._files import check_readable
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.nn.affine import Affine, Folded
-from slabformer.settings import from_mapping
+from slabformer.settings import check
 from slabformer.tasks.conversion import Conversion, convert_as_described_, converted_norms, describe
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.saved_file import load_strictly
@@ -112,10 +112,16 @@ def fresh_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 def _noted(folder: Path) -> list[Conversion]:
     try:
-        config = read_json(folder / CONFIG)
-        return [Conversion(**from_mapping(Conversion, row)) for row in config.get(NOTE) or []]
-    except (OSError, ValueError, TypeError):
+        rows = read_json(folder / CONFIG).get(NOTE) or []
+    except (OSError, ValueError, AttributeError):
         return []  # whoever reads the folder next says what is wrong with it
+    try:
+        check(NOTE, rows, list[Conversion])
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / CONFIG} says which norms were converted in words that cannot be read: {error}"
+        ) from error
+    return [Conversion(**row) for row in rows]
 
 
 def _read(folder: Path) -> list[tuple[str, Tensor]]:

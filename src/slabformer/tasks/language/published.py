@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.models.official import load_published
-from slabformer.settings import shown
+from slabformer.settings import PositiveInt, check, shown
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.language.tokens import tokenizer_beside
 
@@ -49,5 +49,7 @@ def _settings(path: Path) -> dict[str, Any]:
     missing = [name for name in SIZES if name not in given]
     if missing:
         raise ValueError(f"{path} lacks {missing[0]}; is it a LLaMA's?")
+    for name in SIZES:
+        check(f"{name} in {path}", given[name], PositiveInt)
     taken = {name: given[name] for name in (*SIZES, *OPTIONAL) if given.get(name) is not None}
     return {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, **taken}
