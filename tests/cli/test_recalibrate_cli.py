@@ -42,7 +42,7 @@ def test_statistics_are_those_of_the_training_images(
     ("options", "message"),
     [
         (["--num-batches", "0"], "--num-batches must be at least 1, got 0"),
-        (["--batch-size", "-1"], "batch_size must be at least 1, got -1"),
+        (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
     ],
     ids=["num-batches", "batch-size"],
 )

@@ -64,7 +64,7 @@ def test_random_weights_are_called_that(tmp_path, photo, caplog):
         (["--layers", "7"], "there is no layer 7 among 4; these can be shown: blocks.0.attn"),
         (["--heads", "2"], "blocks.0.attn of slab_deit_micro (random weights) has heads 0 to 1, got 2"),
         (["--at", "0.5", "1.0"], "the point lies outside the image"),
-        (["--image", "nowhere.png"], "No such file or directory: nowhere.png"),
+        (["--image", "nowhere.png"], "--image must be a file that exists, got 'nowhere.png'"),
         (["--image", __file__], f"cannot read {__file__} as an image"),
         (["--output", "nowhere/attention.png"], "no folder 'nowhere' to write attention.png into"),
         (["--output", "attention.doc"], "--output must be a .png, .svg or .pdf file, got 'attention.doc'"),
