@@ -41,7 +41,7 @@ class ModelInfo(SavedInfo):
     """Subtracted from RGB in [0, 1]."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
     """Divides what is left."""
-    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "hamming", "box"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
     """How images are resized."""
     crop_pct: PositiveFraction = 0.875
     """Centre crop over the resized shorter side."""
