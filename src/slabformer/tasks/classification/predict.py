@@ -84,7 +84,7 @@ def data_config(info: ModelInfo, **options: Any) -> DataConfig:
         image_size=height,
         mean=info.mean,  # type: ignore[arg-type]
         std=info.std,  # type: ignore[arg-type]
-        interpolation=info.interpolation,
+        interpolation=info.interpolation,  # type: ignore[arg-type]  # refused there if it is another
         crop_pct=info.crop_pct,
         **options,
     )
