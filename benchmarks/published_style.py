@@ -55,8 +55,12 @@ def _attend(
     key_grid: Grid,
     mask: None = None,
     kernels: tuple[Tensor, Tensor | None] | None = None,
+    biases: None = None,
+    native: bool = False,
 ) -> Tensor:
     assert mask is None, "published SLAB knows no masks"
+    assert biases is None, "its projections add their own"
+    assert not native, "it has no kernels"
     shape = q.shape
     local = 0.0 if kernels is None else _convolved(v, key_grid, *kernels)
     q, k, v = (t.contiguous().flatten(0, 1).float() for t in (q, self.placed(k, key_grid), v))
