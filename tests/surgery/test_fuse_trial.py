@@ -146,3 +146,28 @@ def test_a_trial_compares_with_random_numbers_and_restores_their_state():
     Trial(model, find_norms(model), [])
     assert fuse(model, X)[1].num_kept == 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_head_that_starts_at_0_hides_no_fold():
+    head = nn.Linear(3, 2)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    model = net(
+        lambda m, x: m.head(F.linear(m.norm(x), m.linear.weight)),
+        norm=norm(),
+        linear=nn.Linear(6, 3, bias=False),
+        head=head,
+    )
+    fused, report = fuse(model, X)
+    assert report["norm"].action == "kept"
+    weight = torch.randn(2, 3)
+    for each in (model, fused):
+        each.head.weight.data.copy_(weight)
+    verify(model, fused, X)
+
+
+def test_a_fold_that_holds_is_taken_in_front_of_a_head_that_starts_at_0():
+    model = nn.Sequential(norm(), nn.Linear(6, 3), nn.Linear(3, 2)).eval()
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    assert fuse(model, X)[1].num_kept == 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slabformer.surgery.fuse.asked import OutputLike, check_keep, check_outputs, rehearse, watched_outputs
 from slabformer.surgery.fuse.check import check_examples, check_model, check_not_compiled, check_values, shapes_of
 from slabformer.surgery.fuse.files import load_fused, save_fused
-from slabformer.surgery.fuse.fold import commit
+from slabformer.surgery.fuse.fold import Solution, commit, solve
 from slabformer.surgery.fuse.methods import changed_methods
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.plan import Plan, outcomes
@@ -126,13 +126,13 @@ def _fuse(
     trial = Trial(model, norms, examples)
     untied = Untied(model) if untie else None
     plan = propose(model, norms, examples, fixed_size, untied)
-    solution = trial.settle(plan)
+    solution = _settle(trial, plan, examples)
     other = None if fixed_size or len(inputs) > 1 else at_another_size(inputs[0])
     if other is not None and _refutes(model, norms, each_output([other]), plan):
         inputs = [*inputs, other]
         examples = each_output(inputs)
         plan = propose(model, norms, examples, fixed_size, untied)
-        solution = Trial(model, norms, examples).settle(plan)
+        solution = _settle(Trial(model, norms, examples), plan, examples)
     if untied is not None:
         untied.put_together(solution.tensors)
     before, after = deployed_twin(model, trial.dtype), deployed_twin(model, trial.dtype)
@@ -147,6 +147,16 @@ def _fuse(
     report = FuseReport(outcomes(norms, plan), shapes_of(inputs), changed_methods=changed)
     logger.debug("%s: %s", type(model).__name__, report.summary())
     return report
+
+
+def _settle(trial: Trial, plan: Plan, examples: Sequence[Example]) -> Solution:
+    """What is left of ``plan`` on trial, also where outputs are no longer hidden by parameters that are 0."""
+    solution = trial.settle(plan)
+    seeing = trial.seeing(examples) if trial.is_blind() else None
+    if seeing is None:
+        return solution
+    seeing.settle(plan)
+    return solve(trial.model, trial.norms, plan.edits)
 
 
 def _refutes(model: nn.Module, norms: Sequence[Norm], examples: Sequence[Example], plan: Plan) -> bool:

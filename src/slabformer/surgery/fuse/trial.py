@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from slabformer.ops.precision import wide, widened
 from slabformer.surgery.fuse.fold import Solution, commit, solve
-from slabformer.surgery.fuse.norms import Norm
+from slabformer.surgery.fuse.norms import Norm, find_norms
 from slabformer.surgery.fuse.observe import Observation, observe
 from slabformer.surgery.fuse.plan import Edit, Plan
-from slabformer.surgery.fuse.twin import Example, deployed_twin, first_line
+from slabformer.surgery.fuse.twin import Example, deployed_twin, first_line, twin
 from slabformer.surgery.outputs import why_not_comparable
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,21 @@ class Trial:
             except Exception as own:
                 raise ValueError(f"the model does not run on the example inputs: {first_line(own)}") from own
         _check_comparable(self.reference)
+
+    def is_blind(self) -> bool:
+        """Whether an output is 0 throughout, as behind a head that starts at 0, so that no fold could change it."""
+        tensors = [tensor for each in self.reference for tensor in each.tensors().values() if tensor.numel()]
+        return any(tensor.is_floating_point() and not tensor.any() for tensor in tensors)
+
+    def seeing(self, examples: Sequence[Example]) -> Trial | None:
+        """The same of a copy whose parameters that are 0 throughout are drawn; None if that shows no more."""
+        copied = twin(self.model)
+        _draw_zeros_(copied)
+        try:
+            trial = Trial(copied, find_norms(copied), examples)
+        except ValueError:  # drawn values may overflow
+            return None
+        return None if trial.is_blind() else trial
 
     def _run_reference(self, examples: Sequence[Example], dtype: torch.dtype | None) -> None:
         self.reference = _observe(deployed_twin(self.model, dtype), examples)
@@ -95,6 +110,15 @@ class Trial:
             return False
         integers = 0.0 if self.dtype is torch.float64 else MOST_INTEGERS
         return all(is_same(one, other, integers) for one, other in zip(self.reference, observations, strict=True))
+
+
+@torch.no_grad()
+def _draw_zeros_(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel() and not parameter.any():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
 
 
 def _observe(model: nn.Module, examples: Sequence[Example]) -> list[Observation]:
