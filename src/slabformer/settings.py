@@ -224,7 +224,7 @@ Pixels = Annotated[int, Range(ge=1, le=65_536)]
 #: processes or threads
 Workers = Annotated[int, Range(ge=0, le=4_096)]
 Threads = Annotated[int, Range(ge=1, le=4_096)]
-Seconds = Annotated[float, Range(gt=0, le=86_400)]
+Seconds = Annotated[float, Range(ge=0, le=86_400)]
 #: a difference over the scale of what it is held against
 Tolerance = Annotated[float, Range(ge=0, lt=1)]
 SHARE_OR_COUNT = Where(

@@ -59,5 +59,7 @@ def test_a_saved_detector_is_exported_with_what_it_is(tmp_path: Path, capsys: py
 
 
 def test_another_format_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["detect", "export", "nowhere.safetensors", "--output", str(tmp_path / "detector.pt2")]) == 2
-    assert "name it detector.onnx" in capsys.readouterr().err
+    model, output = tmp_path / "model.safetensors", tmp_path / "detector.pt2"
+    model.touch()
+    assert main(["detect", "export", str(model), "--output", str(output)]) == 2
+    assert "--output must be a .onnx file" in capsys.readouterr().err

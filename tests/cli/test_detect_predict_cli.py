@@ -82,7 +82,7 @@ def test_an_unreadable_picture_costs_a_line_and_the_exit_code(
     ("arguments", "message"),
     [
         (["none.safetensors", "{photos}"], "none.safetensors"),
-        (["none.onnx", "{photos}"], "no detector at 'none.onnx'"),
+        (["none.onnx", "{photos}"], "got 'none.onnx': no such file"),
         (["{model}", "{photos}/*.gif"], "no file matches"),
     ],
     ids=["model", "onnx", "pattern"],

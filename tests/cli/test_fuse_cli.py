@@ -113,7 +113,7 @@ def test_a_missing_folder_is_told_before_the_work(
         (["slab_deit_micr"], "did you mean 'slab_deit_micro'?"),
         (["missing.safetensors"], "missing.safetensors"),
         (["slab_deit_micro", "--checkpoint", "missing.pth"], "missing.pth"),
-        (["slab_deit_micro", "--checkpoint", "x.pth", "--pretrained"], "exclude each other"),
+        (["slab_deit_micro", "--checkpoint", __file__, "--pretrained"], "exclude each other"),
         (["slab_deit_micro", "--input-sice", "32"], "did you mean 'input_size'?"),
         (["MODEL", "--keep", "block.0"], "keep='block.0' matches no module of"),
         (["MODEL", "--outputs", "features"], "outputs='features' is no method of"),

@@ -39,7 +39,10 @@ def test_integers_of_a_trained_model_call_99_of_100_digits_as_its_floats_do(
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--output", "model.onnx"], "name it model.xml"), (["--output", "m.xml", "--calibrate", "0"], "at least 1")],
+    [
+        (["--output", "model.onnx"], "--output must be a .xml file, got 'model.onnx'"),
+        (["--output", "m.xml", "--calibrate", "0"], "at least 1"),
+    ],
     ids=["suffix", "calibrate"],
 )
 def test_mistakes_are_told_before_the_work(

@@ -242,7 +242,7 @@ def test_a_first_problem_is_named_and_the_rest_counted(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"[" * 100_000, "is not JSON"),
-        (b"\xff\xfe{}", "is not JSON"),
+        (b"\xff\xfe{}", "is no text in UTF-8"),
         (b'{"images": [7], "annotations": [], "categories": []}', r"images\[0\] is no record but 7"),
         (b"[]", "no list of images"),
         (b'{"images": {}, "annotations": [], "categories": []}', "no list of images"),

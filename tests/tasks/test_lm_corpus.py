@@ -115,7 +115,7 @@ def test_the_digest_sees_where_documents_end() -> None:
         ({"path": "mixed/a.jsonl", "text_field": "id"}, r"holds int, not text"),
         ({"path": "broken.jsonl"}, r"broken\.jsonl, line 2 cannot be read: it is not JSON"),
         ({"validation": 0.0}, r"above 0, got 0\.0"),
-        ({"validation": 2.5}, r"whole number from 1 on, got 2\.5"),
+        ({"validation": 2.5}, r"whole count from 1 on, got 2\.5"),
         ({"path": "mixed", "stream": True}, r"cannot hold out a share of its documents \(0\.1\)"),
         ({"validation": 3, "stream": True}, r"embedded corpus fits into memory"),
     ],

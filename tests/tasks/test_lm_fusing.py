@@ -111,7 +111,7 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(tmp_path: Path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"do not fit its configuration: .* tensors missing"):
         load_model_folder(tmp_path)
-    with pytest.raises(ValueError, match="no language model at"):
+    with pytest.raises(FileNotFoundError, match="no language model at"):
         load_model_folder(tmp_path / "nowhere")
 
 

@@ -124,5 +124,5 @@ def test_tokens_outside_the_vocabulary_are_told(tokenizer: PreTrainedTokenizerFa
 def test_a_folder_without_tokenizer_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no tokenizer at"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match=r"vocab_size must be at least 258 .* got 100"):
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 258, got 100"):
         TokenizerConfig(vocab_size=100)

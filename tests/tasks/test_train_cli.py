@@ -74,7 +74,7 @@ def test_a_recipe_makes_a_folder(
         (["--optimiser.lr", "0.3"], "did you mean 'optimizer.lr'?"),
         (["--precision", "fp8"], "precision"),
         (["--epochs", "many"], "epochs"),
-        (["--gamma.fade", "1.5"], "the schedule would end after training"),
+        (["--gamma.fade", "1.5"], "gamma.fade must be above 0 and at most 1, got 1.5"),
         (["--model.name", "slab_deit_micr"], "did you mean 'slab_deit_micro'?"),
         (["--data", "/nowhere"], "no data at '/nowhere'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),

@@ -16,8 +16,6 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 
-from slabformer.cli.suggest import did_you_mean
-
 #: verb -> (module, what it does)
 VERBS = {
     "quickstart": ("slabformer.cli.quickstart", "train, fuse, verify and benchmark a small model on real digits"),
@@ -63,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print(usage(command, verbs), code=0 if arguments else USAGE)
     verb, *options = arguments
     if verb not in verbs:
+        from slabformer.cli.suggest import did_you_mean  # not before: importing the package imports torch
+
         near = did_you_mean(verb, [*verbs, *GROUPS] if verbs is VERBS else verbs)
         return _complain(f"unknown command {verb!r}{near or ';'} `{command} --help` lists all", USAGE)
     return _guarded(f"{command} {verb}", verbs[verb][0], options)

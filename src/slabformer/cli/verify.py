@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from slabformer.cli.common import example_images
-from slabformer.settings import ExistingFile, ExistingPath, PositiveInt, Tolerance
+from slabformer.settings import ExistingPath, PositiveInt, Tolerance
 from slabformer.surgery.verify import RTOL, verify
 from slabformer.tasks.classification.augment import eval_transform
 from slabformer.tasks.classification.predict import data_config
@@ -25,8 +25,10 @@ def parser() -> ArgumentParser:
         description="Compare the outputs of two models; exit code 1 when they differ by more than --rtol, or 4 times "
         "the distance of the reference's own outputs to those in float64.",
     )
-    made.add_argument("reference", type=ExistingFile, help="what is right, a .safetensors file that slab wrote")
-    made.add_argument("candidate", type=ExistingFile, help="what should equal it, its fused form for example")
+    made.add_argument(
+        "reference", type=ExistingPath, help="what is right: a .safetensors file or a folder that slab wrote"
+    )
+    made.add_argument("candidate", type=ExistingPath, help="what should equal it, its fused form for example")
     made.add_argument(
         "--images", type=ExistingPath, nargs="+", default=[], help="image files or folders; random by default"
     )

@@ -52,8 +52,6 @@ def parser() -> ArgumentParser:
 def run(config: Namespace) -> None:
     """Export and compare; the file appears when it has passed."""
     output = writable(config.output)
-    if output.suffix != ".onnx":
-        raise ValueError(f"a detector is exported as ONNX; name it {output.with_suffix('.onnx').name}")
     detector, info = load_detector(config.model)
     images = compared_pictures(config, info)
     with replaced(output) as temporary:

@@ -36,7 +36,7 @@ class _Norm:
     names: Annotated[list[NonEmptyStr], NotEmpty()]
     gone: bool
     dim: PositiveInt
-    eps: Annotated[float, Range(ge=0, le=1)]
+    eps: Annotated[float, Range(ge=0, le=1)] | None
     channel_dim: Annotated[int, Range(ge=-8, le=8)] = -1
 
 

@@ -105,14 +105,11 @@ class CocoAnnotations:
         return self._usable.get(image.id, [])
 
     def truth(self) -> list[dict[str, Any]]:
-        """What there is to find in evaluation: all objects of known category, what may be left out filled in.
-
-        Ids count from 1 on, whatever the file has: COCO's tools take an object of id 0 that was found for a miss.
-        """
-        known = (row for row in self.dataset["annotations"] if row["category_id"] in self._labels)
+        """What there is to find in evaluation: all objects of known category, what may be left out filled in."""
         filled = [
-            {**row, "id": number, "area": area_of(row), "iscrowd": int(row.get("iscrowd", 0))}
-            for number, row in enumerate(known, start=1)
+            {**row, "area": area_of(row), "iscrowd": int(row.get("iscrowd", 0))}
+            for row in self.dataset["annotations"]
+            if row["category_id"] in self._labels
         ]
         # COCO's tools take a polygon of two corners for a box
         return [{**row, "segmentation": polygons(row)} if not is_rle(row) else row for row in filled]

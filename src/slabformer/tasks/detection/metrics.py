@@ -138,7 +138,9 @@ class CocoMetrics:
 
     def _evaluate(self, gathered: dict[int, list[dict[str, Any]]], kind: str) -> Any:
         """An evaluator of either library, done."""
-        truth = {"info": {}, **self.annotations.dataset, "annotations": self.annotations.truth()}
+        # numbered from 1 on, whatever the file has: COCO's tools take an object of id 0 that was found for a miss
+        objects = [{**row, "id": number} for number, row in enumerate(self.annotations.truth(), start=1)]
+        truth = {"info": {}, **self.annotations.dataset, "annotations": objects}
         with contextlib.redirect_stdout(io.StringIO()):  # both tell of every step
             return _run(self.backend, truth, list(gathered), _detections(gathered, kind), kind)
 

@@ -169,7 +169,8 @@ def _check_adapters(model: nn.Module) -> None:
             f"PEFT would save its adapters without {len(unsaved)} norms (first: {unsaved[0]}); "
             "pass modules_to_save=slabformer.convert_norms_(model) to its configuration"
         )
-    torn = [name for name, norm in prepbn_modules(model).items() if "modules_to_save" in norm.norm._modules]
+    saved = [name for name, module in model.named_modules() if "modules_to_save" in module._modules]
+    torn = [name for name in saved if any(name.startswith(f"{outer}.") for outer in saved)]
     if torn:
         raise ValueError(
             f"PEFT's modules_to_save also reaches into {torn[0]}, since it matches the ends of names; "
