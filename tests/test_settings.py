@@ -16,7 +16,14 @@ import slabformer as sf
 from slabformer import settings
 from slabformer.cli.main import GROUPS, VERBS
 from slabformer.cli.options import type_of
+from slabformer.models.cswin import CSWin
+from slabformer.models.deit import DeiT, SlabDeiT
 from slabformer.models.detection.config import DetectorConfig
+from slabformer.models.llama import SlabLlamaConfig
+from slabformer.models.pvt import PVT
+from slabformer.models.pvt_v2 import PVTv2
+from slabformer.models.pyramid import PyramidTransformer
+from slabformer.models.swin import Swin
 from slabformer.settings import (
     ClassNames,
     FolderToWrite,
@@ -256,12 +263,52 @@ def public_callables() -> Iterator[tuple[str, Any]]:
                 yield name, value.__init__ if inspect.isclass(value) else value
 
 
-def test_no_number_of_the_public_api_comes_without_a_range() -> None:
+def model_constructors() -> Iterator[tuple[str, Any]]:
+    for kind in (DeiT, SlabDeiT, Swin, PVT, PVTv2, CSWin, PyramidTransformer):
+        yield kind.__name__, kind.__init__
+
+
+@pytest.mark.parametrize("callables", [public_callables, model_constructors])
+def test_no_number_of_the_public_api_comes_without_a_range(
+    callables: Callable[[], Iterator[tuple[str, Any]]],
+) -> None:
     bare = []
-    for name, function in public_callables():
+    for name, function in callables():
         plain = inspect.unwrap(function)
         for parameter in inspect.signature(plain).parameters.values():
             hint = settings._resolved(parameter.annotation, plain.__globals__)
             if numeric(hint) and (name, parameter.name) not in HOT:
                 bare.append(f"{name}({parameter.name}: {parameter.annotation})")
     assert bare == []
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DeiT(embed_dim=0), r"^embed_dim must be at least 1, got 0$"),
+        (lambda: DeiT(num_heads=5), r"^num_heads must divide embed_dim \(768\), got 5$"),
+        (lambda: DeiT(drop_path_rate=-1), r"^drop_path_rate must be at least 0 and below 1, got -1$"),
+        (lambda: SlabDeiT(depth=-2), r"^depth must be at least 1, got -2$"),
+        (lambda: SlabDeiT(img_size=8), r"^img_size must be at least patch_size \(16\), got 8$"),
+        (lambda: Swin(depths=(2, -2, 6, 2)), r"^depths\[1\] must be at least 1, got -2$"),
+        (lambda: Swin(window_size=0), r"^window_size must be .* got 0$"),
+        (lambda: Swin(num_heads=(3, 5, 12, 24)), r"^num_heads\[1\] must divide the 192 channels of its stage, got 5$"),
+        (lambda: PVT(embed_dims=(64, 0, 320, 512)), r"^embed_dims\[1\] must be at least 1, got 0$"),
+        (lambda: PVT(sr_ratios=(0, 4, 2, 1)), r"^sr_ratios\[0\] must be at least 1, got 0$"),
+        (lambda: PVTv2(num_classes=-1), r"^num_classes must be at least 0, got -1$"),
+        (lambda: CSWin(stripe_widths=(1, 0, 7, None)), r"^stripe_widths\[1\] must be at least 1, got 0$"),
+        (lambda: CSWin(drop_rate=2), r"^drop_rate must be at least 0 and below 1, got 2$"),
+        (lambda: SlabLlamaConfig(hidden_size=0), r"^hidden_size must be at least 1, got 0$"),
+        (lambda: SlabLlamaConfig(num_attention_heads=0), r"^num_attention_heads must be at least 1, got 0$"),
+        (
+            lambda: SlabLlamaConfig(num_attention_heads=5),
+            r"^num_attention_heads must divide hidden_size \(4096\), got 5$",
+        ),
+        (lambda: SlabLlamaConfig(num_key_value_heads=5), r"^num_key_value_heads must divide num_attention_heads"),
+        (lambda: SlabLlamaConfig(bn_momentum=2.0), r"^bn_momentum must be above 0 and at most 1, got 2\.0$"),
+        (lambda: SlabLlamaConfig(norm="layernorm"), r"^norm must be 'prepbn', 'repbn', 'rmsnorm' or 'folded'"),
+    ],
+)
+def test_sizes_of_models_are_told_when_one_is_made(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -9,13 +9,14 @@ against such annotations, before anything else runs. Numbers are finite, and tru
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import math
 import os
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -104,6 +105,26 @@ class Where:
     def refusal(self, value: Any) -> str | None:
         """See :class:`Rule`."""
         return None if self.holds(value) else f"must be {self.allowed}, got {shown(value)}"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A name that a library knows, in upper or lower case; it is asked, and imported, when a name is checked."""
+
+    allowed: str
+    names: Callable[[], Collection[str]]
+
+    def words(self) -> str:
+        """See :class:`Rule`."""
+        return self.allowed
+
+    def refusal(self, value: Any) -> str | None:
+        """See :class:`Rule`."""
+        names = self.names()
+        if value.lower() in names:
+            return None
+        near = difflib.get_close_matches(value.lower(), names, n=1)
+        return f"must be {self.allowed}, got {shown(value)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 @dataclass(frozen=True, init=False)
@@ -221,6 +242,8 @@ Number = Annotated[float, Where(ANY, lambda value: True)]
 Seed = Annotated[int, Range(ge=0, lt=MOST_64)]
 Epochs = Annotated[int, Range(ge=1, le=100_000)]
 Pixels = Annotated[int, Range(ge=1, le=65_536)]
+#: height and width, or one number for both
+ImageSize = Pixels | tuple[Pixels, Pixels]
 #: processes or threads
 Workers = Annotated[int, Range(ge=0, le=4_096)]
 Threads = Annotated[int, Range(ge=1, le=4_096)]

@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from slabformer.cli.suggest import did_you_mean
-from slabformer.settings import check, describe, nested_hints
+from slabformer.settings import check, describe, nested_hints, shown
 
 MISTYPED = re.compile(
     r'.*Parser key "(?P<key>[\w.]+)"(?: element \d+)?: (?:Expected|Does not validate)'
@@ -48,6 +48,9 @@ def parse(parser: ArgumentParser, options: Sequence[str], command: str) -> Names
     except ArgumentError as error:
         message = _explain(" ".join(str(error).split()), parser)
         raise ValueError(f"{message} (`{command} --help` shows all options)") from error
+    for name in parser.groups or {}:
+        if name in config and not isinstance(config[name], Namespace):
+            raise ValueError(f"{name} must be a mapping of settings to values, got {shown(config[name])}")
     for action in parser._actions:
         hint = type_of(action)
         if hint is None or action.dest not in config:
@@ -98,5 +101,10 @@ def _explain(message: str, parser: ArgumentParser) -> str:
         return message
     group, member = unknown["group"], unknown["member"]
     key = f"{group}.{member}" if group else unknown["flag"] or unknown["option"]
-    known = [action.dest for action in parser._actions]
+    positional = next(
+        (action.dest for action in parser._actions if not action.option_strings and action.dest == key), None
+    )
+    if positional:
+        return f"{positional} is given without --{positional}, as in the usage line"
+    known = [action.dest for action in parser._actions if action.option_strings]
     return f"unknown option {key!r}{did_you_mean(key.replace('-', '_'), known)}"

@@ -6,15 +6,16 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import torch.distributed as dist
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from slabformer._files import check_readable
 from slabformer.cli.options import add_settings
-from slabformer.tasks.engine.documents import check_yaml
+from slabformer.settings import shown
+from slabformer.tasks.engine.documents import parse_yaml
 from slabformer.tasks.engine.files import read_text
 from slabformer.tasks.engine.signals import StoppedError
 
@@ -37,16 +38,17 @@ class _Parser(ArgumentParser):
 
 
 def _check_recipe(given: str) -> None:
-    """Refuse a recipe that is no regular file, or out of bounds; what else is wrong with it the parser tells."""
-    path = Path(given)
-    if path.exists():
-        text = read_text(path)
-        try:
-            check_yaml(text)
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        except yaml.YAMLError:
-            pass
+    """Refuse a recipe that is no regular file, out of bounds or no mapping; what else is wrong the parser tells."""
+    path = check_readable(given, "recipe")
+    text = read_text(path)
+    try:
+        recipe = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except yaml.YAMLError:
+        return
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} is no recipe: it must be a mapping of settings to values, got {shown(recipe)}")
 
 
 def recipe_parser(prog: str, description: str, example: str, config: type) -> ArgumentParser:

@@ -15,6 +15,7 @@ import timm
 from torch import nn
 
 from slabformer.models.registry import check_model_name
+from slabformer.settings import FractionBelowOne, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, check
 
 #: of constructors, but about where a model lies and what it returns rather than what it is
 PLACEMENT = {"self", "device", "dtype", "out_indices"}
@@ -23,6 +24,32 @@ TRANSLATED = {"norm_layer"}
 #: limits of a value, far beyond any model
 LARGEST, LONGEST, DEEPEST = 1_000_000, 256, 4
 TEXT = re.compile(r"[\w.\-+ ]{0,64}")
+#: arguments that mean the same in every family, of timm or not: what one value may be, or one of each stage
+RANGES: dict[str, Any] = {
+    **dict.fromkeys(("embed_dim", "embed_dims", "depth", "depths", "num_heads", "in_chans", "patch_size"), PositiveInt),
+    **dict.fromkeys(("mlp_ratio", "mlp_ratios"), PositiveFloat),
+    **dict.fromkeys(("drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate"), FractionBelowOne),
+    **dict.fromkeys(("pos_drop_rate", "patch_drop_rate"), FractionBelowOne),
+    "num_classes": NonNegativeInt,
+    "img_size": Pixels,
+}
+
+
+def check_ranges(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of a model outside of :data:`RANGES`; others pass.
+
+    Raises:
+        ValueError: With the argument, what was given and what is allowed.
+    """
+    for name, value in arguments.items():
+        if name not in RANGES or value is None:
+            continue
+        if not isinstance(value, (list, tuple)):
+            check(name, value, RANGES[name])
+            continue
+        for index, item in enumerate(value):
+            if item is not None and not isinstance(item, (list, tuple)):  # some families of timm nest theirs
+                check(f"{name}[{index}]", item, RANGES[name])
 
 
 def check_arguments(model: str, arguments: Mapping[str, Any]) -> None:
@@ -50,6 +77,7 @@ def check_arguments(model: str, arguments: Mapping[str, Any]) -> None:
                 f"argument {name!r} of {model} must be numbers up to {LARGEST:,}, short names, true, false or null, "
                 f"or lists or mappings of such; got {str(value)[:80]!r}"
             )
+    check_ranges(arguments)
 
 
 @functools.cache

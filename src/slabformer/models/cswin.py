@@ -15,9 +15,19 @@ from slabformer.models.norms import NormLayer, resolve_norm_layer
 from slabformer.models.official import PublishedLayout, State
 from slabformer.models.pyramid import PyramidTransformer
 from slabformer.models.registry import cfg, create
-from slabformer.models.stages import Block, ConvEmbed, ConvMerge, Stage, check_attention, drop_path_rates, grid_sizes
+from slabformer.models.stages import (
+    Block,
+    ConvEmbed,
+    ConvMerge,
+    Stage,
+    check_attention,
+    check_heads,
+    drop_path_rates,
+    grid_sizes,
+)
 from slabformer.nn.resample import Grid
 from slabformer.nn.window_attention import StripeAttention, WindowLinearAttention
+from slabformer.settings import FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked
 
 NUM_STAGES = 4
 #: what published blocks hold, in their order
@@ -148,22 +158,23 @@ class CSWin(PyramidTransformer):
         complete=complete,
     )
 
+    @checked
     def __init__(
         self,
         attention: str = "LLSS",
-        depths: Sequence[int] = (2, 4, 18, 1),
-        embed_dim: int = 64,
-        num_heads: Sequence[int] = (2, 4, 8, 16),
-        stripe_widths: Sequence[int | None] = (1, 2, 7, None),
+        depths: Sequence[PositiveInt] = (2, 4, 18, 1),
+        embed_dim: PositiveInt = 64,
+        num_heads: Sequence[PositiveInt] = (2, 4, 8, 16),
+        stripe_widths: Sequence[PositiveInt | None] = (1, 2, 7, None),
         *,
-        img_size: int | tuple[int, int] = 224,
-        in_chans: int = 3,
-        mlp_ratio: float = 4.0,
+        img_size: ImageSize = 224,
+        in_chans: PositiveInt = 3,
+        mlp_ratio: PositiveFloat = 4.0,
         qkv_bias: bool = True,
         norm: str | NormLayer = "prepbn",
-        norm_eps: float = 1e-5,
-        proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        norm_eps: PositiveFloat = 1e-5,
+        proj_drop_rate: FractionBelowOne = 0.0,
+        drop_path_rate: FractionBelowOne = 0.0,
         **kwargs: Any,
     ) -> None:
         check_attention(attention, len(depths))
@@ -172,6 +183,7 @@ class CSWin(PyramidTransformer):
                 raise ValueError(f"{name} needs one for each of {len(depths)} stages, got {tuple(values)}")
         norm_layer = resolve_norm_layer(norm, norm_eps)
         dims = [embed_dim * 2**i for i in range(len(depths))]
+        check_heads(dims, num_heads)
         strides = [4 * 2**i for i in range(len(depths))]
         grids = grid_sizes(to_2tuple(img_size), strides, strides[-1])
         rates = drop_path_rates(drop_path_rate, depths)

@@ -14,12 +14,14 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from slabformer.models.arguments import check_ranges
 from slabformer.models.norms import NormLayer, resolve_norm_layer
 from slabformer.models.official import PublishedLayout, State, load_published, read_published
 from slabformer.models.pretrained import fit_head, fit_stem, fit_tables
 from slabformer.models.registry import cfg, create
 from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.nn.resample import Grid
+from slabformer.settings import ImageSize, PositiveFloat, PositiveInt, checked
 
 
 class DeiT(VisionTransformer):
@@ -28,10 +30,38 @@ class DeiT(VisionTransformer):
     Args:
         norm: "prepbn", "repbn", "layernorm", or a constructor.
         norm_eps: LayerNorm's epsilon.
+        img_size: Height and width of images, in pixels.
+        patch_size: Height and width of patches, in pixels.
+        embed_dim: Channels ``C`` of tokens.
+        depth: Blocks.
+        num_heads: Heads of ``C / num_heads`` channels.
         kwargs: As timm's.
+
+    Raises:
+        ValueError: If an argument is outside of its range, heads do not divide channels, or a patch is larger than the
+            image.
     """
 
-    def __init__(self, norm: str | NormLayer = "prepbn", norm_eps: float = 1e-6, **kwargs: Any) -> None:
+    @checked
+    def __init__(
+        self,
+        norm: str | NormLayer = "prepbn",
+        norm_eps: PositiveFloat = 1e-6,
+        *,
+        img_size: ImageSize = 224,
+        patch_size: ImageSize = 16,
+        embed_dim: PositiveInt = 768,
+        depth: PositiveInt = 12,
+        num_heads: PositiveInt = 12,
+        **kwargs: Any,
+    ) -> None:
+        check_ranges(kwargs)
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads must divide embed_dim ({embed_dim}), got {num_heads}")
+        if any(side < patch for side, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)):
+            raise ValueError(f"img_size must be at least patch_size ({patch_size}), got {img_size}")
+        sizes: dict[str, Any] = {"img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim}
+        kwargs |= sizes | {"depth": depth, "num_heads": num_heads}
         super().__init__(norm_layer=resolve_norm_layer(norm, norm_eps), **kwargs)
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
@@ -88,13 +118,14 @@ class SlabDeiT(DeiT):
         complete=lambda _, state: {"cls_token": torch.zeros_like(state["pos_embed"][:, :1])} | state,
     )
 
-    def __init__(
-        self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, **kwargs: Any
-    ) -> None:
+    @checked
+    def __init__(self, img_size: ImageSize = 224, patch_size: ImageSize = 16, **kwargs: Any) -> None:
         for name in ("class_token", "reg_tokens", "patch_drop_rate"):
             if kwargs.pop(name, None):
                 raise ValueError(f"{name} is not for slab_deit: its attention needs the whole token grid and no more")
         (H, W), (h, w) = to_2tuple(img_size), to_2tuple(patch_size)
+        if h > H or w > W:
+            raise ValueError(f"img_size must be at least patch_size ({patch_size}), got {img_size}")
         kwargs = {"global_pool": "avg", "fc_norm": False, **kwargs}
         block = partial(SlabBlock, grid_size=(H // h, W // w))
         super().__init__(img_size=img_size, patch_size=patch_size, class_token=False, block_fn=block, **kwargs)

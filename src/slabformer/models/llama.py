@@ -24,8 +24,22 @@ from slabformer.models.official import PublishedLayout, State
 from slabformer.models.padding import keep_padding_out
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Folded
+from slabformer.settings import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt, check
 
 LlamaNorm = Literal["prepbn", "repbn", "rmsnorm", "folded"]
+NormStart = Literal["zeros", "ones"]
+#: of the configuration's fields, transformers' own included, whose types say less
+RANGES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), PositiveInt),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), PositiveInt),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), PositiveInt | None),
+    **dict.fromkeys(("rms_norm_eps", "bn_eps"), PositiveFloat),
+    "initializer_range": NonNegativeFloat,
+    "attention_dropout": FractionBelowOne | None,
+    "bn_momentum": PositiveFraction,
+    "norm": LlamaNorm,
+    "norm_start": NormStart,
+}
 
 
 @strict
@@ -40,14 +54,27 @@ class SlabLlamaConfig(LlamaConfig):
             "ones" for the start of the vision models.
         bn_eps: RepBN's epsilon.
         bn_momentum: RepBN's momentum.
+
+    Raises:
+        ValueError: If a size or a rate is outside of its range.
     """
 
     model_type = "slab_llama"
 
     norm: LlamaNorm = "prepbn"
-    norm_start: Literal["zeros", "ones"] = "zeros"
+    norm_start: NormStart = "zeros"
     bn_eps: float = 1e-6
     bn_momentum: float = 0.1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name, allowed in RANGES.items():
+            check(name, getattr(self, name), allowed, none="None")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads:
+            raise ValueError(f"num_attention_heads must divide hidden_size ({self.hidden_size}), got {heads}")
+        if groups is not None and heads % groups:
+            raise ValueError(f"num_key_value_heads must divide num_attention_heads ({heads}), got {groups}")
+        super().__post_init__(**kwargs)
 
 
 def norm_of(config: SlabLlamaConfig) -> nn.Module:

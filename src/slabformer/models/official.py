@@ -18,6 +18,8 @@ from slabformer.nn import PRepBN, RepBN
 
 NormLayout = Literal["prepbn", "repbn"]
 State = dict[str, Tensor]
+#: how torch.load calls a class that is no tensor's
+UNSUPPORTED = re.compile(r"GLOBAL ([\w.]+)")
 
 #: published name within a RepBN, in published order, and ours
 _REP = {
@@ -113,23 +115,36 @@ def read_published(source: str | Path | Mapping[str, Any]) -> State:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no checkpoint, holds more than plain data, or anything but tensors as weights.
     """
-    loaded = source if isinstance(source, Mapping) else _unpickle(source)
+    loaded = source if isinstance(source, Mapping) else unpickle(source)
     state = loaded.get("model", loaded) if isinstance(loaded, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError("a published checkpoint maps names to tensors, by itself or under 'model'; this one does not")
     return dict(state)
 
 
-def _unpickle(path: str | Path) -> object:
+def unpickle(path: str | Path) -> object:
+    """What ``torch.save`` wrote to ``path``, if it holds tensors and plain values alone.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no such file, or is one of other objects.
+    """
     check_regular(path)
+    check_readable(path, "checkpoint")
     # the training script saves its yacs config beside the weights; as an OrderedDict it needs no yacs and runs no code
     with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-        check_readable(path, "checkpoint")
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # bytes that are no checkpoint raise whatever the opcodes that they look like do
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"cannot read {path} as a checkpoint of plain tensors: {reason}") from error
+            raise ValueError(f"cannot read {path} as a checkpoint of plain tensors: {why_unreadable(error)}") from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """What ``error`` of ``torch.load`` says of the file."""
+    unsupported = UNSUPPORTED.search(str(error))
+    if unsupported is not None:
+        return f"it holds {unsupported[1]}, and other objects than tensors may run code"
+    return "it is truncated, or torch.save did not write it"
 
 
 def published_names(model: nn.Module, norm_layout: NormLayout) -> dict[str, str | None]:

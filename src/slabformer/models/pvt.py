@@ -22,11 +22,13 @@ from slabformer.models.stages import (
     PVTStage,
     Stage,
     check_attention,
+    check_heads,
     drop_path_rates,
     grid_sizes,
 )
 from slabformer.nn.attention_variants import PyramidAttention, PyramidLinearAttention, Resize
 from slabformer.nn.resample import Grid
+from slabformer.settings import FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked
 
 
 class PVT(PyramidTransformer):
@@ -72,25 +74,26 @@ class PVT(PyramidTransformer):
     stem, merge = (4, 4, 0), (2, 2, 0)
     mlp_layer: type[nn.Module] = Mlp
 
+    @checked
     def __init__(
         self,
         attention: str = "LLLL",
         norm: str | NormLayer = "prepbn",
-        norm_eps: float = 1e-6,
+        norm_eps: PositiveFloat = 1e-6,
         *,
-        img_size: int | tuple[int, int] = 224,
-        in_chans: int = 3,
-        embed_dims: Sequence[int] = (64, 128, 320, 512),
-        depths: Sequence[int] = (2, 2, 2, 2),
-        num_heads: Sequence[int] = (1, 2, 5, 8),
-        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-        sr_ratios: Sequence[int] = (8, 4, 2, 1),
-        linear_sr_ratios: Sequence[int] = (1, 1, 1, 1),
+        img_size: ImageSize = 224,
+        in_chans: PositiveInt = 3,
+        embed_dims: Sequence[PositiveInt] = (64, 128, 320, 512),
+        depths: Sequence[PositiveInt] = (2, 2, 2, 2),
+        num_heads: Sequence[PositiveInt] = (1, 2, 5, 8),
+        mlp_ratios: Sequence[PositiveFloat] = (8, 8, 4, 4),
+        sr_ratios: Sequence[PositiveInt] = (8, 4, 2, 1),
+        linear_sr_ratios: Sequence[PositiveInt] = (1, 1, 1, 1),
         resize: Resize = "2d",
         qkv_bias: bool = True,
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        proj_drop_rate: FractionBelowOne = 0.0,
+        attn_drop_rate: FractionBelowOne = 0.0,
+        drop_path_rate: FractionBelowOne = 0.0,
         **kwargs: Any,
     ) -> None:
         check_attention(attention, len(depths))
@@ -102,6 +105,7 @@ class PVT(PyramidTransformer):
             sr_ratios=sr_ratios,
             linear_sr_ratios=linear_sr_ratios,
         )
+        check_heads(embed_dims, num_heads)
         norm_layer = resolve_norm_layer(norm, norm_eps)
         reductions = [(sr_ratios if letter == "S" else linear_sr_ratios)[i] for i, letter in enumerate(attention)]
         strides = [4 * 2**i for i in range(len(depths))]

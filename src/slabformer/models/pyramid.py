@@ -12,6 +12,7 @@ from slabformer.models.official import PublishedLayout, State, load_published, p
 from slabformer.models.pretrained import fit_head, fit_stem
 from slabformer.models.stages import Stage, grid_sizes, pad_images
 from slabformer.nn.resample import resample_table
+from slabformer.settings import FractionBelowOne, ImageSize, NonNegativeInt, PositiveInt, checked
 
 
 class PyramidTransformer(nn.Module):
@@ -38,6 +39,7 @@ class PyramidTransformer(nn.Module):
     #: of :meth:`forward_features`
     output_fmt = "NHWC"
 
+    @checked
     def __init__(
         self,
         patch_embed: nn.Module,
@@ -45,13 +47,13 @@ class PyramidTransformer(nn.Module):
         norm: nn.Module,
         *,
         attention: str,
-        embed_dims: Sequence[int],
-        strides: Sequence[int] = (4, 8, 16, 32),
-        pad_to: int | None = None,
-        num_classes: int = 1000,
+        embed_dims: Sequence[PositiveInt],
+        strides: Sequence[PositiveInt] = (4, 8, 16, 32),
+        pad_to: PositiveInt | None = None,
+        num_classes: NonNegativeInt = 1000,
         global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        img_size: int | tuple[int, int] = 224,
+        drop_rate: FractionBelowOne = 0.0,
+        img_size: ImageSize = 224,
     ) -> None:
         super().__init__()
         self.attention, self.strides, self.img_size = attention, tuple(strides), to_2tuple(img_size)

@@ -77,6 +77,11 @@ def create(
     return model if dtype is None else model.to(dtype)
 
 
+def is_ours(model: str) -> bool:
+    """Whether ``model`` is one of this package's in timm's registry."""
+    return timm.is_model(model) and timm.model_entrypoint(model).__module__.startswith(f"{__package__}.")
+
+
 def twin_of(model: str) -> str | None:
     """Name of the LayerNorm model with softmax attention that ``model`` replaces; None for models that are not ours.
 

@@ -35,6 +35,17 @@ def check_attention(attention: str, num_stages: int) -> str:
     return attention
 
 
+def check_heads(dims: Sequence[int], num_heads: Sequence[int]) -> None:
+    """Refuse heads that do not share a stage's channels evenly.
+
+    Raises:
+        ValueError: With the first stage of which that is true.
+    """
+    for stage, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
+        if dim % heads:
+            raise ValueError(f"num_heads[{stage}] must divide the {dim} channels of its stage, got {heads}")
+
+
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Stochastic depth of each block of each stage, rising linearly from 0 to ``rate``."""
     rates = torch.linspace(0, rate, sum(depths), device="cpu").tolist()  # models may be built on meta

@@ -13,7 +13,7 @@ from slabformer.models.norms import NormLayer, resolve_norm_layer
 from slabformer.models.official import PublishedLayout, State
 from slabformer.models.pyramid import PyramidTransformer
 from slabformer.models.registry import cfg, create
-from slabformer.models.stages import Block, ConvEmbed, Stage, check_attention, drop_path_rates, grid_sizes
+from slabformer.models.stages import Block, ConvEmbed, Stage, check_attention, check_heads, drop_path_rates, grid_sizes
 from slabformer.nn.attention import SimplifiedLinearAttention, refuse_attn_drop
 from slabformer.nn.resample import Grid
 from slabformer.nn.windows import (
@@ -22,6 +22,7 @@ from slabformer.nn.windows import (
     relative_position_index,
     resample_bias_table,
 )
+from slabformer.settings import FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked
 
 BIAS_TABLE = "relative_position_bias_table"
 #: of the published models
@@ -108,25 +109,26 @@ class Swin(PyramidTransformer):
         complete=put_back,
     )
 
+    @checked
     def __init__(
         self,
         attention: str = "LLSS",
-        depths: Sequence[int] = (2, 2, 6, 2),
-        embed_dim: int = 96,
-        num_heads: Sequence[int] = (3, 6, 12, 24),
+        depths: Sequence[PositiveInt] = (2, 2, 6, 2),
+        embed_dim: PositiveInt = 96,
+        num_heads: Sequence[PositiveInt] = (3, 6, 12, 24),
         *,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 4,
-        window_size: int | Grid = PUBLISHED_WINDOW,
+        img_size: ImageSize = 224,
+        patch_size: PositiveInt = 4,
+        window_size: PositiveInt | tuple[PositiveInt, PositiveInt] = PUBLISHED_WINDOW,
         fixed_windows: bool = False,
-        in_chans: int = 3,
-        mlp_ratio: float = 4.0,
+        in_chans: PositiveInt = 3,
+        mlp_ratio: PositiveFloat = 4.0,
         qkv_bias: bool = True,
         norm: str | NormLayer = "prepbn",
-        norm_eps: float = 1e-5,
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        norm_eps: PositiveFloat = 1e-5,
+        proj_drop_rate: FractionBelowOne = 0.0,
+        attn_drop_rate: FractionBelowOne = 0.0,
+        drop_path_rate: FractionBelowOne = 0.0,
         **kwargs: Any,
     ) -> None:
         check_attention(attention, len(depths))
@@ -137,6 +139,7 @@ class Swin(PyramidTransformer):
         norm_layer = resolve_norm_layer(norm, norm_eps)
         window = to_2tuple(window_size)
         dims, strides = ([first * 2**i for i in range(len(depths))] for first in (embed_dim, patch_size))
+        check_heads(dims, num_heads)
         grids = grid_sizes(to_2tuple(img_size), strides, strides[-1])
         rates = drop_path_rates(drop_path_rate, depths)
         drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}

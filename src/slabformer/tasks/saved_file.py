@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -187,12 +188,29 @@ def digest_of(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_saved(path: Path, kind: type[SavedInfo]) -> None:
+    """Refuse a file that is no model of this ``kind``, by its header alone.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As :func:`load_with_info`, as far as that can be told without its tensors.
+    """
+    with _opened(path) as file:
+        _check_kind(path, dict(file.metadata() or {}), kind)
+
+
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with _opened(path) as file:
+        return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     check_readable(path, "model")
     safetensors = require("safetensors", extra="vision")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except safetensors.SafetensorError as error:
         if path.suffix.lower() in CHECKPOINTS:
             message = f"{path} does not say which model it holds; give the model's name, and the file as its checkpoint"
@@ -200,7 +218,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"{path} is truncated, or no safetensors file ({error})") from error
 
 
-def _info_of(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor], kind: type[Info]) -> Info:
+def _check_kind(path: Path, metadata: Mapping[str, str], kind: type[SavedInfo]) -> None:
     other = next((what for key, what in KINDS.items() if key in metadata and key != kind.KEY), None)
     if other is not None:
         raise ValueError(f"{path} holds {other}")
@@ -209,6 +227,10 @@ def _info_of(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor], k
             f"{path} does not say which model it holds; slabformer did not save it with `save_model`. Load it into a "
             "model of your own and save that"
         )
+
+
+def _info_of(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor], kind: type[Info]) -> Info:
+    _check_kind(path, metadata, kind)
     if metadata.get(DIGEST) != digest_of(metadata, tensors):
         raise ValueError(f"{path} was altered after it was saved (its checksum does not match); get it again")
     try:

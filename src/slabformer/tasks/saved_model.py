@@ -113,3 +113,7 @@ def create_model(name: str, *, pretrained: bool = False, **model_args: Any) -> n
         return timm.create_model(name, pretrained=pretrained, **model_args)
     except TypeError as error:
         raise ValueError(f"{name} refuses its arguments ({error})") from error
+    except (AssertionError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+        if pretrained or not model_args:
+            raise
+        raise ValueError(f"{name} refuses its arguments ({error or type(error).__name__})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -17,18 +18,40 @@ from slabformer._extras import require
 from slabformer.settings import (
     Fraction,
     FractionBelowOne,
-    NonEmptyStr,
     NonNegativeFloat,
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
     Range,
     Settings,
+    Where,
 )
 from slabformer.tasks.classification.sources import DataConfig
 from slabformer.tasks.engine.order import Stream
 
 Transform = Callable[[Image.Image], Tensor]
+
+
+#: of a policy's name, behind its first word: a letter or word with its number, or a set of RandAugment's transforms
+SECTION = re.compile(r"[a-su-z][a-z]*\d+(\.\d+)?|t[a-z\d]*")
+
+
+def _is_policy(name: str) -> bool:
+    """Whether timm reads the whole name: it skips a section without a number, and asserts that it knows the others."""
+    if not all(map(SECTION.fullmatch, name.split("-")[1:])):
+        return False
+    policies = require("timm.data.auto_augment", extra="vision")
+    makers = {"rand": policies.rand_augment_transform, "augmix": policies.augment_and_mix_transform}
+    make = next((make for prefix, make in makers.items() if name.startswith(prefix)), policies.auto_augment_transform)
+    try:
+        return bool(make(name, {"translate_const": 100, "img_mean": (124, 116, 104)}))
+    except (AssertionError, ValueError, LookupError):
+        return False
+
+
+Policy = Annotated[
+    str, Where("a policy of timm's, such as rand-m9-mstd0.5-inc1, augmix-m5-w4, original or v0", _is_policy)
+]
 
 
 @dataclass(kw_only=True)
@@ -46,7 +69,7 @@ class AugmentConfig(Settings):
     """Probability of a horizontal flip (`timm`)."""
     vflip: Fraction = 0.0
     """Probability of a vertical flip (`timm`)."""
-    auto_augment: NonEmptyStr | None = "rand-m9-mstd0.5-inc1"
+    auto_augment: Policy | None = "rand-m9-mstd0.5-inc1"
     """timm's name of an automatic policy (`timm`)."""
     color_jitter: NonNegativeFloat = 0.4
     """Strength of brightness, contrast, saturation jitter (`timm`); without effect under RandAugment, as published."""

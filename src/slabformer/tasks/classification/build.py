@@ -5,15 +5,21 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 
 import slabformer as sf
 from slabformer._extras import require
 from slabformer.models.arguments import check_arguments
+from slabformer.models.hub import weights_file
+from slabformer.models.registry import is_ours
 from slabformer.tasks.classification.config import ModelConfig
-from slabformer.tasks.saved_model import create_model, load_model
+from slabformer.tasks.saved_file import check_saved
+from slabformer.tasks.saved_model import ModelInfo, create_model, load_model
 
 logger = logging.getLogger(__name__)
+#: stands for the data's number of classes
+ANY_CLASSES = 2
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -30,6 +36,23 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> tuple
     if config.convert_norms:
         logger.info("converted %d norms of %s", len(sf.convert_norms_(model)), config.name)
     return model, arguments
+
+
+def check_model(config: ModelConfig, image_size: int) -> None:
+    """Refuse a model that could not be built, before data is read; the number of classes is not known by then.
+
+    Raises:
+        FileNotFoundError: If the file in ``weights`` is missing.
+        PermissionError: If it cannot be read.
+        ValueError: As :func:`build_model`, as far as that can be told without memory for weights.
+    """
+    if config.weights is not None:
+        check_saved(weights_file(config.weights), ModelInfo)
+    check_arguments(config.name, config.args)
+    if is_ours(config.name):  # timm has models that cannot be built like this
+        arguments = model_arguments(config, ANY_CLASSES, image_size)
+        with torch.device("meta"):
+            create_model(config.name, **arguments)
 
 
 def model_arguments(config: ModelConfig, num_classes: int, image_size: int) -> dict[str, Any]:

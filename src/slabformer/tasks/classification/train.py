@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 
 import slabformer as sf
-from slabformer._files import check_readable
-from slabformer.models.hub import weights_file
 from slabformer.nn.controls import repbn_modules
-from slabformer.tasks.classification.build import build_model, model_arguments
+from slabformer.tasks.classification.build import build_model, check_model, model_arguments
 from slabformer.tasks.classification.config import TrainConfig
 from slabformer.tasks.classification.data import Loader, create_loader
 from slabformer.tasks.classification.evaluate import evaluate
@@ -23,6 +21,7 @@ from slabformer.tasks.engine.build import (
     build_lr_schedule,
     build_optimizer,
     check_accumulate,
+    check_optimizer,
     rate_scale,
 )
 from slabformer.tasks.engine.checkpoint import CheckpointStore
@@ -62,8 +61,10 @@ def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Seq
     folder, found = open_folder(config, RunFolder)
     if found == "finished":
         return finished_before(folder)
-    if found == "new" and config.model.weights is not None:
-        check_readable(weights_file(config.model.weights), "weights")  # told before the data is listed
+    optimizer = check_optimizer(config.optimizer)
+    build_lr_schedule(config.lr_schedule, optimizer, epochs=config.epochs, steps_per_epoch=1, scale=1.0)
+    if found == "new" and model is None:
+        check_model(config.model, config.data.image_size)
     run = _Run(config, folder, model, fresh=found == "new")
     return train_and_finish(run, CsvObserver(folder.path, COLUMNS), observers)
 

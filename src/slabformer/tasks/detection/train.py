@@ -27,7 +27,7 @@ from slabformer.tasks.detection.result import (
     read_history,
 )
 from slabformer.tasks.detection.saved import DetectorInfo, save_detector
-from slabformer.tasks.engine.build import build_loop_config, build_optimizer, check_accumulate
+from slabformer.tasks.engine.build import build_loop_config, build_optimizer, check_accumulate, check_optimizer
 from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.devices import create_accelerator, to_device
 from slabformer.tasks.engine.folder import RunFolder, fingerprint
@@ -62,6 +62,8 @@ def train(config: TrainConfig, *, observers: Sequence[Observer] = ()) -> TrainRe
     folder, found = open_folder(config, RunFolder)
     if found == "finished":
         return finished_before(folder)
+    check_optimizer(config.optimizer)
+    backbone_args(config.model)
     for weights in (config.model.weights, config.model.backbone_weights):
         if found == "new" and weights is not None:
             check_readable(weights, "weights")  # told before the data is listed

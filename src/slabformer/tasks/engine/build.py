@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -56,8 +57,17 @@ def build_optimizer(
             param_group_fn=param_groups,
             **config.args,
         )
-    except (AssertionError, TypeError) as error:
+    except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"timm refuses optimizer {config.name!r}: {error}; check its name and args") from error
+
+
+def check_optimizer(config: OptimizerConfig) -> Optimizer:
+    """Refuse what timm refuses, before data is read: the optimizer is built for weights that stand for the model's.
+
+    Raises:
+        ValueError: See :func:`build_optimizer`.
+    """
+    return build_optimizer(replace(config, layer_decay=None), nn.Linear(2, 2), total_batch=1)
 
 
 def rate_scale(config: OptimizerConfig, total_batch: int) -> float:
@@ -72,7 +82,7 @@ def build_lr_schedule(
     """timm's schedule, its rates times ``scale``, and the number of epochs with cool-down."""
     if config.warmup_epochs >= epochs:
         raise ValueError(f"lr_schedule.warmup_epochs ({config.warmup_epochs:g}) must be below epochs ({epochs})")
-    return require("timm.scheduler", extra="vision").create_scheduler_v2(
+    schedule, total = require("timm.scheduler", extra="vision").create_scheduler_v2(
         optimizer,
         sched=config.name,
         num_epochs=epochs,
@@ -83,6 +93,11 @@ def build_lr_schedule(
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
+    if schedule is None:
+        raise ValueError(
+            f"lr_schedule.name {config.name!r} is not in this version of timm; update timm, or take another"
+        )
+    return schedule, total
 
 
 def build_gamma_schedule(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from slabformer._extras import require
 from slabformer.progressive import check_fractions
 from slabformer.settings import (
     Arguments,
     FractionBelowOne,
+    Known,
     NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,11 +25,21 @@ from slabformer.settings import (
 HARMLESS = {"harmless": True}
 
 
+def _optimizers() -> set[str]:
+    names = require("timm.optim", extra="vision").list_optimizers()
+    return {*names, *(f"lookahead_{name}" for name in names)}
+
+
+#: moved by the step; timm's `plateau` is moved by a metric
+LrScheduleName = Literal["cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt"]
+OptimizerName = Annotated[str, Known("one of timm.optim.list_optimizers()", _optimizers)]
+
+
 @dataclass(kw_only=True)
 class OptimizerConfig(Settings):
     """timm's optimizers by name; parameters of one dimension are not decayed."""
 
-    name: NonEmptyStr = "adamw"
+    name: OptimizerName = "adamw"
     """Any of `timm.optim.list_optimizers()`."""
     lr: PositiveFloat = 5e-4
     """Learning rate for a batch of `lr_base_batch`."""
@@ -47,8 +59,8 @@ class OptimizerConfig(Settings):
 class LrConfig(Settings):
     """timm's learning rate schedules by name, moved every optimizer step."""
 
-    name: NonEmptyStr = "cosine"
-    """`cosine`, `poly`, `tanh`, `step`, `constant` ... as in timm."""
+    name: LrScheduleName = "cosine"
+    """As in timm; `constant`, `wsd` and `rsqrt` need a timm that has them."""
     warmup_epochs: NonNegativeFloat = 20
     """Epochs of linear warm-up."""
     warmup_lr: NonNegativeFloat = 5e-7

@@ -6,6 +6,8 @@ import difflib
 from dataclasses import fields
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from slabformer.models.llama import SlabLlamaConfig
 from slabformer.tasks.language.config import ModelConfig
 
@@ -44,4 +46,7 @@ def config_of_model(model: ModelConfig, vocab_size: int, **settings: Any) -> Sla
         raise ValueError(
             f"model.args.num_key_value_heads must divide the {model.num_attention_heads} heads, got {groups}"
         )
-    return SlabLlamaConfig(**values)
+    try:
+        return SlabLlamaConfig(**values)
+    except StrictDataclassError as error:  # of a field's type, in two lines
+        raise ValueError(f"model.args: {' '.join(str(error).split())}") from error

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import slabformer.models.llama  # noqa: F401 (registers ours)
 from slabformer._files import sync_file, sync_folder, workspace
 from slabformer.models.hub import check_on_hub, is_hub_name
+from slabformer.models.official import unpickle, why_unreadable
 from slabformer.settings import shown
 from slabformer.tasks.engine.checkpoint import CheckpointFolders
 from slabformer.tasks.engine.documents import read_json
@@ -42,10 +49,13 @@ def load_model_folder(
         foreign = load_foreign(Path(model), dtype).to(device).eval()
         assert isinstance(foreign, PreTrainedModel)
         return foreign
+    _check_pickles(Path(model))
     try:
-        read: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+        with _without_load_report():
+            read: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError, UnpicklingError) as error:
+        pickled = isinstance(error, UnpicklingError)
+        reason = why_unreadable(error) if pickled else " ".join(str(error).split())[:200]
         raise ValueError(f"no language model at {str(model)!r}: {reason}") from error
     loaded, info = read
     wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
@@ -78,6 +88,29 @@ def check_source(model: str | Path) -> None:
         check_on_hub(name, CONFIG)
     except OSError as error:
         raise ValueError(f"no language model at {name!r}: {error}") from error
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers' table of tensors that do not fit out of the log: they are refused, in one line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _check_pickles(folder: Path) -> None:
+    """Refuse weights that ``torch.save`` did not write: reading those may fail in any way at all."""
+    if not any(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob("pytorch_model*.bin")):
+            if not zipfile.is_zipfile(file):  # as it writes them since PyTorch 1.6
+                unpickle(file)
 
 
 class LanguageRunFolder(RunFolder):

@@ -33,6 +33,8 @@ from slabformer.tasks.language.trainer import LanguageTrainer
 from slabformer.tasks.language.watch import RecordCallback, SignalCallback, stopped
 
 logger = logging.getLogger(__name__)
+#: stands for the tokenizer's size
+ANY_VOCABULARY = 32_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ def train(config: TrainConfig) -> TrainResult:
     folder, found = open_folder(config, LanguageRunFolder)
     if found == "finished":
         return TrainResult(output=folder.path, summary=folder.result(), already_finished=True)
+    config_of_model(config.model, ANY_VOCABULARY)  # what does not go together is told before the text is read
     checkpoint = CheckpointFolders(folder.path).latest() if found == "unfinished" else None
     text = read_text(config, checkpoint)
     reseed(config.seed)
