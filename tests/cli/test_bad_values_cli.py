@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         ("--model.args.depth", "-2", "depth must be at least 1, got -2"),
         ("--model.args.num_heads", "5", "num_heads must divide embed_dim (64), got 5"),
         ("--model.args.embed_dimm", "8", "did you mean 'embed_dim'?"),
-        ("--model.weights", "nothing.safetensors", "no model at 'nothing.safetensors': no such file"),
+        ("--model.weights", "nothing.safetensors", "no weights at 'nothing.safetensors': no such file"),
         ("--config", "nothing.yaml", "no recipe at 'nothing.yaml': no such file"),
     ],
 )
@@ -153,6 +153,10 @@ def test_lm_train_tells_a_setting_before_it_looks_for_text(
         ("--output", "", "--output must not be empty"),
         ("--model.backbone", "slab_swin_tinny", "did you mean 'slab_swin_tiny'?"),
         ("--model.args.drop_path_rate", "-1", "drop_path_rate must be at least 0 and below 1, got -1"),
+        ("--model.args.num_heads", "[5, 5, 5, 5]", "num_heads[0] must divide the"),
+        ("--model.weights", __file__, "is truncated, or no safetensors file"),
+        ("--model.weights", "nothing.safetensors", "no weights at 'nothing.safetensors': no such file"),
+        ("--model.backbone_weights", "nothing.pth", "no weights at 'nothing.pth': no such file"),
     ],
 )
 def test_detect_train_tells_a_setting_before_it_looks_for_data(
@@ -255,10 +259,19 @@ def test_a_text_file_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path: P
     )
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions bind neither Windows nor root")
-def test_a_file_without_permission_is_told_as_such(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_file_without_permission_is_told_as_such(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "model.safetensors"
-    file.touch(mode=0)
+    file.touch()
+    opened = Path.open
+
+    def open_other(path: Path, *args: Any, **kwargs: Any) -> Any:  # root may read whatever the mode
+        if path == file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_other)
     assert "no permission to read" in refused(capsys, "eval", file, "--data", "digits")
     assert "no permission to read" in refused(capsys, *TRAIN, "--config", file)
 

@@ -189,12 +189,13 @@ def digest_of(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
 
 
 def check_saved(path: Path, kind: type[SavedInfo]) -> None:
-    """Refuse a file that is no model of this ``kind``, by its header alone.
+    """Refuse a file of weights to start from that is no model of this ``kind``, by its header alone.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: As :func:`load_with_info`, as far as that can be told without its tensors.
     """
+    check_readable(path, "weights")
     with _opened(path) as file:
         _check_kind(path, dict(file.metadata() or {}), kind)
 

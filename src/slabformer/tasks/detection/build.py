@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 import slabformer as sf
+from slabformer._files import check_readable
 from slabformer.models.detection.backbones import (
     Backbone,
     check_backbone_arguments,
@@ -18,14 +21,15 @@ from slabformer.models.detection.backbones import (
 from slabformer.models.detection.config import DetectorConfig
 from slabformer.models.detection.mask_rcnn import Detector, build_detector
 from slabformer.models.detection.weights import load_backbone_weights
+from slabformer.models.registry import is_ours
 from slabformer.nn.controls import norm_parameters, prepbn_modules, repbn_modules
 from slabformer.progressive import ProgressiveSchedule
 from slabformer.tasks.detection.config import DecayConfig, ModelConfig
-from slabformer.tasks.detection.saved import compare_classes, load_detector
+from slabformer.tasks.detection.saved import DetectorInfo, compare_classes, load_detector
 from slabformer.tasks.engine.build import build_gamma_schedule
 from slabformer.tasks.engine.config import FadeConfig
-from slabformer.tasks.saved_file import load_strictly
-from slabformer.tasks.saved_model import load_model
+from slabformer.tasks.saved_file import check_saved, load_strictly
+from slabformer.tasks.saved_model import ModelInfo, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,26 @@ def build_model(config: ModelConfig, settings: DetectorConfig, class_names: list
     if config.checkpoint_activations:
         backbone.set_grad_checkpointing()
     return detector
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuse a backbone that could not be built, and files that are no weights, before data is read.
+
+    Raises:
+        FileNotFoundError: If a file of weights is missing.
+        PermissionError: If it cannot be read.
+        ValueError: As :func:`build_model`, as far as that can be told without memory for weights.
+    """
+    if config.weights is not None:
+        check_saved(Path(config.weights), DetectorInfo)
+    if config.backbone_weights is not None:
+        check_readable(config.backbone_weights, "weights")
+        if config.backbone_weights.endswith(".safetensors"):
+            check_saved(Path(config.backbone_weights), ModelInfo)
+    arguments = backbone_args(config)
+    if is_ours(config.backbone):  # timm has models that cannot be built like this
+        with torch.device("meta"):
+            create_backbone(config.backbone, **arguments)
 
 
 def backbone_args(config: ModelConfig) -> dict[str, Any]:

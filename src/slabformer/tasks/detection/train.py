@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import slabformer as sf
-from slabformer._files import check_readable
-from slabformer.tasks.detection.build import backbone_args, build_fading, build_model, decay_groups, live_norms
+from slabformer.tasks.detection.build import (
+    backbone_args,
+    build_fading,
+    build_model,
+    check_model,
+    decay_groups,
+    live_norms,
+)
 from slabformer.tasks.detection.config import TrainConfig
 from slabformer.tasks.detection.cost import refuse_slow_cpu
 from slabformer.tasks.detection.digits import Split
@@ -63,10 +69,8 @@ def train(config: TrainConfig, *, observers: Sequence[Observer] = ()) -> TrainRe
     if found == "finished":
         return finished_before(folder)
     check_optimizer(config.optimizer)
-    backbone_args(config.model)
-    for weights in (config.model.weights, config.model.backbone_weights):
-        if found == "new" and weights is not None:
-            check_readable(weights, "weights")  # told before the data is listed
+    if found == "new":
+        check_model(config.model)
     run = _Run(config, folder)
     if found == "new":
         run.refuse_slow_cpu()
