@@ -13,7 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from slabformer.cli.main import main
+from slabformer.tasks.classification.augment import AugmentConfig
+from slabformer.tasks.engine.build import check_optimizer
+from slabformer.tasks.engine.config import OptimizerConfig
 from slabformer.tasks.saved_file import DIGEST, digest_of
+from slabformer.tasks.saved_model import create_model
 
 TRAIN = ("train", "--data", "/nonexistent")
 LANGUAGE = ("lm", "train", "--data", "/nonexistent")
@@ -322,3 +326,36 @@ def test_a_folder_without_images_is_told(capsys: pytest.CaptureFixture[str], tmp
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
     assert "class 'cat' is empty: no images in" in refused(capsys, "train", "--data", tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "rand-m9-mstd0.5-inc1",
+        "rand-m9-n3-p0.5-mmax10",
+        "augmix-m5-w4-d2-b0",
+        "original-mstd0.5",
+        "originalr",
+        "v0",
+        "3a",
+    ],
+)
+def test_every_form_of_a_policy_of_timm_passes(policy: str) -> None:
+    assert AugmentConfig(auto_augment=policy).auto_augment == policy
+
+
+@pytest.mark.parametrize("name", ["adamw", "AdamW", "sgd", "lookahead_adamw", "lamb"])
+def test_every_form_of_an_optimizer_of_timm_passes(name: str) -> None:
+    assert len(check_optimizer(OptimizerConfig(name=name)).param_groups) >= 1
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "reason"),
+    [
+        ("deit_tiny_patch16_224", {"num_heads": 5}, "dim should be divisible by num_heads"),
+        ("slab_deit_micro", {"global_pool": "best"}, "Only avg, avgmax, max"),
+    ],
+)
+def test_what_timm_asserts_is_told_as_an_argument(model: str, arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{model} refuses its arguments \({reason}"):
+        create_model(model, **arguments)
