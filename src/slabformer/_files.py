@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from slabformer._listing import check_regular
+
 if sys.platform == "win32":
     import msvcrt
 
@@ -219,8 +221,11 @@ def check_readable(path: str | os.PathLike[str], what: str = "file") -> Path:
         FileNotFoundError: If there is none.
         IsADirectoryError: If it is a folder.
         PermissionError: If reading it is not allowed.
+        NotRegularError: If it is a named pipe or a device, which may block whoever opens it.
     """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        check_regular(path)
     try:
         with path.open("rb"):
             return path
