@@ -87,6 +87,20 @@ def test_only_this_thread_and_these_loggers_are_silent(caplog: pytest.LogCapture
     assert caplog.messages == ["an error", "another logger", "another thread", "afterwards"]
 
 
+def test_converting_in_several_threads_leaves_the_process_as_it_was() -> None:
+    before = list(warnings.filters)
+    models = [nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(3)]
+    state = torch.get_rng_state()
+    threads = [threading.Thread(target=sf.convert_norms_, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(warnings.filters) == before
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(isinstance(model[0], sf.PRepBN) for model in models)
+
+
 def test_fusing_in_two_threads_leaves_the_process_as_it_was() -> None:
     before = (logging.root.manager.disable, list(warnings.filters), torch.backends.mha.get_fastpath_enabled())
     models = [nn.Sequential(sf.RepBN(4), nn.Linear(4, 4)).eval() for _ in range(3)]

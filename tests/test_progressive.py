@@ -288,6 +288,7 @@ def test_parameter_groups_and_accelerates_wrapper_are_looked_into() -> None:
         model(torch.randn(3, C)).sum().backward()
         wrapped.step()
         schedule.step()
+        assert schedule.gamma < 1
         model[1].set_gamma(1)
 
 

@@ -168,8 +168,11 @@ def test_a_mask_that_fits_no_norm_is_an_error_when_its_block_ends() -> None:
 def test_a_frozen_tower_may_leave_its_mask_unused() -> None:
     model = Towers()
     model.image.eval()
+    before = {name: norm.num_batches_tracked.item() for name, norm in repbn_modules(model).items()}
     with token_mask(model, {"text": MASK, "image": torch.ones(2, 3, dtype=torch.bool)}):
         model(TEXT, IMAGE)
+    for name, norm in repbn_modules(model).items():
+        assert norm.num_batches_tracked == before[name] + (not name.startswith("image"))
 
 
 def test_tied_norms_take_the_mask_that_fits_in_either_place() -> None:

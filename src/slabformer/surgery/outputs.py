@@ -1,4 +1,4 @@
-"""What a model returns: every tensor by its place, whatever it is wrapped in."""
+"""What a model returns, every tensor by its place, whatever it is wrapped in; and what it says when it fails."""
 
 from __future__ import annotations
 
@@ -83,3 +83,9 @@ def _plain(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

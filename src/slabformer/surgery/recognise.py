@@ -6,7 +6,6 @@ import copy
 import inspect
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slabformer._process import alone, no_warnings
 from slabformer.surgery.one_input import arguments
+from slabformer.surgery.outputs import first_line
 
 #: what a norm may compute from tokens ``(*, C)`` before its gain and offset, eps left out: one row a kind
 NORMALIZERS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
@@ -161,7 +162,7 @@ def recognise(module: nn.Module, known: dict[Any, Verdict] | None = None) -> Ver
         known[key] = Lookalike(f"it cannot be run on its own: {error}") if named else None
         return known[key]
     except Exception as error:  # attributes of foreign code, parameters that have no shape yet
-        return Lookalike(f"it cannot be run on its own: {_first_line(error)}") if named else None
+        return Lookalike(f"it cannot be run on its own: {first_line(error)}") if named else None
 
 
 def _over(x: Tensor, square: Tensor) -> Tensor:
@@ -220,8 +221,7 @@ class _CannotRunError(Exception):
 def _alone() -> Iterator[None]:
     """Foreign code leaves neither gradients, warnings nor another state of the random generator."""
     no_autocast = torch.autocast("cpu", enabled=False)
-    with torch.no_grad(), torch.random.fork_rng(()), torch.device("cpu"), no_autocast, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with alone, no_warnings(), torch.no_grad(), torch.random.fork_rng(()), torch.device("cpu"), no_autocast:
         torch.manual_seed(0)
         yield
 
@@ -272,7 +272,7 @@ class _Probe:
         try:
             self.copy = copy.deepcopy(module, memo).eval()
         except Exception as error:
-            raise _CannotRunError(f"it cannot be copied ({_first_line(error)})") from error
+            raise _CannotRunError(f"it cannot be copied ({first_line(error)})") from error
         self.tensors = _tensors(self.copy)
         self.inputs: dict[tuple[int, ...], Tensor] = {}
         self.buffers = {
@@ -307,7 +307,7 @@ class _Probe:
         try:
             y = self.copy(x.clone())
         except Exception as error:  # foreign code, on an input that it may not be made for
-            raise _CannotRunError(_first_line(error)) from error
+            raise _CannotRunError(first_line(error)) from error
         if not isinstance(y, Tensor):
             raise _CannotRunError(f"it returns a {type(y).__name__}")
         if y.shape != x.shape or not y.dtype.is_floating_point or y.is_meta:
@@ -340,11 +340,6 @@ def _blank(tensor: Tensor) -> Tensor:
         return torch.ones(tensor.shape, dtype=torch.float64 if floating else tensor.dtype)
     value = tensor.detach().to("cpu", copy=True)
     return value.double() if floating else value
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _probed(module: nn.Module, named: bool) -> NormForm | Lookalike | None:

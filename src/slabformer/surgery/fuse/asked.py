@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from slabformer.surgery.fuse.norms import Norm
-from slabformer.surgery.fuse.twin import Example, Output, first_line, quiet
+from slabformer.surgery.fuse.twin import Example, Output, quiet
 from slabformer.surgery.fuse.watch import Watched
-from slabformer.surgery.outputs import tensors_of
+from slabformer.surgery.outputs import first_line, tensors_of
 
 #: a method's name, or a function of the model and the example inputs
 OutputLike = str | Callable[..., Any]

@@ -20,8 +20,8 @@ from slabformer._torch import graph_sources
 from slabformer.surgery.fuse.marks import NORM, PAD, mark_
 from slabformer.surgery.fuse.norms import Norm
 from slabformer.surgery.fuse.pads import find_pads
-from slabformer.surgery.fuse.twin import Example, first_line, quiet
-from slabformer.surgery.outputs import tensors_of
+from slabformer.surgery.fuse.twin import Example, quiet
+from slabformer.surgery.outputs import first_line, tensors_of
 
 #: subgraphs that wrap a region of the forward and change nothing about which tensor goes where
 _REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from slabformer.surgery.fuse.asked import method_output
 from slabformer.surgery.fuse.observe import observe
 from slabformer.surgery.fuse.trial import is_same
-from slabformer.surgery.fuse.twin import Example, Output, first_line, quiet
+from slabformer.surgery.fuse.twin import Example, Output, quiet
+from slabformer.surgery.outputs import first_line
 
 logger = logging.getLogger(__name__)
 

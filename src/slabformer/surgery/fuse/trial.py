@@ -13,8 +13,8 @@ from slabformer.surgery.fuse.fold import Solution, commit, solve
 from slabformer.surgery.fuse.norms import Norm, find_norms
 from slabformer.surgery.fuse.observe import Observation, observe
 from slabformer.surgery.fuse.plan import Edit, Plan
-from slabformer.surgery.fuse.twin import Example, deployed_twin, first_line, twin
-from slabformer.surgery.outputs import why_not_comparable
+from slabformer.surgery.fuse.twin import Example, deployed_twin, twin
+from slabformer.surgery.outputs import first_line, why_not_comparable
 
 logger = logging.getLogger(__name__)
 

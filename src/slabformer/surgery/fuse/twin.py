@@ -16,7 +16,7 @@ from slabformer._torch import tree_map_tensors
 from slabformer.nn.prepbn import PRepBN
 from slabformer.ops.precision import widened
 from slabformer.surgery.fuse.watch import Watched, watching
-from slabformer.surgery.outputs import tensors_of
+from slabformer.surgery.outputs import first_line, tensors_of
 
 
 def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -114,9 +114,3 @@ def quiet() -> Iterator[None]:
     """No gradients, and none of the warnings that tracing and copying raise about code that is not the caller's."""
     with torch.no_grad(), no_warnings():
         yield
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
