@@ -58,7 +58,7 @@ check: $(VENV)/installed-dev.stamp
 	$(BIN)/mypy
 
 coverage: $(VENV)/installed-dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore docs/coverage.py
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/docs/coverage.py
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,9 +26,9 @@ from attention_table import NOT_LINEAR, Row, draw, markdown
 from torch import Tensor
 from torch.nn import functional as F
 
-from slabformer.deployment.allocator import keep_memory
-from slabformer.deployment.measure import Machine, memory_of, num_threads, quantile, time_interleaved
-from slabformer.deployment.roofline import Ceilings, Work, measure_ceilings
+from slabformer.measure.allocator import keep_memory
+from slabformer.measure.roofline import Ceilings, Work, measure_ceilings
+from slabformer.measure.timing import Machine, memory_of, num_threads, quantile, time_interleaved
 from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.linear_attention import linear_attention
 from slabformer.ops.reference import linear_attention_reference

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slabformer.deployment.plots import BLUE, GREEN, GREY, LIGHT, ORANGE, save, styled_figure
+from slabformer.figures.plots import BLUE, GREEN, GREY, LIGHT, ORANGE, save, styled_figure
 
 COLOURS = {
     "softmax": GREY,

@@ -28,9 +28,13 @@ from published_style import published_style
 from torch import Tensor, nn
 
 import slabformer as sf
-from slabformer.deployment.allocator import keep_memory
-from slabformer.deployment.equality import RUNTIME_RTOL
-from slabformer.deployment.measure import (
+from slabformer.bench.ceiling import ceiling_of
+from slabformer.deployment.compiled import Compiled
+from slabformer.deployment.native import natively
+from slabformer.measure.allocator import keep_memory
+from slabformer.measure.equality import RUNTIME_RTOL
+from slabformer.measure.roofline import Ceilings, measure_ceilings, work_of
+from slabformer.measure.timing import (
     Machine,
     mebibytes_of,
     num_threads,
@@ -38,9 +42,6 @@ from slabformer.deployment.measure import (
     ratio,
     time_interleaved,
 )
-from slabformer.deployment.native import natively
-from slabformer.deployment.roofline import Ceilings, measure_ceilings, work_of
-from slabformer.deployment.variants import Compiled, ceiling_of
 from slabformer.models.registry import twin_of
 from slabformer.nn.controls import prepbn_modules
 from slabformer.surgery.verify import verify

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slabformer.deployment.plots import GREEN, GREY, LIGHT, ORANGE, save, styled_figure
+from slabformer.figures.plots import GREEN, GREY, LIGHT, ORANGE, save, styled_figure
 
 #: in the order of the tables; what counts is the deployed form between the compiled twin and the ceiling
 COLOURS = {

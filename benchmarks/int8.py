@@ -17,9 +17,9 @@ import torch
 from compare import trained_looking, twin
 
 import slabformer as sf
-from slabformer.deployment.measure import Machine, num_threads, quantile, ratio, time_interleaved
-from slabformer.deployment.quantize import quantize, to_openvino
-from slabformer.deployment.variants import ceiling_of
+from slabformer.bench.ceiling import ceiling_of
+from slabformer.measure.timing import Machine, num_threads, quantile, ratio, time_interleaved
+from slabformer.quantize.openvino import quantize, to_openvino
 
 RESULTS = Path(__file__).parent / "results" / "int8"
 COLUMNS = ("model", "form", "precision", "p50_ms", "over_own_float", "over_twin", "of_ceiling")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import slabformer as sf
-from slabformer.deployment.measure import Machine, num_threads, quantile, ratio, time_interleaved
+from slabformer.measure.timing import Machine, num_threads, quantile, ratio, time_interleaved
 
 RESULTS = Path(__file__).parent / "results" / "training_step.json"
 FORMS = {"LayerNorm": None, "PRepBN, fading": 0.5, "PRepBN, done": 0.0}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slabformer.deployment.measure import Machine
-from slabformer.deployment.measurement import Measurement, Mode, Variant
-from slabformer.deployment.report import BenchReport
+from slabformer.bench.report import BenchReport
+from slabformer.measure.rows import Measurement, Mode, Variant
+from slabformer.measure.timing import Machine
 
 MACHINE = Machine(device="abacus", threads=1, cores=2, load=0.0, versions={"torch": "9.9"}, command="slab", date="now")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from slabformer.deployment import allocator
+from slabformer.measure import allocator
 from slabformer.ops.native import build
 
 # tests that import onnxruntime themselves leave no identifiers behind either

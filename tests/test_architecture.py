@@ -16,9 +16,12 @@ import pytest
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "slabformer"
 #: rooms that import none of those above them
-GROUND = {"_extras", "settings", "_files", "_listing", "_process", "_torch"}
+GROUND = {"_extras", "settings", "_files", "_listing", "_process", "_torch", "_moved"}
 CORE = GROUND | {"__init__", "ops", "nn", "progressive", "surgery", "testing"}
 ON_CORE = CORE | {"models"}
+BELOW = ON_CORE - {"__init__"}
+#: from a trained model to what is shipped and shown
+LEAVING = {"measure", "export", "quantize", "deployment", "figures", "bench"}
 
 #: room -> the rooms it may import from, besides itself; `__init__` stands for `slabformer` itself
 ARROWS = {
@@ -31,9 +34,14 @@ ARROWS = {
     "testing": GROUND | {"ops", "nn"},
     "models": GROUND | {"ops", "nn"},
     "tasks": ON_CORE,
-    "deployment": ON_CORE - {"__init__"},
-    "quickstart": ON_CORE | {"tasks", "deployment"},
-    "cli": ON_CORE | {"tasks", "deployment", "quickstart"},
+    "measure": BELOW,
+    "export": BELOW | {"measure"},
+    "quantize": BELOW | {"measure", "export"},
+    "deployment": BELOW | {"measure", "export", "quantize"},
+    "figures": BELOW | {"measure"},
+    "bench": BELOW | {"measure", "deployment", "figures"},
+    "quickstart": ON_CORE | {"tasks"} | LEAVING,
+    "cli": ON_CORE | {"tasks", "quickstart"} | LEAVING,
     "__init__": ON_CORE | {"deployment"},
 }
 

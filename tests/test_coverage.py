@@ -18,6 +18,7 @@ from torch import nn
 from fusing import net, norm, tokens
 
 DOCS = Path(__file__).parent.parent / "docs"
+SCRIPTS = DOCS.parent / "tools" / "docs"
 SAMPLE = (
     "torch/TransformerEncoder, norm_first=True",
     "transformers/llama",
@@ -30,11 +31,11 @@ SLOW = ("timm/vision_transformer_relpos", "timm/convnext", "timm/levit", "transf
 @pytest.fixture(scope="module")
 def coverage() -> Any:
     pytest.importorskip("transformers", reason="the table is about its models")
-    sys.path.insert(0, str(DOCS))
+    sys.path.insert(0, str(SCRIPTS))
     try:
         yield importlib.import_module("coverage")
     finally:
-        sys.path.remove(str(DOCS))
+        sys.path.remove(str(SCRIPTS))
         sys.modules.pop("coverage")
 
 

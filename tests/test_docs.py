@@ -17,12 +17,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.mark.slow
 def test_models_page_is_generated() -> None:
     pytest.importorskip("timm", reason="the page lists models that timm holds")
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "tools" / "docs" / "generate.py")
     assert spec is not None
     assert spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    assert (ROOT / "docs" / "models.md").read_text() == generate.models_page(), "run `python docs/generate.py`"
+    assert (ROOT / "docs" / "models.md").read_text() == generate.models_page(), "run `python tools/docs/generate.py`"
 
 
 def test_models_page_names_every_model() -> None:
@@ -30,7 +30,7 @@ def test_models_page_names_every_model() -> None:
     page = (ROOT / "docs" / "models.md").read_text()
     ours = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("slabformer.")]
     missing = [name for name in ours if f"| `{name}` |" not in page]
-    assert not missing, "run `python docs/generate.py`"
+    assert not missing, "run `python tools/docs/generate.py`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -2,8 +2,9 @@
 
 from slabformer import models as _models  # noqa: F401  (registers the zoo where timm can be found)
 from slabformer import ops, testing
+from slabformer._moved import answer_to_old_names as _answer_to_old_names
 from slabformer.deployment.deploy import deploy
-from slabformer.models.official import load_published, to_published
+from slabformer.models.weights.official import load_published, to_published
 from slabformer.nn import Affine, PRepBN, RepBN, SimplifiedLinearAttention
 from slabformer.nn.controls import blended, copy_gamma_, norm_parameters, set_token_mask, sync_norms_, token_mask
 from slabformer.progressive import ProgressiveSchedule
@@ -11,11 +12,12 @@ from slabformer.surgery.audit import audit
 from slabformer.surgery.convert import convert_norms_
 from slabformer.surgery.fit import fit_norms_
 from slabformer.surgery.fuse import FuseReport, NormOutcome, fuse, fuse_
-from slabformer.surgery.fuse.files import load_fused, save_fused
+from slabformer.surgery.fuse.tree.files import load_fused, save_fused
 from slabformer.surgery.recalibrate import recalibrate_
 from slabformer.surgery.verify import VerificationError, VerifyResult, verify
 
 __version__ = "0.1.0"
+_answer_to_old_names()
 __all__ = [
     "Affine",
     "FuseReport",

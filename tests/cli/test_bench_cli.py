@@ -10,7 +10,7 @@ import pytest
 from csv_files import csv_rows
 from slabformer.cli import bench as bench_cli
 from slabformer.cli.main import main
-from slabformer.deployment.comparison import compare_files
+from slabformer.figures.comparison import compare_files
 from small_models import saved
 
 QUICK = ["--no-compile", "--batch-sizes", "2", "--seconds", "0.1"]
@@ -109,7 +109,7 @@ def test_deploy_is_for_one_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_roofline_stands_beside_the_speeds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slabformer.deployment.roofline.LARGE", {"cpu": (256, 2**22)})
+    monkeypatch.setattr("slabformer.measure.roofline.LARGE", {"cpu": (256, 2**22)})
     found = bench(tmp_path / "out", str(saved(tmp_path / "model.safetensors")), "--roofline")
     assert all(row["of_floor"] > 0 for row in found["measurements"])
     assert "a large matrix product reaches" in " ".join(capsys.readouterr().out.split())

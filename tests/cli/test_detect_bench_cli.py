@@ -10,7 +10,7 @@ import pytest
 from detectors import saved
 from slabformer.cli.detect import bench
 from slabformer.cli.main import main
-from slabformer.deployment.export_detector import OnnxDetector
+from slabformer.export.detector import OnnxDetector
 from slabformer.tasks.detection.saved import DetectorInfo
 
 

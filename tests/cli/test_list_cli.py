@@ -10,7 +10,7 @@ import torch
 
 from slabformer.cli.list import registered
 from slabformer.cli.main import main
-from slabformer.models.published import BY_MODEL, PUBLISHED
+from slabformer.models.weights.published import BY_MODEL, PUBLISHED
 
 
 def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict]:

@@ -10,7 +10,7 @@ from PIL import Image
 from fusing import ready
 from image_folders import picture
 from slabformer.cli.main import main
-from slabformer.models.official import to_published
+from slabformer.models.weights.official import to_published
 from small_models import saved
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import slabformer as sf
-from slabformer.deployment import allocator
 from slabformer.deployment import deploy as deployment
+from slabformer.measure import allocator
 from slabformer.nn.controls import repbn_modules
 from small_models import images, trained_looking
 from tolerances import FLOAT32, assert_close

@@ -8,7 +8,7 @@ from torch import nn
 
 import slabformer as sf
 from detectors import ODD_SIZES, pictures, small_detector, trained_looking
-from slabformer.deployment.fuse_detector import fuse_detector, verify_detections
+from slabformer.deployment.detector import fuse_detector, verify_detections
 from slabformer.nn import PRepBN, RepBN
 
 

@@ -10,8 +10,8 @@ import timm
 import torch
 
 import slabformer as sf
+from slabformer.bench.compare import compare
 from slabformer.deployment import native
-from slabformer.deployment.bench import compare
 from slabformer.deployment.native import natively, use_native_
 from slabformer.nn.attention import LinearAttentionCore
 from slabformer.ops.native.build import BuildError

@@ -15,9 +15,9 @@ from fusing import assert_same_outputs, fused, ready
 from reference_files import description
 from slabformer import PRepBN, testing
 from slabformer.models.cswin import MapLinearAttention
-from slabformer.models.official import load_published, to_published
-from slabformer.models.published import PUBLISHED
 from slabformer.models.registry import twin_of
+from slabformer.models.weights.official import load_published, to_published
+from slabformer.models.weights.published import PUBLISHED
 from tolerances import ALGEBRA, EXACT, assert_close
 
 #: a block a stage, widths 8 to 64; stages of images of 64 pixels are maps of 16, 8, 4 and 2

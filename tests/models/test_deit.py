@@ -13,7 +13,7 @@ from backbones import (
 )
 from reference_files import description
 from slabformer import PRepBN, RepBN, SimplifiedLinearAttention, testing
-from slabformer.models.published import PUBLISHED
+from slabformer.models.weights.published import PUBLISHED
 from tolerances import ALGEBRA, EXACT, assert_close
 
 MICROS = ("deit_micro", "deit_micro_prepbn", "slab_deit_micro")

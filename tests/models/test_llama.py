@@ -11,14 +11,14 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import slabformer as sf
 from reference_files import description, published_state, reference
-from slabformer.deployment.decode import cache_argument
+from slabformer.bench.decoding import cache_argument
 from slabformer.models.llama import (
     SlabLlamaConfig,
     SlabLlamaForCausalLM,
     SlabLlamaForSequenceClassification,
     SlabLlamaModel,
 )
-from slabformer.models.official import load_published, to_published
+from slabformer.models.weights.official import load_published, to_published
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from tolerances import EXACT, FLOAT32, assert_close
 

@@ -15,8 +15,8 @@ from backbones import (
 )
 from fusing import assert_same_outputs, fused
 from slabformer import PRepBN, RepBN
-from slabformer.models.published import PUBLISHED
 from slabformer.models.registry import twin_of
+from slabformer.models.weights.published import PUBLISHED
 from slabformer.nn.attention_variants import PyramidAttention, PyramidLinearAttention
 from small_pvts import KINDS, V1, V2, attentions, families, images, kinds, small
 from tolerances import ALGEBRA, assert_close

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from slabformer.models.official import load_published, to_published
+from slabformer.models.weights.official import load_published, to_published
 from slabformer.nn.resample import resample_table
 from small_pvts import SMALL, V1, V2, images, small
 from tolerances import EXACT, assert_close

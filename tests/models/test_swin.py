@@ -16,9 +16,9 @@ from backbones import (
     matrix_names,
 )
 from slabformer import PRepBN, RepBN, SimplifiedLinearAttention, testing
-from slabformer.models.published import PUBLISHED
 from slabformer.models.registry import twin_of
-from slabformer.nn.windows import ShiftedWindowAttention
+from slabformer.models.weights.published import PUBLISHED
+from slabformer.nn.shifted_windows import ShiftedWindowAttention
 from small_swins import NAMES, SIZES, SMALL, create, each_plan, images
 from tolerances import ALGEBRA, assert_close
 

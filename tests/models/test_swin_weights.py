@@ -8,10 +8,10 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from slabformer.models.official import load_published, to_published
+from slabformer.models.weights.official import load_published, to_published
 from slabformer.nn.controls import prepbn_modules
 from slabformer.nn.resample import resample_table
-from slabformer.nn.windows import resample_bias_table
+from slabformer.nn.shifted_windows import resample_bias_table
 from small_swins import SMALL, create, images
 from tolerances import EXACT, FLOAT32, assert_close
 

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from redrawn import redrawn
 from reference_files import published_state, reference
-from slabformer.models.official import load_published, published_names
+from slabformer.models.weights.official import load_published, published_names
 from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.nn.attention_variants import PyramidLinearAttention
 from slabformer.nn.resample import resample_table
-from slabformer.nn.window_attention import WindowLinearAttention
+from slabformer.nn.stripes import WindowLinearAttention
 from slabformer.ops.reference import linear_attention_reference
 from tolerances import ALGEBRA, EXACT, FLOAT32, assert_close
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slabformer import SimplifiedLinearAttention
 from slabformer.nn.attention import LinearAttentionCore
 from slabformer.nn.attention_variants import PyramidLinearAttention
-from slabformer.nn.window_attention import WindowLinearAttention
+from slabformer.nn.stripes import WindowLinearAttention
 from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.linear_attention import linear_attention
 from slabformer.ops.native import linear_attention as native

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from ops.attention_cases import Case, make_case
-from slabformer.deployment.measure import num_threads
+from slabformer.measure.timing import num_threads
 from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.linear_attention import linear_attention
 from slabformer.ops.native.linear_attention import LONGEST_KERNEL, native_linear_attention

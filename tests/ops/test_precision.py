@@ -28,8 +28,8 @@ ON_CPU = {
     "ops/precision.py",
     "ops/reference.py",
     "surgery/recognise.py",
-    "surgery/fuse/rules.py",
-    "surgery/fuse/norms.py",
+    "surgery/fuse/graph/rules.py",
+    "surgery/fuse/tree/norms.py",
 }
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slabformer.nn import SimplifiedLinearAttention
 from slabformer.nn.attention_variants import PyramidLinearAttention
-from slabformer.nn.window_attention import WindowLinearAttention
+from slabformer.nn.stripes import WindowLinearAttention
 from slabformer.ops import fused as fused_ops
 from slabformer.ops.linear_attention import linear_attention
 from tolerances import EXACT, assert_close

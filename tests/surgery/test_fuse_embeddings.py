@@ -15,7 +15,7 @@ from fusing import assert_same_outputs, fused, net, norm, outcomes, ready, reaso
 from slabformer.surgery.audit import audit
 from slabformer.surgery.convert import convert_norms_
 from slabformer.surgery.fuse import fuse, load_fused, save_fused
-from slabformer.surgery.fuse.plain import plain_
+from slabformer.surgery.fuse.tree.plain import plain_
 from tolerances import EXACT, assert_close
 
 IDS = torch.tensor([[0, 1, 2, 4], [3, 3, 0, 1]])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fusing import FUSED, norm, ready, tokens
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.nn import Affine
-from slabformer.nn.windows import ShiftedWindowAttention
+from slabformer.nn.shifted_windows import ShiftedWindowAttention
 from slabformer.surgery.fuse import fuse
 from slabformer.tasks.language.fusing import LogitsOf
 from tolerances import FLOAT32, assert_close

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fusing import fused, net, norm, tokens
-from slabformer.surgery.fuse.graph import trace
-from slabformer.surgery.fuse.labels import compress
-from slabformer.surgery.fuse.norms import find_norms
-from slabformer.surgery.fuse.rules import RULES, Rule
-from slabformer.surgery.fuse.twin import Example, deployed_twin
+from slabformer.surgery.fuse.graph.labels import compress
+from slabformer.surgery.fuse.graph.rules import RULES, Rule
+from slabformer.surgery.fuse.graph.trace import trace
+from slabformer.surgery.fuse.tree.copies import Example, deployed_twin
+from slabformer.surgery.fuse.tree.norms import find_norms
 
 Step = Callable[[Tensor], Tensor]
 

@@ -13,7 +13,7 @@ from fusing import X, assert_same_outputs, fused, net, norm, ready, tokens
 from slabformer.surgery.audit import audit
 from slabformer.surgery.convert import convert_norms_
 from slabformer.surgery.fuse import fuse, fuse_, load_fused, save_fused
-from slabformer.surgery.fuse.plain import plain_
+from slabformer.surgery.fuse.tree.plain import plain_
 from tolerances import EXACT, assert_close
 
 

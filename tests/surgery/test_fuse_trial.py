@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from fusing import Net, net, norm, ready, tokens
 from slabformer.surgery.fuse import fuse
-from slabformer.surgery.fuse.norms import find_norms
-from slabformer.surgery.fuse.trial import Trial
+from slabformer.surgery.fuse.search.trial import Trial
+from slabformer.surgery.fuse.tree.norms import find_norms
 from slabformer.surgery.verify import verify
 
 X = tokens(2, 4, 6)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 import slabformer as sf
 from image_folders import fill_splits
 from recipes_of import NAMES, RECIPES, header, load
-from slabformer.models.published import BY_MODEL
+from slabformer.models.weights.published import BY_MODEL
 from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.build import build_model
 from slabformer.tasks.classification.config import GammaConfig, TrainConfig

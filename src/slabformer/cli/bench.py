@@ -14,15 +14,15 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import slabformer as sf
+from slabformer.bench.compare import compare
+from slabformer.bench.report import BenchReport
+from slabformer.bench.zoo import ZooTable, to_markdown
 from slabformer.cli.common import add_model_options, available_device, console, example_images, load, needs_weights
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.list import chosen
-from slabformer.deployment.allocator import keep_memory
-from slabformer.deployment.bench import compare
 from slabformer.deployment.deploy import DeployReport
-from slabformer.deployment.measure import Machine, num_threads
-from slabformer.deployment.report import BenchReport
-from slabformer.deployment.zoo import ZooTable, to_markdown
+from slabformer.measure.allocator import keep_memory
+from slabformer.measure.timing import Machine, num_threads
 from slabformer.models.registry import check_model_name, twin_of
 from slabformer.nn.controls import prepbn_modules
 from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, PositiveInt, Seconds, Threads

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import slabformer as sf
-from slabformer.models.hub import is_shared
+from slabformer.models.weights.hub import is_shared
 from slabformer.settings import ExistingFile, NonEmptyStr, Pixels
 from slabformer.tasks.saved_model import ModelInfo, create_model, load_model
 

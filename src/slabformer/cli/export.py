@@ -8,8 +8,8 @@ from typing import get_args
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer.cli.common import add_model_options, example_images, load, writable
-from slabformer.deployment.equality import RUNTIME_RTOL
-from slabformer.deployment.export import Format, export
+from slabformer.export.model import Format, export
+from slabformer.measure.equality import RUNTIME_RTOL
 from slabformer.settings import FileToWrite, PositiveInt, Tolerance
 from slabformer.tasks.engine.files import replaced
 

@@ -17,7 +17,7 @@ from slabformer.models.registry import twin_of
 from slabformer.nn import Folded
 from slabformer.settings import FileToWrite, ModelToWrite, NonEmptyStr, Tolerance
 from slabformer.surgery.fuse import FuseReport
-from slabformer.surgery.fuse.plain import plain_
+from slabformer.surgery.fuse.tree.plain import plain_
 from slabformer.surgery.verify import RTOL
 from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.saved_model import ModelInfo, create_model, save_model

@@ -18,10 +18,10 @@ from torch import nn
 from slabformer._extras import require
 from slabformer.cli.common import console
 from slabformer.cli.suggest import did_you_mean
-from slabformer.deployment.cost import cost_of
-from slabformer.deployment.measure import count_parameters
-from slabformer.models.published import BY_MODEL
+from slabformer.measure.cost import cost_of
+from slabformer.measure.timing import count_parameters
 from slabformer.models.registry import twin_of
+from slabformer.models.weights.published import BY_MODEL
 from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.settings import NonEmptyStr
 from slabformer.tasks.saved_model import create_model

@@ -12,9 +12,9 @@ from torch import nn
 
 from slabformer.cli.common import add_model_options, console, example_images, is_file
 from slabformer.cli.data import ExamplesFormatter, load_trained
-from slabformer.deployment.measure import count_macs
-from slabformer.models.hub import upload
-from slabformer.models.published import BY_MODEL
+from slabformer.measure.timing import count_macs
+from slabformer.models.weights.hub import upload
+from slabformer.models.weights.published import BY_MODEL
 from slabformer.settings import ExistingFile, FolderToWrite, NonEmptyStr, Where
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.publish import save_folder

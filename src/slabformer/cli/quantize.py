@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import slabformer as sf
 from slabformer.cli.common import add_model_options, console, example_images, writable
 from slabformer.cli.data import ExamplesFormatter, add_data_options, data_of, load_trained, progress_bar
-from slabformer.deployment.measure import Machine, num_threads, quantile, ratio, time_interleaved
-from slabformer.deployment.quantize import quantize, to_openvino
+from slabformer.measure.timing import Machine, num_threads, quantile, ratio, time_interleaved
 from slabformer.nn.controls import repbn_modules
+from slabformer.quantize.openvino import quantize, to_openvino
 from slabformer.settings import OutputFile, PositiveInt, Seconds, Threads
 from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.data import Loader, create_loader

@@ -10,10 +10,10 @@ from rich.table import Table
 
 from slabformer.cli.common import console, writable_figure
 from slabformer.cli.data import ExamplesFormatter
-from slabformer.deployment.comparison import Comparison, compare_files
-from slabformer.deployment.comparison_picture import accuracy_over_speed
-from slabformer.deployment.measurement import Mode
-from slabformer.deployment.plots import save
+from slabformer.figures.comparison import Comparison, compare_files
+from slabformer.figures.comparison_picture import accuracy_over_speed
+from slabformer.figures.plots import save
+from slabformer.measure.rows import Mode
 from slabformer.settings import ExistingPath, FigureToWrite, NonEmptyStr, PositiveInt
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from PIL import Image
 from slabformer._extras import require
 from slabformer.cli.common import console, is_file, load, needs_weights, writable_figure
 from slabformer.cli.data import ExamplesFormatter
-from slabformer.deployment.attention_maps import padded_size, pick, record
-from slabformer.deployment.attention_picture import Panel, attention_figure
-from slabformer.deployment.plots import save
+from slabformer.figures.attention_maps import padded_size, pick, record
+from slabformer.figures.attention_picture import Panel, attention_figure
+from slabformer.figures.plots import save
 from slabformer.settings import ExistingFile, FigureToWrite, Fraction, NonEmptyStr, NonNegativeInt, Pixels
 from slabformer.tasks.classification.augment import eval_transform
 from slabformer.tasks.classification.predict import data_config

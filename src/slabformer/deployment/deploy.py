@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._torch import compile_error
-from slabformer.deployment import allocator
-from slabformer.deployment.equality import RUNTIME_RTOL
-from slabformer.deployment.measure import Machine, quantile, ratio, time_interleaved
+from slabformer.deployment.compiled import Compiled
 from slabformer.deployment.native import natively
-from slabformer.deployment.variants import Compiled
+from slabformer.measure import allocator
+from slabformer.measure.equality import RUNTIME_RTOL
+from slabformer.measure.timing import Machine, quantile, ratio, time_interleaved
 from slabformer.nn import PRepBN, RepBN
 from slabformer.settings import Device, Seconds, checked
 from slabformer.surgery.fuse import fuse
@@ -253,7 +253,7 @@ def deploy(
         fixed_size: As for :func:`slabformer.fuse`: folds more where windows would be padded at other sizes.
         keep_memory: On a CPU, let the C library keep freed memory for the next forward: faster where activations are
             large. It changes the whole process and for good, so it is off unless asked for; see
-            :func:`slabformer.deployment.allocator.keep_memory`.
+            :func:`slabformer.measure.allocator.keep_memory`.
         seconds: Of measuring in all; 0 takes every step unmeasured.
 
     Raises:

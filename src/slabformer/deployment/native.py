@@ -12,7 +12,7 @@ from slabformer.nn.attention import LinearAttentionCore
 from slabformer.ops.dispatch import NARROWEST, NATIVE_STEP, NATIVE_THRESHOLDS, WIDEST
 from slabformer.ops.native.build import BuildError
 from slabformer.ops.native.linear_attention import prepare
-from slabformer.surgery.fuse.twin import twin
+from slabformer.surgery.fuse.tree.copies import twin
 
 logger = logging.getLogger(__name__)
 

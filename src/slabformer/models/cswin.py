@@ -12,7 +12,6 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from slabformer.models.norms import NormLayer, resolve_norm_layer
-from slabformer.models.official import PublishedLayout, State
 from slabformer.models.pyramid import PyramidTransformer
 from slabformer.models.registry import cfg, create
 from slabformer.models.stages import (
@@ -25,8 +24,9 @@ from slabformer.models.stages import (
     drop_path_rates,
     grid_sizes,
 )
+from slabformer.models.weights.official import PublishedLayout, State
 from slabformer.nn.resample import Grid
-from slabformer.nn.window_attention import StripeAttention, WindowLinearAttention
+from slabformer.nn.stripes import StripeAttention, WindowLinearAttention
 from slabformer.settings import FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked
 
 NUM_STAGES = 4

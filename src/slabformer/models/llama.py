@@ -20,8 +20,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel, LlamaRMSNorm
 
-from slabformer.models.official import PublishedLayout, State
 from slabformer.models.padding import keep_padding_out
+from slabformer.models.weights.official import PublishedLayout, State
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Folded
 from slabformer.settings import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt, check

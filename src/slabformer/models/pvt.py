@@ -12,7 +12,6 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from slabformer.models.norms import NormLayer, resolve_norm_layer
-from slabformer.models.official import PublishedLayout
 from slabformer.models.pyramid import PyramidTransformer
 from slabformer.models.registry import cfg, create
 from slabformer.models.stages import (
@@ -26,6 +25,7 @@ from slabformer.models.stages import (
     drop_path_rates,
     grid_sizes,
 )
+from slabformer.models.weights.official import PublishedLayout
 from slabformer.nn.attention_variants import PyramidAttention, PyramidLinearAttention, Resize
 from slabformer.nn.resample import Grid
 from slabformer.settings import FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked

@@ -8,9 +8,9 @@ from timm.layers import to_2tuple
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from slabformer.models.official import PublishedLayout, State, load_published, published_names, read_published
-from slabformer.models.pretrained import fit_head, fit_stem
 from slabformer.models.stages import Stage, grid_sizes, pad_images
+from slabformer.models.weights.official import PublishedLayout, State, load_published, published_names, read_published
+from slabformer.models.weights.pretrained import fit_head, fit_stem
 from slabformer.nn.resample import resample_table
 from slabformer.settings import FractionBelowOne, ImageSize, NonNegativeInt, PositiveInt, checked
 

@@ -12,13 +12,13 @@ import torch
 from timm.models import build_model_with_cfg, register_notrace_module
 from torch import nn
 
-from slabformer.models.pretrained import pretrained_source
-from slabformer.models.published import BY_MODEL
+from slabformer.models.weights.pretrained import pretrained_source
+from slabformer.models.weights.published import BY_MODEL
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.attention import LinearAttentionCore
 from slabformer.nn.attention_variants import PyramidAttention
-from slabformer.nn.window_attention import StripeAttention
-from slabformer.nn.windows import ShiftedWindowAttention
+from slabformer.nn.shifted_windows import ShiftedWindowAttention
+from slabformer.nn.stripes import StripeAttention
 
 # leaves of traced graphs: their arithmetic on sizes is no place for proxies
 for _leaf in (RepBN, PRepBN, LinearAttentionCore, PyramidAttention, ShiftedWindowAttention, StripeAttention):

@@ -16,8 +16,8 @@ import yaml
 from torch import Tensor, nn
 
 import slabformer as sf
-from slabformer.deployment.bench import compare
-from slabformer.deployment.measure import num_threads
+from slabformer.bench.compare import compare
+from slabformer.measure.timing import num_threads
 from slabformer.quickstart.beside import training_beside
 from slabformer.quickstart.report import write_report
 from slabformer.quickstart.result import QuickstartConfig, QuickstartResult

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 import slabformer as sf
-from slabformer.deployment.measurement import Measurement
-from slabformer.deployment.plots import curves, gamma_over_time, norm_map, to_svg
+from slabformer.figures.plots import curves, gamma_over_time, norm_map, to_svg
+from slabformer.measure.rows import Measurement
 from slabformer.quickstart.result import QuickstartResult
 from slabformer.tasks.engine.files import write_text
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slabformer.deployment.report import BenchReport
+from slabformer.bench.report import BenchReport
 from slabformer.settings import Epochs, NonEmptyStr, Seconds, Seed, Settings, Threads
 from slabformer.surgery.fuse import FuseReport
 from slabformer.surgery.verify import VerifyResult

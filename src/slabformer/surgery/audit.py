@@ -16,14 +16,14 @@ from torch.overrides import TorchFunctionMode
 from slabformer.nn.affine import Affine
 from slabformer.surgery.batches import eval_mode
 from slabformer.surgery.convert import LeftNorm, find_layer_norms, nothing_to_convert, replace_norms_
-from slabformer.surgery.fuse.check import check_examples, shapes_of
-from slabformer.surgery.fuse.fold import set_module
-from slabformer.surgery.fuse.norms import Norm, find_norms, tail_of
-from slabformer.surgery.fuse.plan import outcomes
-from slabformer.surgery.fuse.propose import propose
 from slabformer.surgery.fuse.report import FuseReport
-from slabformer.surgery.fuse.ties import Untied
-from slabformer.surgery.fuse.twin import Example, deployed_twin, quiet
+from slabformer.surgery.fuse.search.check import check_examples, shapes_of
+from slabformer.surgery.fuse.search.propose import propose
+from slabformer.surgery.fuse.tree.copies import Example, deployed_twin, quiet
+from slabformer.surgery.fuse.tree.fold import set_module
+from slabformer.surgery.fuse.tree.norms import Norm, find_norms, tail_of
+from slabformer.surgery.fuse.tree.plan import outcomes
+from slabformer.surgery.fuse.tree.ties import Untied
 from slabformer.surgery.recognise import HOOKS
 
 #: what code that is no module of its own normalises with

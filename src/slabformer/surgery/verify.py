@@ -13,7 +13,7 @@ from slabformer._process import alone
 from slabformer.ops.precision import wide, widened
 from slabformer.settings import NonNegativeFloat, checked
 from slabformer.surgery.batches import eval_mode
-from slabformer.surgery.fuse.twin import Example, twin
+from slabformer.surgery.fuse.tree.copies import Example, twin
 from slabformer.surgery.outputs import Plain, first_line, leaves, why_not_comparable
 
 #: largest difference that passes in any case, relative to the output's scale

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from slabformer._extras import require
-from slabformer.models.hub import CARD, CONFIG, FOLDER, HUB, WEIGHTS
+from slabformer.models.weights.hub import CARD, CONFIG, FOLDER, HUB, WEIGHTS
 from slabformer.nn import PRepBN, RepBN
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.engine.files import write_text

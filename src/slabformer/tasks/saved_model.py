@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slabformer._extras import require
-from slabformer.models.hub import weights_file
+from slabformer.models.weights.hub import weights_file
 from slabformer.settings import (
     Arguments,
     ClassNames,

@@ -6,7 +6,7 @@ import torch
 from reference_files import description, fill, published_state, reference
 from slabformer.models.detection.backbones import create_backbone
 from slabformer.models.detection.weights import load_backbone_weights
-from slabformer.models.official import load_published, to_published
+from slabformer.models.weights.official import load_published, to_published
 from tolerances import EXACT, FLOAT32, assert_close
 
 PUBLISHED = {"detection_slab_swin_t": "slab_swin_tiny", "detection_swin_t_prepbn": "swin_tiny_prepbn"}

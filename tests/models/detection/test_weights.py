@@ -8,7 +8,7 @@ from torch import nn
 from detectors import SMALL, SMALL_SWIN, objects, pictures, small_detector
 from slabformer.models.detection.backbones import Backbone, create_backbone, freeze_norm_statistics_
 from slabformer.models.detection.weights import load_backbone_weights
-from slabformer.models.official import to_published
+from slabformer.models.weights.official import to_published
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.nn.resample import resample_table
 from slabformer.testing import randomize_norms_

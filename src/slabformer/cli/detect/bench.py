@@ -10,10 +10,10 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from rich.console import Console
 from torch import Tensor
 
+from slabformer.bench.detector import as_if_trained_, measure_latency
 from slabformer.cli.common import available_device, console, is_file
 from slabformer.cli.data import ExamplesFormatter
-from slabformer.deployment.allocator import keep_memory
-from slabformer.deployment.detector_latency import as_if_trained_, measure_latency
+from slabformer.measure.allocator import keep_memory
 from slabformer.models.detection.backbones import create_backbone
 from slabformer.models.detection.config import DetectorConfig
 from slabformer.models.detection.mask_rcnn import Detector

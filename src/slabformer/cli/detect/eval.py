@@ -21,7 +21,7 @@ from slabformer.cli.data import (
     launched_accelerator,
     write_json,
 )
-from slabformer.deployment.fuse_detector import fuse_detector
+from slabformer.deployment.detector import fuse_detector
 from slabformer.settings import ExistingFile, FileToWrite, InputPath, JsonToWrite, NonEmptyStr, PositiveInt, Workers
 from slabformer.tasks.detection.dataset import DetectionData
 from slabformer.tasks.detection.evaluate import collect

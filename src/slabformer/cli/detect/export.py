@@ -11,8 +11,8 @@ from jsonargparse import ArgumentParser, Namespace
 from slabformer.cli.common import writable
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
-from slabformer.deployment.export_detector import RUNTIME_PIXELS, export_detector
-from slabformer.deployment.static_detector import MAX_CANDIDATES
+from slabformer.export.detector import RUNTIME_PIXELS, export_detector
+from slabformer.export.static_detector import MAX_CANDIDATES
 from slabformer.settings import ExistingFile, NonNegativeFloat, OutputFile, Pixels, PositiveInt
 from slabformer.tasks.detection.saved import DetectorInfo, load_detector
 from slabformer.tasks.engine.files import replaced

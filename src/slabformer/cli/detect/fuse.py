@@ -11,7 +11,7 @@ from torch import nn
 from slabformer.cli.common import console, writable
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
 from slabformer.cli.fuse import fuse_table
-from slabformer.deployment.fuse_detector import PIXELS, fuse_detector, verify_detections
+from slabformer.deployment.detector import PIXELS, fuse_detector, verify_detections
 from slabformer.settings import ExistingFile, FileToWrite, ModelToWrite, NonNegativeFloat
 from slabformer.tasks.detection.saved import load_detector, save_detector
 from slabformer.tasks.engine.files import write_text

@@ -20,7 +20,7 @@ from slabformer.cli.data import (
     progress_bar,
     write_json,
 )
-from slabformer.deployment.export_detector import OnnxDetector
+from slabformer.export.detector import OnnxDetector
 from slabformer.settings import ExistingFile, FolderToWrite, Fraction, JsonToWrite, NonEmptyStr
 from slabformer.tasks.detection.drawing import to_pil
 from slabformer.tasks.detection.predict import Detect, PicturePrediction, draw, on_device, picture_paths, predict

@@ -14,7 +14,7 @@ import slabformer as sf
 from slabformer.cli.common import console
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.lm.common import available_accelerator, check_no_file, quiet_transformers
-from slabformer.deployment.measurement import Variant
+from slabformer.measure.rows import Variant
 from slabformer.nn.affine import Folded
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, PositiveInt, Seconds, Threads
@@ -59,7 +59,7 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Measure, print, write."""
-    from slabformer.deployment.decode import compare_decoding
+    from slabformer.bench.decoding import compare_decoding
 
     quiet_transformers()
     if config.output is not None:
@@ -113,7 +113,7 @@ def _model(given: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMo
 @torch.no_grad()
 def _variants(model: PreTrainedModel) -> dict[Variant, PreTrainedModel]:
     """The forms to compare: of a model that has RMSNorms it is the twin, and its converted copy "as given"."""
-    from slabformer.deployment.decode import without_norms
+    from slabformer.bench.decoding import without_norms
     from slabformer.tasks.language.fusing import fuse_language_model
 
     twin = _twin(model)

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from slabformer.cli.common import writable
 from slabformer.cli.lm.common import MODEL_HELP, quiet_transformers
-from slabformer.deployment.equality import RUNTIME_RTOL
+from slabformer.measure.equality import RUNTIME_RTOL
 from slabformer.settings import NonEmptyStr, OutputFile, Tolerance
 from slabformer.tasks.engine.files import replaced_with
 
@@ -34,7 +34,7 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Export and check; the file appears when it has passed."""
-    from slabformer.deployment.export_decoder import export_decoder, weights_file
+    from slabformer.export.decoder import export_decoder, weights_file
     from slabformer.tasks.language.folders import load_model_folder
     from slabformer.tasks.language.fusing import fuse_language_model
 

@@ -16,10 +16,10 @@ from slabformer.models import deit, swin
 from slabformer.models.arguments import check_arguments
 from slabformer.models.detection.token_pyramid import STRIDES, TokenPyramid
 from slabformer.models.norms import NormLayer, resolve_norm_layer
-from slabformer.models.official import PublishedLayout
 from slabformer.models.pvt import PVT
 from slabformer.models.pyramid import PyramidTransformer
 from slabformer.models.registry import check_model_name
+from slabformer.models.weights.official import PublishedLayout
 from slabformer.nn import PRepBN, RepBN
 
 #: epsilon of output norms, as published

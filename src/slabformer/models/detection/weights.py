@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from slabformer.models.detection.backbones import CLASSIFIER_ONLY, Backbone
-from slabformer.models.official import PublishedLayout, State, load_published, published_names, read_published
+from slabformer.models.weights.official import PublishedLayout, State, load_published, published_names, read_published
 
 
 class LoadReport(NamedTuple):

@@ -9,20 +9,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slabformer.surgery.fuse.asked import OutputLike, check_keep, check_outputs, rehearse, watched_outputs
-from slabformer.surgery.fuse.check import check_examples, check_model, check_not_compiled, check_values, shapes_of
-from slabformer.surgery.fuse.files import load_fused, save_fused
-from slabformer.surgery.fuse.fold import Solution, commit, solve
-from slabformer.surgery.fuse.methods import changed_methods
-from slabformer.surgery.fuse.norms import Norm
-from slabformer.surgery.fuse.plan import Plan, outcomes
-from slabformer.surgery.fuse.propose import propose
 from slabformer.surgery.fuse.report import FuseReport, NormOutcome
-from slabformer.surgery.fuse.size import at_another_size, fix_size_, sizes_of
-from slabformer.surgery.fuse.ties import Untied, note_untied_
-from slabformer.surgery.fuse.trial import Trial
-from slabformer.surgery.fuse.twin import Example, Output, deployed_twin, twin
-from slabformer.surgery.fuse.watch import hooked
+from slabformer.surgery.fuse.search.asked import OutputLike, check_keep, check_outputs, rehearse, watched_outputs
+from slabformer.surgery.fuse.search.check import (
+    check_examples,
+    check_model,
+    check_not_compiled,
+    check_values,
+    shapes_of,
+)
+from slabformer.surgery.fuse.search.methods import changed_methods
+from slabformer.surgery.fuse.search.propose import propose
+from slabformer.surgery.fuse.search.trial import Trial
+from slabformer.surgery.fuse.tree.copies import Example, Output, deployed_twin, twin
+from slabformer.surgery.fuse.tree.files import load_fused, save_fused
+from slabformer.surgery.fuse.tree.fold import Solution, commit, solve
+from slabformer.surgery.fuse.tree.norms import Norm
+from slabformer.surgery.fuse.tree.plan import Plan, outcomes
+from slabformer.surgery.fuse.tree.size import at_another_size, fix_size_, sizes_of
+from slabformer.surgery.fuse.tree.ties import Untied, note_untied_
+from slabformer.surgery.fuse.tree.watch import hooked
 
 __all__ = ["FuseReport", "NormOutcome", "fuse", "fuse_", "load_fused", "save_fused"]
 

@@ -11,8 +11,8 @@ from torch import nn
 import slabformer as sf
 from slabformer._extras import require
 from slabformer.models.arguments import check_arguments
-from slabformer.models.hub import weights_file
 from slabformer.models.registry import is_ours
+from slabformer.models.weights.hub import weights_file
 from slabformer.tasks.classification.config import ModelConfig
 from slabformer.tasks.saved_file import check_saved
 from slabformer.tasks.saved_model import ModelInfo, create_model, load_model

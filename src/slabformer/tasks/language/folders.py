@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import slabformer.models.llama  # noqa: F401 (registers ours)
 from slabformer._files import sync_file, sync_folder, workspace
-from slabformer.models.hub import check_on_hub, is_hub_name
-from slabformer.models.official import unpickle, why_unreadable
+from slabformer.models.weights.hub import check_on_hub, is_hub_name
+from slabformer.models.weights.official import unpickle, why_unreadable
 from slabformer.settings import shown
 from slabformer.tasks.engine.checkpoint import CheckpointFolders
 from slabformer.tasks.engine.documents import read_json

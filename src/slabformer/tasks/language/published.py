@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
-from slabformer.models.official import load_published
+from slabformer.models.weights.official import load_published
 from slabformer.settings import PositiveInt, check, shown
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.language.tokens import tokenizer_beside

@@ -1,0 +1,51 @@
+"""Shifted windows as integer runtimes like them: cut and joined by one gather each, projections apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slabformer.nn.padding import PadTokens
+from slabformer.nn.resample import Grid
+from slabformer.nn.shifted_windows import ShiftedWindowAttention
+from slabformer.quantize.integer_attention import split_projection
+
+
+class GatheredWindowAttention(nn.Module):
+    """:class:`ShiftedWindowAttention` that gathers the tokens of its windows, for OpenVINO's 8-bit kernels.
+
+    A roll is two slices and a concatenation, and no rounding is moved in front of those: shifted maps would be copied
+    about as floats, three times. Nor can one projection of queries, keys and values be rounded before they are cut
+    apart and transposed. Maps that windows do not tile, or of another size than tables are kept for, go as
+    they did.
+
+    Args:
+        attention: In eval mode; taken over.
+
+    Shape:
+        ``(B, N, C)`` to the same.
+    """
+
+    order: Tensor
+    places: Tensor
+
+    def __init__(self, attention: ShiftedWindowAttention) -> None:
+        super().__init__()
+        self.attention, self.windows = attention, attention.windows
+        self.q, self.k, self.v = split_projection(attention.qkv)
+        tokens = torch.arange(self.windows.grid[0] * self.windows.grid[1]).view(1, -1, 1)
+        self.tiled = self.windows.padded == self.windows.grid
+        order = self.windows.cut(tokens, PadTokens(1)).flatten() if self.tiled else tokens.flatten()
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("places", order.argsort(), persistent=False)
+        self.train(False)
+
+    def forward(self, x: Tensor, grid_size: Grid | None = None) -> Tensor:
+        """Attention over tokens ``(B, N, C)`` on ``grid_size``; by default the one that tables are kept for."""
+        if not self.tiled or grid_size not in (None, self.windows.grid):
+            return self.attention(x, grid_size)
+        h, w = self.windows.window
+        cut = x.index_select(1, self.order).reshape(-1, h * w, x.shape[-1])
+        out = self.attention.attend(self.q(cut), self.k(cut), self.v(cut), self.windows)
+        out = out.transpose(2, 3).reshape(x.shape)
+        return self.attention.proj(out.index_select(1, self.places))

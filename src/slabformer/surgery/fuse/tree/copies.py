@@ -1,0 +1,116 @@
+"""Stand-ins for a model: traced, run and changed in its place, so that a failure leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slabformer._process import no_warnings
+from slabformer._torch import tree_map_tensors
+from slabformer.nn.prepbn import PRepBN
+from slabformer.ops.precision import widened
+from slabformer.surgery.fuse.tree.watch import Watched, watching
+from slabformer.surgery.outputs import first_line, tensors_of
+
+
+def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model(*args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Something that a model is asked for: its forward, a method, or any function of it.
+
+    Attributes:
+        call: Of the model and the example inputs.
+        words: What stands for it in a reason; empty for the forward.
+    """
+
+    call: Callable[..., Any] = _forward
+    words: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One set of inputs, what is asked of them, and what must stay on the way.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        output: What the model is asked for.
+        watched: Tensors inside the model that count as outputs.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Output = Output()
+    watched: tuple[Watched, ...] = ()
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in it, in order."""
+        return tensors_of((self.args, dict(self.kwargs)))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Example:
+        """The same with every tensor changed."""
+        args, kwargs = tree_map_tensors(change, (self.args, dict(self.kwargs)))
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
+    def outputs_of(self, model: nn.Module) -> Any:
+        """What ``model`` returns, and with it what is watched."""
+        with watching(model, self.watched, tensors_of) as seen:
+            output = self.output.call(model, *self.args, **self.kwargs)
+        if not self.output.words:
+            return (output, *seen) if self.watched else output
+        return [torch.ops.slabformer.watched(tensor, self.output.words) for tensor in tensors_of(output)] + seen
+
+
+def twin(model: nn.Module, share: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """A copy of the module tree, hooks included; ``share`` says what stands for each of its tensors (None: a copy)."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            # computed attributes of weight_norm and the like are no leaves, which deepcopy refuses
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                memo[id(value)] = (share or torch.clone)(value.detach())
+        for parameter in module._parameters.values():
+            if parameter is not None and share is not None and id(parameter) not in memo:
+                memo[id(parameter)] = nn.Parameter(share(parameter.detach()), parameter.requires_grad)
+        for buffer in module._buffers.values():
+            if buffer is not None and share is not None and id(buffer) not in memo:
+                memo[id(buffer)] = share(buffer.detach()).clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        message = f"{type(model).__name__} cannot be copied, which fuse needs: {first_line(error)}"
+        raise ValueError(message) from error
+
+
+def deployed_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A twin that shares the parameters and computes what is deployed, in ``dtype`` where given."""
+
+    def share(tensor: Tensor) -> Tensor:
+        if dtype is torch.float64:
+            return widened(tensor)
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    copied = twin(model, share)
+    for module in copied.modules():
+        if isinstance(module, PRepBN):
+            module.blend_in_eval = False
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # a cache is no tensor that a graph could return
+    return copied
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No gradients, and none of the warnings that tracing and copying raise about code that is not the caller's."""
+    with torch.no_grad(), no_warnings():
+        yield
