@@ -1,4 +1,4 @@
-"""Is it really faster? Each SLAB model as published, fused, deployed, beside its LayerNorm twin and its ceiling.
+"""Is it really faster? Each SLAB model as published, fused, deployed, beside its LayerNorm baseline and its ceiling.
 
     python benchmarks/compare.py                                     # all models at batch 1 and 8, one CPU thread
     python benchmarks/compare.py --models slab_deit_tiny --sizes 224 512 1024 --batch-sizes 1
@@ -42,7 +42,7 @@ from slabformer.measure.timing import (
     ratio,
     time_interleaved,
 )
-from slabformer.models.registry import twin_of
+from slabformer.models.registry import baseline_of
 from slabformer.nn.controls import prepbn_modules
 from slabformer.surgery.verify import verify
 
@@ -62,10 +62,10 @@ def trained_looking(name: str, size: int) -> nn.Module:
     return model
 
 
-def twin(name: str, size: int) -> nn.Module:
+def baseline(name: str, size: int) -> nn.Module:
     """The LayerNorm model that ``name`` replaces, with fused attention."""
-    found = twin_of(name)
-    assert found is not None, f"{name} has no twin"
+    found = baseline_of(name)
+    assert found is not None, f"{name} has no baseline"
     return timm.create_model(found, img_size=size).eval()
 
 
@@ -78,12 +78,16 @@ def forms_of(name: str, size: int, images: Tensor, dtype: torch.dtype) -> dict[s
     eager = {
         "published style": published,
         "fused": fused,
-        "LayerNorm twin": twin(name, size).to(images.device),
+        "LayerNorm baseline": baseline(name, size).to(images.device),
         "ceiling": ceiling_of(fused),
     }
     eager = {form: module.to(dtype) for form, module in eager.items()}
     forms = {form: (module, module) for form, module in eager.items() if form != "ceiling"}
-    for form, name_compiled in {"fused": "deployed", "LayerNorm twin": "twin compiled", "ceiling": "ceiling"}.items():
+    for form, name_compiled in {
+        "fused": "deployed",
+        "LayerNorm baseline": "baseline compiled",
+        "ceiling": "ceiling",
+    }.items():
         program = Compiled(natively(eager[form], images.device)[0], images.device)
         tolerance = RUNTIME_RTOL if dtype == torch.float32 else 64 * torch.finfo(dtype).eps
         verify(eager[form], program, images.to(dtype), rtol=tolerance)
@@ -111,7 +115,7 @@ def measure(name: str, size: int, batch_size: int, options: argparse.Namespace) 
             p90_ms=1e3 * quantile(turns[form], 0.9),
             images_per_s=batch_size / quantile(turns[form], 0.5),
             memory_mib=mebibytes_of(calls[form], device, times=3),
-            over_twin=ratio(turns["twin compiled"], turns[form]),
+            over_baseline=ratio(turns["baseline compiled"], turns[form]),
             over_published=ratio(turns["published style"], turns[form]),
             of_ceiling=ratio(turns["ceiling"], turns[form]),
             of_floor=_floor(forms[form][1], images.to(dtype), ceilings) / quantile(turns[form], 0.5),

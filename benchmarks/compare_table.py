@@ -8,21 +8,21 @@ from pathlib import Path
 
 from slabformer.figures.plots import GREEN, GREY, LIGHT, ORANGE, save, styled_figure
 
-#: in the order of the tables; what counts is the deployed form between the compiled twin and the ceiling
+#: in the order of the tables; what counts is the deployed form between the compiled baseline and the ceiling
 COLOURS = {
     "published style": ORANGE,
     "fused": "#9ED9C5",
     "deployed": GREEN,
-    "LayerNorm twin": "#BFC7CE",
-    "twin compiled": GREY,
+    "LayerNorm baseline": "#BFC7CE",
+    "baseline compiled": GREY,
     "ceiling": LIGHT,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One form of one model: latency of a batch; speed over the compiled twin, over the published style, and as a share
-    of the ceiling and of the machine's floor."""
+    """One form of one model: latency of a batch; speed over the compiled baseline, over the published style, and as a
+    share of the ceiling and of the machine's floor."""
 
     model: str
     size: int
@@ -32,7 +32,7 @@ class Row:
     p90_ms: float
     images_per_s: float
     memory_mib: float | None
-    over_twin: float
+    over_baseline: float
     over_published: float
     of_ceiling: float
     of_floor: float
@@ -40,15 +40,15 @@ class Row:
     def __str__(self) -> str:
         return (
             f"{self.model} {self.size} px, batch {self.batch_size}, {self.form:<16}{self.p50_ms:9.2f} ms  "
-            f"{self.over_twin:5.2f} x twin  {self.over_published:5.2f} x published  {self.of_ceiling:4.0%} of ceiling  "
-            f"{self.of_floor:4.0%} of floor"
+            f"{self.over_baseline:5.2f} x baseline  {self.over_published:5.2f} x published  "
+            f"{self.of_ceiling:4.0%} of ceiling  {self.of_floor:4.0%} of floor"
         )
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
     """One line a form, and below where it was measured."""
     head = ("model", "px", "batch", "form", "ms (p50)", "ms (p90)", "images/s", "peak MiB")
-    head += ("over compiled twin", "over published style", "of ceiling", "of floor")
+    head += ("over compiled baseline", "over published style", "of ceiling", "of floor")
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * 4}{'---:|' * (len(head) - 4)}"]
     for row in rows:
         memory = f"{float(row['memory_mib']):.0f}" if row["memory_mib"] else "-"
@@ -58,7 +58,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
             f"{float(row['images_per_s']):.1f}",
             memory,
         ]
-        figures += [f"{float(row['over_twin']):.2f}", f"{float(row['over_published']):.2f}"]
+        figures += [f"{float(row['over_baseline']):.2f}", f"{float(row['over_published']):.2f}"]
         figures += [f"{float(row['of_ceiling']):.0%}", f"{float(row['of_floor']):.0%}"]
         lines.append(f"| {' | '.join([row['model'], row['size'], row['batch_size'], row['form'], *figures])} |")
     places = dict.fromkeys(
@@ -100,11 +100,11 @@ def _bars(rows: Sequence[dict[str, str]]):
             speeds = [float(own[form]["images_per_s"]) for form in forms]
             axes.barh(forms, speeds, color=[COLOURS[form] for form in forms])
             for place, form in enumerate(forms):
-                axes.text(speeds[place], place, f" x{float(own[form]['over_twin']):.2f}", va="center", fontsize=8)
+                axes.text(speeds[place], place, f" x{float(own[form]['over_baseline']):.2f}", va="center", fontsize=8)
             axes.invert_yaxis()
             axes.margins(x=0.16)
             axes.set_title(f"{subject[0]}\n{subject[1]} px, batch {subject[2]}", fontsize=9)
-            axes.set_xlabel("images/s (x compiled twin)", fontsize=8)
+            axes.set_xlabel("images/s (x compiled baseline)", fontsize=8)
     return figure
 
 
@@ -114,7 +114,7 @@ def _resolutions(rows: Sequence[dict[str, str]]):
         for number, (model, batch_size) in enumerate(subjects):
             axes = figure.add_subplot(1, len(subjects), number + 1)
             own = [row for row in rows if (row["model"], row["batch_size"]) == (model, batch_size)]
-            for form in ("twin compiled", "published style", "deployed", "ceiling"):
+            for form in ("baseline compiled", "published style", "deployed", "ceiling"):
                 curve = sorted((int(row["size"]), float(row["p50_ms"])) for row in own if row["form"] == form)
                 axes.plot(*zip(*curve, strict=True), marker="o", color=COLOURS[form], label=form)
             axes.set(xscale="log", yscale="log", title=f"{model}, batch {batch_size}", xlabel="image side (px)")

@@ -1,4 +1,4 @@
-"""In integers, too? Each SLAB model, its LayerNorm twin and its ceiling in 8 bits and in float32, by OpenVINO.
+"""In integers, too? Each SLAB model, its LayerNorm baseline and its ceiling in 8 bits and in float32, by OpenVINO.
 
     python benchmarks/int8.py                                 # slab_deit_tiny and slab_swin_tiny, batch 8, one thread
 
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from compare import trained_looking, twin
+from compare import baseline, trained_looking
 
 import slabformer as sf
 from slabformer.bench.ceiling import ceiling_of
@@ -22,7 +22,7 @@ from slabformer.measure.timing import Machine, num_threads, quantile, ratio, tim
 from slabformer.quantize.openvino import quantize, to_openvino
 
 RESULTS = Path(__file__).parent / "results" / "int8"
-COLUMNS = ("model", "form", "precision", "p50_ms", "over_own_float", "over_twin", "of_ceiling")
+COLUMNS = ("model", "form", "precision", "p50_ms", "over_own_float", "over_baseline", "of_ceiling")
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def measure(name: str, batch_size: int, seconds: float, threads: int) -> list[di
     images = torch.randn(batch_size, 3, 224, 224)
     fused, _ = sf.fuse(trained_looking(name, 224), images[:1])
     calls = {}
-    for form, model in {"SLAB": fused, "LayerNorm twin": twin(name, 224), "ceiling": ceiling_of(fused)}.items():
+    for form, model in {"SLAB": fused, "LayerNorm baseline": baseline(name, 224), "ceiling": ceiling_of(fused)}.items():
         calls[form, "float32"] = partial(to_openvino(model, images, threads), images)
         calls[form, "int8"] = partial(quantize(model, [images], threads), images)
     turns = time_interleaved(calls, seconds=seconds, device=images.device)
@@ -42,7 +42,7 @@ def measure(name: str, batch_size: int, seconds: float, threads: int) -> list[di
             "precision": precision,
             "p50_ms": round(1e3 * quantile(turns[form, precision], 0.5), 2),
             "over_own_float": round(ratio(turns[form, "float32"], turns[form, precision]), 3),
-            "over_twin": round(ratio(turns["LayerNorm twin", precision], turns[form, precision]), 3),
+            "over_baseline": round(ratio(turns["LayerNorm baseline", precision], turns[form, precision]), 3),
             "of_ceiling": round(ratio(turns["ceiling", precision], turns[form, precision]), 3),
         }
         for form, precision in calls

@@ -1,5 +1,6 @@
-"""Our models computed the way SLAB was published, the slow twin of every speed: norms unfused and channels first, heads
-copied into the batch, attention and depthwise branch as a chain of einsums, transposes and copies in eager mode."""
+"""Our models computed the way SLAB was published, the slow reference of every speed: norms unfused and channels first,
+heads copied into the batch, attention and depthwise branch as a chain of einsums, transposes and copies in eager
+mode."""
 
 from __future__ import annotations
 

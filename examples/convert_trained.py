@@ -1,7 +1,7 @@
 """An already trained LayerNorm model loses its norms: convert, fine-tune for 30 % of its budget, fuse, verify.
 
     python examples/convert_trained.py
-    python examples/convert_trained.py --weights runs/quickstart/twin.safetensors   # skip the first training
+    python examples/convert_trained.py --weights runs/quickstart/baseline.safetensors   # skip the first training
 
 The loop is plain PyTorch, as it would be yours; slabformer is the five lines that start with ``sf.``.
 """

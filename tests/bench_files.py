@@ -16,15 +16,15 @@ def bench_file(
     model: str,
     speed: float = 12.0,
     *,
-    twin: bool = True,
+    baseline: bool = True,
     modes: tuple[Mode, ...] = ("eager", "compiled"),
     batch_sizes: tuple[int, ...] = (1, 8),
     machine: Machine = MACHINE,
 ) -> Path:
-    """``folder/model/bench.csv``: compiled is twice as fast, the twin slower by a sixth."""
-    shares: dict[Variant, float] = {"fused": 1.0} | ({"LayerNorm twin": 5 / 6} if twin else {})
+    """``folder/model/bench.csv``: compiled is twice as fast, the baseline slower by a sixth."""
+    shares: dict[Variant, float] = {"fused": 1.0} | ({"LayerNorm baseline": 5 / 6} if baseline else {})
     rows = [
-        _measurement(variant, mode, size, share * speed * (1 + (mode == "compiled")), 1.2 if twin else None)
+        _measurement(variant, mode, size, share * speed * (1 + (mode == "compiled")), 1.2 if baseline else None)
         for mode in modes
         for size in batch_sizes
         for variant, share in shares.items()
@@ -36,8 +36,10 @@ def bench_file(
     return path
 
 
-def _measurement(variant: Variant, mode: Mode, batch_size: int, speed: float, over_twin: float | None) -> Measurement:
+def _measurement(
+    variant: Variant, mode: Mode, batch_size: int, speed: float, over_baseline: float | None
+) -> Measurement:
     return Measurement(
         variant=variant, mode=mode, batch_size=batch_size, p50_ms=1.0, p90_ms=1.0, images_per_second=speed,
-        memory_mib=None, parameters=1, macs=1, over_twin=over_twin, over_given=1.0, of_ceiling=None,
+        memory_mib=None, parameters=1, macs=1, over_baseline=over_baseline, over_given=1.0, of_ceiling=None,
     )  # fmt: skip

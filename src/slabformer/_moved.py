@@ -1,18 +1,22 @@
-"""Modules that have moved: their old names work for one release, with a deprecation warning.
+"""Modules that have moved and words that have changed: the old ones work for one release, with a deprecation warning.
 
 To be removed with 0.3. Public names (``slabformer.fuse`` and its like) never move.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: old name below `slabformer` -> the modules that now hold what it held
 MOVED: dict[str, tuple[str, ...]] = {
@@ -52,9 +56,54 @@ MOVED: dict[str, tuple[str, ...]] = {
     "models.official": ("models.weights.official",),
     "models.pretrained": ("models.weights.pretrained",),
     "models.published": ("models.weights.published",),
+    "tasks.detection.twin": ("tasks.detection.baseline",),
     "nn.window_attention": ("nn.stripes",),
     "nn.windows": ("nn.shifted_windows",),
 }
+
+#: what functions, arguments, attributes, columns, variants and files were called -> what they are called now
+RENAMED: dict[str, str] = {
+    "twin": "baseline",
+    "twin_predictions": "baseline_predictions",
+    "over_twin": "over_baseline",
+    "train_twin": "train_baseline",
+    "twin_config": "baseline_config",
+    "LayerNorm twin": "LayerNorm baseline",
+    "against=twin": "against=baseline",
+    "twin.safetensors": "baseline.safetensors",
+}
+
+
+def current_name(name: str) -> str:
+    """``name`` as it is spelled now; an old one is warned about."""
+    if name not in RENAMED:
+        return name
+    _warn(f"{name!r} is now called {RENAMED[name]!r}; the old name goes with slabformer 0.3", stacklevel=3)
+    return RENAMED[name]
+
+
+def current_rows(rows: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Rows of a file that an older version wrote, columns and values as they are spelled now."""
+    return [{RENAMED.get(key, key): RENAMED.get(value, value) for key, value in row.items()} for row in rows]
+
+
+def takes_old_names(function: Callable[P, R]) -> Callable[P, R]:
+    """Let ``function`` take arguments by their old names too."""
+
+    @functools.wraps(function)
+    def taking(*args: P.args, **kwargs: P.kwargs) -> R:
+        return function(*args, **{current_name(name): value for name, value in kwargs.items()})  # type: ignore[arg-type]
+
+    return taking
+
+
+class HasOldNames:
+    """Base of classes whose attributes were called otherwise."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in RENAMED:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        return getattr(self, current_name(name))
 
 
 class OldNames(MetaPathFinder, Loader):
@@ -70,23 +119,24 @@ class OldNames(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Fill ``module``: every attribute is looked up where it now stands."""
         names = [f"slabformer.{name}" for name in MOVED[module.__name__.partition(".")[2]]]
-        warnings.warn(
-            f"{module.__name__} has moved to {' and '.join(names)}; the old name goes with slabformer 0.3",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        _warn(f"{module.__name__} has moved to {' and '.join(names)}; the old name goes with slabformer 0.3")
         module.__doc__ = f"Moved to {' and '.join(names)}."
         module.__getattr__ = _looking_in(module.__name__, names)  # type: ignore[method-assign]
 
 
 def _looking_in(old: str, names: Sequence[str]) -> Any:
     def look_up(attribute: str) -> Any:
+        now = RENAMED.get(attribute, attribute)
         for module in map(importlib.import_module, names):
-            if hasattr(module, attribute):
-                return getattr(module, attribute)
+            if hasattr(module, now):
+                return getattr(module, now)
         raise AttributeError(f"{old} has moved to {' and '.join(names)}, which has no {attribute}")
 
     return look_up
+
+
+def _warn(message: str, stacklevel: int = 2) -> None:
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel + 1)
 
 
 def answer_to_old_names() -> None:

@@ -1,4 +1,4 @@
-"""Twins, ceilings and compiled forms."""
+"""Baselines, ceilings and compiled forms."""
 
 from __future__ import annotations
 

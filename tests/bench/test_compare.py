@@ -16,7 +16,7 @@ from slabformer.bench.compare import compare
 from slabformer.bench.report import BenchReport
 from small_models import images, trained_looking
 
-VARIANTS = ["as given", "fused", "LayerNorm twin", "ceiling"]
+VARIANTS = ["as given", "fused", "LayerNorm baseline", "ceiling"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def report() -> BenchReport:
     return compare(
         trained_looking(),
         images(),
-        twin=trained_looking("deit_micro"),
+        baseline=trained_looking("deit_micro"),
         batch_sizes=(1, 3),
         compiled=False,
         seconds=0.3,
@@ -45,10 +45,10 @@ def test_figures_belong_together(report: BenchReport) -> None:
     assert fused is not None
     assert (given.over_given, fused.macs) == (1.0, given.macs)
     assert fused.parameters < given.parameters
-    twin, ceiling = (report.find(variant, "eager", 3) for variant in ("LayerNorm twin", "ceiling"))
-    assert twin is not None
+    baseline, ceiling = (report.find(variant, "eager", 3) for variant in ("LayerNorm baseline", "ceiling"))
+    assert baseline is not None
     assert ceiling is not None
-    assert (twin.over_twin, ceiling.of_ceiling) == (1.0, 1.0)
+    assert (baseline.over_baseline, ceiling.of_ceiling) == (1.0, 1.0)
     assert ceiling.macs < fused.macs
 
 
@@ -72,9 +72,9 @@ def test_no_speed_is_told_of_a_model_that_differs() -> None:
         compare(model, images(), fused=wrong, compiled=False, seconds=0.1)
 
 
-def test_a_twin_with_other_outputs_is_refused() -> None:
+def test_a_baseline_with_other_outputs_is_refused() -> None:
     with pytest.raises(ValueError, match="same number of classes"):
-        compare(trained_looking(), images(), twin=nn.Sequential(nn.Flatten(), nn.Linear(768, 7)), compiled=False)
+        compare(trained_looking(), images(), baseline=nn.Sequential(nn.Flatten(), nn.Linear(768, 7)), compiled=False)
 
 
 @pytest.mark.parametrize("batch_sizes", [(0,), (2, -1), ()], ids=["zero", "negative", "none"])

@@ -19,11 +19,11 @@ SIZE = (64, 80)
 
 @pytest.fixture(scope="module")
 def detectors():
-    """A detector and its twin with LayerNorm."""
+    """A detector and its baseline with LayerNorm."""
     (image,) = pictures(SIZE)
     tiny = {"depths": (1, 1, 1, 1)}
-    twin, detector = (small_detector(backbone=tiny | norms) for norms in ({"norm": "layernorm"}, {}))
-    return {"LayerNorm": as_if_trained_(twin, image), "PRepBN": as_if_trained_(detector, image)}
+    baseline, detector = (small_detector(backbone=tiny | norms) for norms in ({"norm": "layernorm"}, {}))
+    return {"LayerNorm": as_if_trained_(baseline, image), "PRepBN": as_if_trained_(detector, image)}
 
 
 @pytest.fixture(autouse=True)

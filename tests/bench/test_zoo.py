@@ -36,7 +36,7 @@ def row(variant: Variant, ms: float) -> Measurement:
         memory_mib=None,
         parameters=6_000_000,
         macs=1_000_000_000,
-        over_twin=None if variant == "ceiling" else 20 / ms,
+        over_baseline=None if variant == "ceiling" else 20 / ms,
         over_given=12 / ms,
         of_ceiling=8 / ms,
     )
@@ -53,7 +53,7 @@ class Meter:
         self.asked.append(model)
         if model == self.breaks:
             raise RuntimeError("two\nlines")
-        rows = [row("LayerNorm twin", 20), row("as given", 12), row("fused", 10), row("ceiling", 8)]
+        rows = [row("LayerNorm baseline", 20), row("as given", 12), row("fused", 10), row("ceiling", 8)]
         return BenchReport(model=model, machine=MACHINE, measurements=rows)
 
 
@@ -90,6 +90,16 @@ def test_rows_of_another_kind_are_measured_anew_and_replaced(changes: dict, tmp_
 def test_date_load_and_command_do_not_matter(tmp_path: Path) -> None:
     measured(tmp_path, ["one"])
     assert measured(tmp_path, ["one"], machine=replace(MACHINE, date="later", load=2.0, command="x"))[0] == []
+
+
+def test_a_table_with_the_old_names_goes_on(tmp_path: Path) -> None:
+    table = measured(tmp_path, ["one"], settings="against=baseline a=1")[1]
+    table.path.write_text(table.path.read_text().replace("baseline", "twin"))
+    asked, table = measured(tmp_path, ["one", "two"], settings="against=baseline a=1")
+    assert asked == ["two"]
+    assert (
+        "| `one` | 8 | eager | 20.0 | 12.0 | 10.0 | 8.0 | 2.00 | 80% | 6.00 M | 1.00 G |" in table.markdown.read_text()
+    )
 
 
 def test_a_model_that_breaks_is_a_row_and_is_tried_again(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from compare_table import COLOURS, _swept, draw
 def rows(model: str, size: int, batch_size: int) -> list[dict[str, str]]:
     same = {"model": model, "size": str(size), "batch_size": str(batch_size)}
     return [
-        same | {"form": form, "p50_ms": str(size + place), "images_per_s": "8.0", "over_twin": "1.5"}
+        same | {"form": form, "p50_ms": str(size + place), "images_per_s": "8.0", "over_baseline": "1.5"}
         for place, form in enumerate(COLOURS)
     ]
 

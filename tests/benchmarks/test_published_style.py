@@ -1,4 +1,4 @@
-"""The slow twin of every speed computes what our models do, and what its table says is what was measured."""
+"""The slow reference of every speed computes what our models do, and what its table says is what was measured."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_published_style_computes_the_same(name: str, arguments: dict) -> None:
 
 
 def row(form: str, size: int) -> dict[str, str]:
-    figures = {"p50_ms": 2.0, "p90_ms": 3.0, "images_per_s": 500.0, "memory_mib": None, "over_twin": 1.25}
+    figures = {"p50_ms": 2.0, "p90_ms": 3.0, "images_per_s": 500.0, "memory_mib": None, "over_baseline": 1.25}
     found = Row(
         model="m", size=size, batch_size=1, form=form, over_published=2.0, of_ceiling=0.9, of_floor=0.5, **figures
     )
@@ -48,7 +48,7 @@ def row(form: str, size: int) -> dict[str, str]:
 
 
 def test_the_table_and_the_pictures_hold_every_form(tmp_path: Path) -> None:
-    forms = ("published style", "deployed", "twin compiled", "ceiling")
+    forms = ("published style", "deployed", "baseline compiled", "ceiling")
     rows = [row(form, size) for size in (32, 64) for form in forms]
     text = markdown(rows)
     assert "| m | 64 | 1 | deployed | 2.0 | 3.0 | 500.0 | - | 1.25 | 2.00 | 90% | 50% |" in text

@@ -22,28 +22,34 @@ def bench(folder: Path, *arguments: str) -> dict:
     return json.loads((folder / "bench.json").read_text())
 
 
-def test_a_saved_model_is_held_against_the_twin_that_its_name_tells(
+def test_a_saved_model_is_held_against_the_baseline_that_its_name_tells(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = bench(tmp_path / "out", str(saved(tmp_path / "model.safetensors")))
-    assert [row["variant"] for row in found["measurements"]] == ["as given", "fused", "LayerNorm twin", "ceiling"]
+    assert [row["variant"] for row in found["measurements"]] == ["as given", "fused", "LayerNorm baseline", "ceiling"]
     assert {row["mode"] for row in found["measurements"]} == {"eager"}
     printed = capsys.readouterr().out
     for text in ("speed of slab_deit_micro", "images/s", "of ceiling", "norms folded"):
         assert text in printed
 
 
-def test_any_model_is_converted_and_is_its_own_twin(tmp_path: Path) -> None:
+def test_any_model_is_converted_and_is_its_own_baseline(tmp_path: Path) -> None:
     found = bench(tmp_path / "out", "deit_micro", "--convert", "--threads", "1")
     assert len(found["measurements"]) == 4
     assert found["machine"]["threads"] == 1
     assert found["equality"]["max_rel"] > 0
 
 
-def test_the_twin_can_be_left_out(tmp_path: Path) -> None:
+def test_the_baseline_can_be_left_out(tmp_path: Path) -> None:
     found = bench(tmp_path / "out", "slab_deit_micro", "--against", "none")
     assert [row["variant"] for row in found["measurements"]] == ["as given", "fused", "ceiling"]
-    assert all(row["over_twin"] is None for row in found["measurements"])
+    assert all(row["over_baseline"] is None for row in found["measurements"])
+
+
+def test_the_old_name_of_the_baseline_is_taken_with_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match="'twin' is now called 'baseline'"):
+        found = bench(tmp_path / "out", "slab_deit_micro", "--against", "twin")
+    assert "LayerNorm baseline" in {row["variant"] for row in found["measurements"]}
 
 
 def zoo(folder: Path, *arguments: str) -> list[dict[str, str]]:
@@ -54,10 +60,10 @@ def zoo(folder: Path, *arguments: str) -> list[dict[str, str]]:
 def test_many_models_make_one_table_and_are_measured_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = zoo(tmp_path, "slab_deit_micro", "deit_micro_prepbn", "--against", "twin")
+    first = zoo(tmp_path, "slab_deit_micro", "deit_micro_prepbn", "--against", "baseline")
     assert {row["model"] for row in first} == {"slab_deit_micro", "deit_micro_prepbn"}
-    assert {row["variant"] for row in first} == {"as given", "fused", "LayerNorm twin", "ceiling"}
-    assert "fused over twin" in (tmp_path / "bench.md").read_text()
+    assert {row["variant"] for row in first} == {"as given", "fused", "LayerNorm baseline", "ceiling"}
+    assert "fused over baseline" in (tmp_path / "bench.md").read_text()
     assert "slab_deit_micro" in capsys.readouterr().out
     monkeypatch.setattr(bench_cli, "compare", lambda *_, **__: pytest.fail("measured again"))
     assert zoo(tmp_path, "slab_deit_micro") == first
@@ -81,7 +87,7 @@ def test_a_report_reads_the_table(tmp_path: Path) -> None:
         (["--models", "slab_deit_micro", "--against", "deit_micr"], "did you mean 'deit_micro'?"),
         (["--models", "slab_deit_micro", "--pretrained"], "are for one model"),
     ],
-    ids=["unknown-twin", "batch-size", "device", "none", "both", "pattern", "zoo-twin", "zoo-weights"],
+    ids=["unknown-baseline", "batch-size", "device", "none", "both", "pattern", "zoo-baseline", "zoo-weights"],
 )
 def test_mistakes_are_one_line(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2

@@ -14,7 +14,7 @@ from slabformer.export.detector import OnnxDetector
 from slabformer.tasks.detection.saved import DetectorInfo
 
 
-def test_a_linear_attention_backbone_has_a_softmax_twin_and_one_that_differs_in_norms_alone():
+def test_a_linear_attention_backbone_has_a_softmax_baseline_and_one_that_differs_in_norms_alone():
     config = bench.parser().parse_args(["slab_swin_tiny", "--output-norm", "prepbn", "--sampling-ratio", "2"])
     variants = bench._variants(bench._info(config))
     assert list(variants) == ["LayerNorm, softmax", "LayerNorm", "PRepBN"]

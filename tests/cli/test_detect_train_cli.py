@@ -27,15 +27,15 @@ def slab(*arguments: object) -> int:
     return main(["detect", *map(str, arguments)])
 
 
-def test_a_recipe_makes_a_detector_and_its_twin_beside_it(
+def test_a_recipe_makes_a_detector_and_its_baseline_beside_it(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert slab("train", "--config", recipe, "--twin", "true") == 0
+    assert slab("train", "--config", recipe, "--baseline", "true") == 0
     captured = capsys.readouterr()
     assert f"finished: {tmp_path / 'run'}  box_ap " in captured.out
-    assert "LayerNorm twin" in captured.out
+    assert "LayerNorm baseline" in captured.out
     assert "epoch 1/1  step 2/2" in captured.err
-    assert (tmp_path / "run" / "twin" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "baseline" / "model.safetensors").exists()
     assert slab("train", "--config", tmp_path / "run" / "config.yaml") == 0
     assert capsys.readouterr().out.startswith(f"already finished: {tmp_path / 'run'}")
 

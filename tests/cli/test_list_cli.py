@@ -41,7 +41,7 @@ def test_a_row_holds_what_was_published(capsys: pytest.CaptureFixture[str]) -> N
         "attention": "L",
         "fade": 0.16,
         "weights": "https://github.com/xinghaochen/SLAB/releases/download/ckpts/slab_deit_tiny.pth",
-        "twin": "deit_tiny_patch16_224",
+        "baseline": "deit_tiny_patch16_224",
     }
 
 

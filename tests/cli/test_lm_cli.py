@@ -228,18 +228,18 @@ def test_bench_prints_every_form_of_a_folder_and_of_a_recipe(
     for model in (folder, recipe):
         assert lm("bench", model, *options, "--output", tmp_path / "out") == 0
         printed = capsys.readouterr().out
-        assert all(name in printed for name in ("RMSNorm twin", "as given", "fused", "ceiling", model.stem))
+        assert all(name in printed for name in ("RMSNorm baseline", "as given", "fused", "ceiling", model.stem))
     assert (tmp_path / "out" / "decode.csv").exists()
 
 
-def test_bench_gives_somebody_elses_converted_model_its_twin(
+def test_bench_gives_somebody_elses_converted_model_its_baseline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_model_folder(somebody_elses("mistral", max_position_embeddings=80), None, tmp_path)
     options = ("--batch-sizes", 1, "--prompt-tokens", 4, "--seconds", 0, "--no-compile", "--threads", 1)
     assert lm("bench", tmp_path, *options, "--output", tmp_path / "out") == 0
     parameters = {row["variant"]: int(row["parameters"]) for row in csv_rows(tmp_path / "out" / "decode.csv")}
-    assert parameters["LayerNorm twin"] < parameters["as given"]
+    assert parameters["LayerNorm baseline"] < parameters["as given"]
 
 
 def test_bench_refuses_a_fused_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,6 @@ def test_a_mistake_costs_one_line(options, message, speeds, tmp_path, monkeypatc
 
 
 def test_models_without_any_accuracy_are_refused(tmp_path, capsys):
-    path = bench_file(tmp_path, "slab_deit_micro", twin=False)
+    path = bench_file(tmp_path, "slab_deit_micro", baseline=False)
     assert main(["report", str(path), "--output", str(tmp_path / "report.png")]) == 2
     assert "no accuracy is known of slab_deit_micro; give measured ones: --accuracy" in capsys.readouterr().err

@@ -49,68 +49,68 @@ def images(B: int = 2, size: int = 128) -> torch.Tensor:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_model_computes_the_same_on_weights_that_it_shares(name):
     model, x = small(name), images()
-    twin, count = natively(model, CPU)
+    native, count = natively(model, CPU)
     assert count == sum(isinstance(module, LinearAttentionCore) for module in model.modules()) > 0
-    assert all(p.data_ptr() == q.data_ptr() for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(p.data_ptr() == q.data_ptr() for p, q in zip(model.parameters(), native.parameters(), strict=True))
     with torch.no_grad():
         expected = model(x)
-        assert_close(twin(x), expected, FLOAT32)
-        assert not torch.equal(twin(x), expected)  # it was another program
-    assert model.state_dict().keys() == twin.state_dict().keys()
+        assert_close(native(x), expected, FLOAT32)
+        assert not torch.equal(native(x), expected)  # it was another program
+    assert model.state_dict().keys() == native.state_dict().keys()
 
 
 def test_training_is_not_touched():
     model, x = small("slab_deit_tiny"), images()
-    twin, _ = natively(model, CPU)
-    for each in (model, twin):
+    native, _ = natively(model, CPU)
+    for each in (model, native):
         each(x).square().sum().backward()
-    grads = [{name: p.grad for name, p in each.named_parameters() if p.grad is not None} for each in (model, twin)]
+    grads = [{name: p.grad for name, p in each.named_parameters() if p.grad is not None} for each in (model, native)]
     assert grads[0].keys() == grads[1].keys() > {"blocks.0.attn.qkv.weight"}
     assert all(torch.equal(grad, grads[1][name]) for name, grad in grads[0].items())
 
 
 def test_an_exported_program_does_without_it():
-    twin, _ = natively(small("slab_deit_tiny"), CPU)
-    program = torch.export.export(twin, (images(),))
+    native, _ = natively(small("slab_deit_tiny"), CPU)
+    program = torch.export.export(native, (images(),))
     assert not any("native" in str(node.target) for node in program.graph.nodes)
 
 
 @pytest.mark.filterwarnings("ignore")  # tracing warns of every shape that it fixes, and of itself
 def test_a_traced_program_does_without_it():
-    twin, _ = natively(small("slab_deit_tiny"), CPU)
+    native, _ = natively(small("slab_deit_tiny"), CPU)
     with torch.no_grad():
-        assert "native" not in str(torch.jit.trace(twin, images()).inlined_graph)
+        assert "native" not in str(torch.jit.trace(native, images()).inlined_graph)
 
 
 def test_other_image_sizes_and_batches_go_as_before():
     model = small("slab_deit_tiny")
-    twin, _ = natively(model, CPU)
+    native, _ = natively(model, CPU)
     with torch.no_grad():
         x = images(3)
-        assert_close(twin(x), model(x), FLOAT32)
+        assert_close(native(x), model(x), FLOAT32)
     pyramid = small("slab_pvt_tiny")
-    twin, _ = natively(pyramid, CPU)
+    native, _ = natively(pyramid, CPU)
     with torch.no_grad():
         x = images(1, 96)
-        assert_close(twin(x), pyramid(x), FLOAT32)
+        assert_close(native(x), pyramid(x), FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_goes_as_before(dtype):
     model, x = small("slab_deit_tiny"), images()
-    twin, _ = natively(model, CPU)
+    native, _ = natively(model, CPU)
     with torch.no_grad(), torch.autocast("cpu", dtype):
-        assert_close(twin(x), model(x), 32 * torch.finfo(dtype).eps)
+        assert_close(native(x), model(x), 32 * torch.finfo(dtype).eps)
 
 
 def test_a_hooked_or_adapted_projection_is_still_called():
     model, x = small("slab_deit_tiny"), images()
-    twin, _ = natively(model, CPU)
+    native, _ = natively(model, CPU)
     seen = []
-    for each in (model, twin):
+    for each in (model, native):
         each.blocks[0].attn.qkv.register_forward_hook(lambda module, args, out: seen.append(out) or out * 1.5)
     with torch.no_grad():
-        assert_close(twin(x), model(x), FLOAT32)
+        assert_close(native(x), model(x), FLOAT32)
     assert len(seen) == 2
 
 

@@ -31,7 +31,15 @@ def test_the_best_that_all_models_share_is_compared(tmp_path):
     assert points["slab_deit_tiny"].top1 == 74.3
     assert points["swin_tiny_patch4_window7_224"].top1 == 81.3
     assert {point.source for point in points.values()} == {"published"}
-    assert [pair.over_twin for pair in comparison.pairs] == [1.2, 1.2]
+    assert [pair.over_baseline for pair in comparison.pairs] == [1.2, 1.2]
+
+
+def test_files_with_the_old_names_are_read_alike(tmp_path):
+    path = bench_file(tmp_path, "slab_deit_tiny")
+    before = compare_files([path])
+    path.write_text(path.read_text().replace("baseline", "twin"))
+    assert compare_files([path]) == before
+    assert before.pairs[0].over_baseline == 1.2
 
 
 def test_mode_and_batch_size_may_be_chosen(tmp_path):
@@ -43,12 +51,12 @@ def test_mode_and_batch_size_may_be_chosen(tmp_path):
 
 def test_a_measured_accuracy_takes_the_place_of_the_published_one(tmp_path):
     bench_file(tmp_path, "slab_deit_tiny")
-    bench_file(tmp_path, "slab_deit_micro", twin=False)
+    bench_file(tmp_path, "slab_deit_micro", baseline=False)
     known = {"slab_deit_tiny": 74.0, "slab_deit_micro": 97.5}
     comparison = compare_files([tmp_path], accuracy=known)
     fused = {pair.fused.model: (pair.fused.top1, pair.fused.source) for pair in comparison.pairs}
     assert fused == {"slab_deit_tiny": (74.0, "measured"), "slab_deit_micro": (97.5, "measured")}
-    assert [pair.twin and pair.twin.source for pair in comparison.pairs] == [None, "published"]
+    assert [pair.baseline and pair.baseline.source for pair in comparison.pairs] == [None, "published"]
     (unknown,) = [pair.fused for pair in compare_files([tmp_path]).pairs if pair.fused.source is None]
     assert (unknown.model, unknown.top1) == ("slab_deit_micro", None)
 
@@ -67,7 +75,7 @@ def test_the_figure_names_fused_models_and_marks_what_was_published(tmp_path):
     ):
         assert shown in text
     faces = [line.get_markerfacecolor() for line in figure.axes[0].lines]
-    assert faces.count("white") == 3  # both twins and slab_deit_tiny
+    assert faces.count("white") == 3  # both baselines and slab_deit_tiny
     assert len(faces) == 4
 
 

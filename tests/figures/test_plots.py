@@ -17,7 +17,7 @@ from slabformer.surgery.fuse.report import NormOutcome
 from slabformer.surgery.verify import VerifyResult
 
 
-def row(variant: Variant, mode: Mode, batch_size: int, speed: float, over_twin: float | None = None) -> Measurement:
+def row(variant: Variant, mode: Mode, batch_size: int, speed: float, over_baseline: float | None = None) -> Measurement:
     return Measurement(
         variant=variant,
         mode=mode,
@@ -28,7 +28,7 @@ def row(variant: Variant, mode: Mode, batch_size: int, speed: float, over_twin: 
         memory_mib=None,
         parameters=10,
         macs=10,
-        over_twin=over_twin,
+        over_baseline=over_baseline,
         over_given=1.0,
         of_ceiling=None,
     )

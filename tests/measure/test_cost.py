@@ -26,10 +26,10 @@ FAMILIES = [
 def test_deployed_costs_are_those_of_the_fused_model(name: str, arguments: dict) -> None:
     model = timm.create_model(name, **arguments).eval()
     with torch.device("meta"):
-        twin = timm.create_model(name, **arguments)
+        on_meta = timm.create_model(name, **arguments)
     size = arguments.get("img_size", 32)
     image = torch.randn(1, 3, size, size)
-    told = cost_of(twin, image.to("meta"))
+    told = cost_of(on_meta, image.to("meta"))
     fused, _ = sf.fuse(model, image, allow_gamma=True)
     assert (told.parameters, told.macs) == (count_parameters(model), count_macs(model, (image,)))
     assert (told.deployed_parameters, told.deployed_macs) == (count_parameters(fused), count_macs(fused, (image,)))

@@ -15,7 +15,7 @@ from fusing import assert_same_outputs, fused, ready
 from reference_files import description
 from slabformer import PRepBN, testing
 from slabformer.models.cswin import MapLinearAttention
-from slabformer.models.registry import twin_of
+from slabformer.models.registry import baseline_of
 from slabformer.models.weights.official import load_published, to_published
 from slabformer.models.weights.published import PUBLISHED
 from tolerances import ALGEBRA, EXACT, assert_close
@@ -42,11 +42,11 @@ def test_parameters_are_as_many_as_published(config):
     row = PUBLISHED[config]
     with torch.device("meta"):
         model = timm.create_model(row.model)
-        twin = timm.create_model(twin_of(row.model))
+        baseline = timm.create_model(baseline_of(row.model))
     unused = sum(p.shape[-1] for name, p in model.named_parameters() if name.endswith("positional_encoding"))
     assert sum(p.numel() for p in model.parameters()) == description(config)["parameters"] - unused
-    assert not any(isinstance(module, (PRepBN, MapLinearAttention)) for module in twin.modules())
-    assert [len(stage.blocks) for stage in twin.stages] == [len(stage.blocks) for stage in model.stages]
+    assert not any(isinstance(module, (PRepBN, MapLinearAttention)) for module in baseline.modules())
+    assert [len(stage.blocks) for stage in baseline.stages] == [len(stage.blocks) for stage in model.stages]
 
 
 @pytest.mark.parametrize("attention", PLANS)

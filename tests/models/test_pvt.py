@@ -15,7 +15,7 @@ from backbones import (
 )
 from fusing import assert_same_outputs, fused
 from slabformer import PRepBN, RepBN
-from slabformer.models.registry import twin_of
+from slabformer.models.registry import baseline_of
 from slabformer.models.weights.published import PUBLISHED
 from slabformer.nn.attention_variants import PyramidAttention, PyramidLinearAttention
 from small_pvts import KINDS, V1, V2, attentions, families, images, kinds, small
@@ -43,19 +43,19 @@ def test_published_models_have_the_published_parameters(row):
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "medium", "large"])
-def test_layernorm_twins_are_as_large_and_hold_layernorms_and_softmax_alone(size):
-    assert twin_of(f"slab_pvt_{size}") == f"pvt_{size}"
+def test_layernorm_baselines_are_as_large_and_hold_layernorms_and_softmax_alone(size):
+    assert baseline_of(f"slab_pvt_{size}") == f"pvt_{size}"
     with torch.device("meta"):
-        twin, slab = timm.create_model(f"pvt_{size}"), timm.create_model(f"slab_pvt_{size}")
-    assert {type(attn) for attn in attentions(twin)} == {PyramidAttention}
+        baseline, slab = timm.create_model(f"pvt_{size}"), timm.create_model(f"slab_pvt_{size}")
+    assert {type(attn) for attn in attentions(baseline)} == {PyramidAttention}
     assert {type(attn) for attn in attentions(slab)} == {PyramidLinearAttention}
-    assert not any(isinstance(module, (PRepBN, RepBN)) for module in twin.modules())
-    assert [len(stage.blocks) for stage in twin.stages] == [len(stage.blocks) for stage in slab.stages]
+    assert not any(isinstance(module, (PRepBN, RepBN)) for module in baseline.modules())
+    assert [len(stage.blocks) for stage in baseline.stages] == [len(stage.blocks) for stage in slab.stages]
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "medium"])
-def test_models_that_change_the_norm_alone_have_that_twin_too(size):
-    assert twin_of(f"pvt_{size}_prepbn") == f"pvt_{size}"
+def test_models_that_change_the_norm_alone_have_that_baseline_too(size):
+    assert baseline_of(f"pvt_{size}_prepbn") == f"pvt_{size}"
 
 
 def test_a_plan_gives_each_stage_its_attention_and_reduction():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from slabformer.models.pvt_v2 import MapMlp
-from slabformer.models.registry import twin_of
+from slabformer.models.registry import baseline_of
 from slabformer.nn.attention_variants import PyramidLinearAttention
 from small_pvts import SMALL, images, small
 from tolerances import ALGEBRA, EXACT, assert_close
@@ -17,11 +17,11 @@ SIZES = ["b0", "b1", "b2", "b3", *(pytest.param(size, marks=pytest.mark.slow) fo
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_timms_model_is_the_twin_and_its_names_and_shapes_are_ours(size):
+def test_timms_model_is_the_baseline_and_its_names_and_shapes_are_ours(size):
     name = f"slab_pvt_v2_{size}"
-    assert twin_of(name) == f"pvt_v2_{size}"
+    assert baseline_of(name) == f"pvt_v2_{size}"
     with torch.device("meta"):
-        ours, theirs = timm.create_model(name, attention="SSSS", norm="layernorm"), timm.create_model(twin_of(name))
+        ours, theirs = timm.create_model(name, attention="SSSS", norm="layernorm"), timm.create_model(baseline_of(name))
     assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
 
 

@@ -16,7 +16,7 @@ from backbones import (
     matrix_names,
 )
 from slabformer import PRepBN, RepBN, SimplifiedLinearAttention, testing
-from slabformer.models.registry import twin_of
+from slabformer.models.registry import baseline_of
 from slabformer.models.weights.published import PUBLISHED
 from slabformer.nn.shifted_windows import ShiftedWindowAttention
 from small_swins import NAMES, SIZES, SMALL, create, each_plan, images
@@ -35,25 +35,26 @@ def test_parameters_are_as_many_as_published(config):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_twins_are_of_the_same_shape(name):
+def test_baselines_are_of_the_same_shape(name):
     with torch.device("meta"):
-        model, twin = timm.create_model(name, norm="layernorm", attention="SSSS"), timm.create_model(str(twin_of(name)))
-    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in twin.parameters())
+        model = timm.create_model(name, norm="layernorm", attention="SSSS")
+        baseline = timm.create_model(str(baseline_of(name)))
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in baseline.parameters())
 
 
 def timms(model: nn.Module, **kwargs) -> SwinTransformer:
     """timm's Swin with the weights of ``model``, which has LayerNorm and softmax throughout."""
-    twin = SwinTransformer(**kwargs)
+    reference = SwinTransformer(**kwargs)
     state = {name.replace("stages.", "layers."): value for name, value in model.state_dict().items()}
-    twin.load_state_dict({name.replace("head.", "head.fc."): value for name, value in state.items()})
-    return twin.double().eval()
+    reference.load_state_dict({name.replace("head.", "head.fc."): value for name, value in state.items()})
+    return reference.double().eval()
 
 
 def test_softmax_stages_equal_timms_where_nothing_is_padded():
     shape = {**SMALL, "img_size": 128, "window_size": 4, "num_classes": 10}
     model = testing.randomize_norms_(timm.create_model("slab_swin_tiny", attention="SSSS", norm="layernorm", **shape))
-    twin, x = timms(model, **shape), images(128, 128)
-    assert_close(model.double().eval()(x), twin(x), ALGEBRA)
+    reference, x = timms(model, **shape), images(128, 128)
+    assert_close(model.double().eval()(x), reference(x), ALGEBRA)
 
 
 @pytest.mark.parametrize("name", NAMES)

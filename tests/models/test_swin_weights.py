@@ -62,15 +62,15 @@ def test_index_and_masks_are_put_back_as_published():
     for norm in prepbn_modules(model).values():
         norm.set_gamma(0.0)
     state = to_published(model)
-    twin = SwinTransformer(embed_dim=8, num_heads=(1, 1, 2, 2))
+    reference = SwinTransformer(embed_dim=8, num_heads=(1, 1, 2, 2))
     masks = [name for name in state if name.endswith("attn_mask")]
     assert masks == [f"layers.2.blocks.{i}.attn_mask" for i in (1, 3, 5)]
     for name in masks:
-        assert_close(state[name], twin.get_buffer(name), EXACT)
+        assert_close(state[name], reference.get_buffer(name), EXACT)
     indices = [name for name in state if name.endswith("relative_position_index")]
     assert len(indices) == 8
     for name in indices:
-        assert_close(state[name], twin.get_buffer(name), EXACT)
+        assert_close(state[name], reference.get_buffer(name), EXACT)
 
 
 def test_buffers_of_a_file_are_never_read():

@@ -79,8 +79,8 @@ def test_blended_nests_and_restores_also_after_an_error() -> None:
 def test_sync_without_ranks_changes_nothing_and_copies_with_the_model() -> None:
     net = model()
     sync_norms_(net)
-    twin = copy.deepcopy(net)
-    assert twin[0].rep.sync is net[0].rep.sync is not None
+    copied = copy.deepcopy(net)
+    assert copied[0].rep.sync is net[0].rep.sync is not None
     plain = model()
     plain.load_state_dict(net.state_dict())
     x = torch.randn(2, 3, C)

@@ -46,11 +46,11 @@ def test_copies_compute_the_same_and_share_nothing(copier: Callable[[PRepBN], PR
     norm.rep.token_mask = MASK
     x = torch.randn(2, 4, C)
     norm(x)
-    twin = copier(norm)
-    assert twin.phase == "fading"
-    assert_close(twin(x), norm(x), EXACT)
-    assert_close(twin.rep.running_var, norm.rep.running_var, EXACT)
-    twin.set_gamma(0.0)
+    copied = copier(norm)
+    assert copied.phase == "fading"
+    assert_close(copied(x), norm(x), EXACT)
+    assert_close(copied.rep.running_var, norm.rep.running_var, EXACT)
+    copied.set_gamma(0.0)
     assert norm.gamma == torch.tensor(0.4)
 
 

@@ -56,27 +56,27 @@ def test_blended_eval_is_the_weighted_sum_of_both(gamma: float) -> None:
 
 
 def test_fading_gradients_are_those_of_the_weighted_sum() -> None:
-    norm, twin = PRepBN(C, dtype=torch.float64), PRepBN(C, dtype=torch.float64)
+    norm, reference = PRepBN(C, dtype=torch.float64), PRepBN(C, dtype=torch.float64)
     norm.double().set_gamma(0.3)
     x = torch.randn(2, 3, C, dtype=torch.float64, requires_grad=True)
-    twin_x = x.detach().clone().requires_grad_()
+    reference_x = x.detach().clone().requires_grad_()
     norm(x).pow(3).sum().backward()
-    (norm.gamma * twin.norm(twin_x) + (1 - norm.gamma) * twin.rep(twin_x)).pow(3).sum().backward()
-    assert_close(x.grad, twin_x.grad, ALGEBRA)
+    (norm.gamma * reference.norm(reference_x) + (1 - norm.gamma) * reference.rep(reference_x)).pow(3).sum().backward()
+    assert_close(x.grad, reference_x.grad, ALGEBRA)
     for name, parameter in norm.named_parameters():
-        assert_close(parameter.grad, twin.get_parameter(name).grad, ALGEBRA)
+        assert_close(parameter.grad, reference.get_parameter(name).grad, ALGEBRA)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0], ids=["warm", "fading", "done"])
 def test_output_may_be_edited_in_place(gamma: float) -> None:
-    norm, twin = PRepBN(C), PRepBN(C)
+    norm, reference = PRepBN(C), PRepBN(C)
     norm.set_gamma(gamma)
-    twin.set_gamma(gamma)
+    reference.set_gamma(gamma)
     x = torch.randn(2, 3, C)
     norm(x).relu_().sum().backward()
-    twin(x).relu().sum().backward()
+    reference(x).relu().sum().backward()
     for name, parameter in norm.named_parameters():
-        assert_close(parameter.grad, twin.get_parameter(name).grad, EXACT)
+        assert_close(parameter.grad, reference.get_parameter(name).grad, EXACT)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0], ids=["warm", "fading", "done"])
@@ -88,15 +88,15 @@ def test_every_parameter_gets_a_gradient_in_every_phase(gamma: float) -> None:
 
 
 def test_gamma_may_be_written_between_forward_and_backward() -> None:
-    norm, twin = PRepBN(C), PRepBN(C)
+    norm, reference = PRepBN(C), PRepBN(C)
     x = torch.randn(2, 3, C)
-    for module in (norm, twin):
+    for module in (norm, reference):
         module.set_gamma(0.5)
     y = norm(x)
     norm.set_gamma(0.25)
     y.square().sum().backward()
-    twin(x).square().sum().backward()
-    assert_close(norm.norm.weight.grad, twin.norm.weight.grad, EXACT)
+    reference(x).square().sum().backward()
+    assert_close(norm.norm.weight.grad, reference.norm.weight.grad, EXACT)
 
 
 @pytest.mark.parametrize(("gamma", "phase"), [(1.0, "warm"), (0.999, "fading"), (1e-7, "fading"), (0.0, "done")])

@@ -36,15 +36,15 @@ def reference(norm: RepBN, x: Tensor) -> tuple[Tensor, nn.BatchNorm1d, Tensor]:
 def test_repbn_is_batchnorm_plus_skip(shape: tuple[int, ...], channel_dim: int, training: bool) -> None:
     norm = trained(channel_dim).train(training)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    twin = x.detach().clone().requires_grad_()
-    expected, bn, eta = reference(norm, twin.movedim(channel_dim, -1))
+    x_copy = x.detach().clone().requires_grad_()
+    expected, bn, eta = reference(norm, x_copy.movedim(channel_dim, -1))
     expected = expected.movedim(-1, channel_dim)
     actual = norm(x)
     grad = torch.randn_like(expected)
     actual.backward(grad)
     expected.backward(grad)
     assert_close(actual, expected, ALGEBRA)
-    for ours, theirs in ((x, twin), (norm.weight, bn.weight), (norm.bias, bn.bias), (norm.eta, eta)):
+    for ours, theirs in ((x, x_copy), (norm.weight, bn.weight), (norm.bias, bn.bias), (norm.eta, eta)):
         assert_close(ours.grad, theirs.grad, ALGEBRA)
     assert_close(norm.running_mean, bn.running_mean, ALGEBRA)
     assert_close(norm.running_var, bn.running_var, ALGEBRA)
@@ -59,8 +59,8 @@ def test_shorter_dtypes_lose_no_more_than_their_own_rounding(
 ) -> None:
     norm = trained(dtype=dtype if parameters == "as_input" else torch.float32).train(training)
     x = (3 + torch.randn(4, 197, C)).to(dtype).requires_grad_()
-    twin = x.detach().double().requires_grad_()
-    expected, bn, eta = reference(norm, twin)
+    x_copy = x.detach().double().requires_grad_()
+    expected, bn, eta = reference(norm, x_copy)
     actual = norm(x)
     grad = torch.randn_like(expected).to(dtype)
     actual.backward(grad)
@@ -68,7 +68,7 @@ def test_shorter_dtypes_lose_no_more_than_their_own_rounding(
     tolerance = 8 * torch.finfo(dtype).eps  # one rounding of values up to some 5 times the root mean square
     assert actual.dtype == x.dtype
     assert x.grad.dtype == dtype
-    pairs = [(actual, expected), (x.grad, twin.grad), (norm.weight.grad, bn.weight.grad), (norm.eta.grad, eta.grad)]
+    pairs = [(actual, expected), (x.grad, x_copy.grad), (norm.weight.grad, bn.weight.grad), (norm.eta.grad, eta.grad)]
     for ours, theirs in pairs:
         assert_close(ours, theirs, max(tolerance, FLOAT32))
     assert_close(norm.running_mean, bn.running_mean, max(tolerance, FLOAT32))

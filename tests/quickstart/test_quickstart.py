@@ -16,7 +16,7 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 from slabformer.cli.quickstart import parser
 from slabformer.cli.train import parser as train_parser
-from slabformer.quickstart.job import SLAB, TWIN, recipe, run_quickstart
+from slabformer.quickstart.job import BASELINE, SLAB, recipe, run_quickstart
 from slabformer.quickstart.result import QuickstartConfig
 from slabformer.tasks.saved_model import load_model
 
@@ -34,7 +34,7 @@ def test_summary_holds_every_promised_figure(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     promised = {
         "slab_accuracy",
-        "twin_accuracy",
+        "baseline_accuracy",
         "fused_difference",
         "norms_total",
         "norms_folded",
@@ -44,26 +44,26 @@ def test_summary_holds_every_promised_figure(folder: Path) -> None:
     assert promised <= summary.keys()
     assert summary["norms_folded"] == summary["norms_total"] == 9
     assert 0 < summary["fused_difference"] <= 1e-5
-    assert {row["variant"] for row in summary["speeds"]} == {"as given", "fused", "LayerNorm twin", "ceiling"}
+    assert {row["variant"] for row in summary["speeds"]} == {"as given", "fused", "LayerNorm baseline", "ceiling"}
     assert all(row["images_per_second"] > 0 for row in summary["speeds"])
 
 
 def test_saved_models_load_and_the_fused_one_has_no_norm(folder: Path) -> None:
     unfused, _ = load_model(folder / "model.safetensors")
     fused, _ = load_model(folder / "fused.safetensors")
-    twin, _ = load_model(folder / "twin.safetensors")
+    baseline, _ = load_model(folder / "baseline.safetensors")
 
     def norms(model: object) -> int:
         return sum("Norm" in type(m).__name__ or "BN" in type(m).__name__ for m in model.modules())  # type: ignore[attr-defined]
 
     assert norms(unfused) == 27  # nine PRepBN, each a LayerNorm and a RepBN
     assert norms(fused) == 0
-    assert norms(twin) == 9
+    assert norms(baseline) == 9
 
 
 def test_metrics_hold_both_runs_epoch_by_epoch(folder: Path) -> None:
     rows = csv_rows(folder / "metrics.csv")
-    assert [(row["model"], float(row["epoch"])) for row in rows] == [(SLAB, 1), (SLAB, 2), (TWIN, 1), (TWIN, 2)]
+    assert [(row["model"], float(row["epoch"])) for row in rows] == [(SLAB, 1), (SLAB, 2), (BASELINE, 1), (BASELINE, 2)]
     assert all(float(row["train_loss"]) > 0 for row in rows)
 
 
@@ -114,4 +114,4 @@ def test_quickstart_keeps_its_promises(tmp_path: Path) -> None:
     result = run_quickstart(QuickstartConfig(output=str(tmp_path), bench_seconds=0.5, compiled=False))
     summary = result.summary()
     assert summary["slab_accuracy"] >= 0.97
-    assert summary["slab_accuracy"] >= summary["twin_accuracy"] - 4 / 360
+    assert summary["slab_accuracy"] >= summary["baseline_accuracy"] - 4 / 360

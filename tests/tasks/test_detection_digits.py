@@ -23,8 +23,8 @@ def test_images_follow_seed_and_split_alone() -> None:
     dataset, images = make_digits("train", num_images=6)
     again, same = make_digits("train", num_images=4)
     assert again["annotations"] == [row for row in dataset["annotations"] if row["image_id"] <= 4]
-    for image, twin in zip(images, same, strict=False):
-        np.testing.assert_array_equal(image, twin)
+    for image, again in zip(images, same, strict=False):
+        np.testing.assert_array_equal(image, again)
     for other in (make_digits("train", num_images=1, seed=1), make_digits("validation", num_images=1)):
         assert not np.array_equal(other[1][0], images[0])
 

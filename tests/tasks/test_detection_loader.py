@@ -123,8 +123,8 @@ def test_workers_change_nothing(root: Path) -> None:
 def test_workers_can_be_started_afresh(path: str, root: Path) -> None:
     """Where processes are not forked, the data set is pickled."""
     dataset = loader_of(path if path == "digits" else root, "validation").dataset
-    twin = pickle.loads(pickle.dumps(dataset))
-    assert torch.equal(dataset[0, 1].image, twin[0, 1].image)
+    copied = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(dataset[0, 1].image, copied[0, 1].image)
 
 
 def test_ranks_share_the_batches_of_one(root: Path) -> None:

@@ -181,7 +181,7 @@ def test_every_key_is_explained_on_the_command_line() -> None:
     assert len(owners) == 9
     assert not [field.name for owner in owners for field in fields(owner) if field.name not in text]
     for told in (
-        "Also train the LayerNorm twin",
+        "Also train the LayerNorm baseline",
         "Overlap with an object from which an anchor is positive",
         "Optimizer steps of linear",
     ):

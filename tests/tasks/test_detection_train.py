@@ -14,11 +14,11 @@ from coco_files import CATEGORIES
 from csv_files import CLOCK, csv_rows
 from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.nn.controls import repbn_modules
+from slabformer.tasks.detection.baseline import train_baseline
 from slabformer.tasks.detection.config import ModelConfig
 from slabformer.tasks.detection.result import MASK_LOSSES, TrainResult
 from slabformer.tasks.detection.saved import load_detector
 from slabformer.tasks.detection.train import train
-from slabformer.tasks.detection.twin import train_twin
 from slabformer.tasks.engine.checkpoint import CheckpointStore, read_checkpoint
 from slabformer.tasks.engine.nonfinite import NonFiniteError
 from slabformer.tasks.engine.observers import Observer, StepReport
@@ -138,9 +138,9 @@ def test_statistics_that_weights_brought_stand_still_and_nothing_fades_again(
     assert [row["gamma"] for row in result.history] == [0.0]
 
 
-def test_the_twin_has_layernorm_and_lies_beside(tmp_path: Path) -> None:
-    result = train_twin(tiny_config(tmp_path / "run", epochs=1, lr_schedule=NO_STEPS))
-    assert result.output == tmp_path / "run" / "twin"
+def test_the_baseline_has_layernorm_and_lies_beside(tmp_path: Path) -> None:
+    result = train_baseline(tiny_config(tmp_path / "run", epochs=1, lr_schedule=NO_STEPS))
+    assert result.output == tmp_path / "run" / "baseline"
     assert not repbn_modules(result.detector)
     norms = [module for module in result.detector.modules() if isinstance(module, torch.nn.LayerNorm)]
     assert len(norms) == 18

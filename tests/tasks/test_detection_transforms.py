@@ -1,4 +1,4 @@
-"""The published pipelines, held to known values and to plain twins."""
+"""The published pipelines, held to known values and to plain references."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def example(height: int, width: int, boxes: list[list[float]]) -> tuple:
     return as_example(image, torch.tensor(boxes), torch.arange(1, len(boxes) + 1), masks)
 
 
-def bilinear_twin(image: Tensor, height: int, width: int) -> Tensor:
+def bilinear_reference(image: Tensor, height: int, width: int) -> Tensor:
     """Every pixel from its four neighbours, in a loop."""
     old_height, old_width = image.shape[-2:]
     made = torch.empty(3, height, width)
@@ -69,8 +69,8 @@ def test_resizing_is_bilinear_without_antialiasing_and_nearest_for_masks(short: 
     resized, changed = ResizeKeepRatio((short,), 1333)(image, target)
     height, width = resized.shape[-2:]
     assert (height, width) == keep_ratio((17, 23), short, 1333)
-    twin = bilinear_twin(image.float(), height, width)
-    assert (resized.float() - twin).abs().max() <= 1  # uint8 is rounded after each axis
+    reference = bilinear_reference(image.float(), height, width)
+    assert (resized.float() - reference).abs().max() <= 1  # uint8 is rounded after each axis
     rows = [int(y * 17 / height) for y in range(height)]
     columns = [int(x * 23 / width) for x in range(width)]
     assert torch.equal(changed["masks"], target["masks"][:, rows][:, :, columns])

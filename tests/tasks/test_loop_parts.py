@@ -88,10 +88,10 @@ def test_parts_are_weighed_by_samples_and_their_sum_is_trained(tmp_path: Path) -
     assert report.parts == pytest.approx({"square": square, "mean": mean})
     assert report.loss == pytest.approx(square + mean)
     weight = trainer.model.get_parameter("weight")
-    twin = torch.full((1, 3), 0.5, requires_grad=True)
-    out = torch.arange(12.0).reshape(4, 3) @ twin.T
+    reference = torch.full((1, 3), 0.5, requires_grad=True)
+    out = torch.arange(12.0).reshape(4, 3) @ reference.T
     (out.square().mean() + out.mean()).backward()
-    torch.testing.assert_close(weight, twin - 0.01 * twin.grad)
+    torch.testing.assert_close(weight, reference - 0.01 * reference.grad)
     (row,) = csv_rows(tmp_path / "steps.csv")
     assert float(row["square"]) == pytest.approx(square)
     assert float(row["loss"]) == pytest.approx(square + mean)

@@ -215,10 +215,10 @@ def test_a_fused_or_foreign_file_is_no_start(tmp_path: Path) -> None:
     assert again(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
 
 
-def test_a_trained_twin_is_converted_and_fades(tmp_path: Path) -> None:
-    twin = train(short(tmp_path / "twin", epochs=1, model=ModelConfig(name="deit_micro", args=TINY_MODEL)))
-    assert all(row["gamma"] == 0 for row in twin.history)
-    start = ModelConfig(name="deit_micro", weights=str(twin.output / "model.safetensors"), convert_norms=True)
+def test_a_trained_baseline_is_converted_and_fades(tmp_path: Path) -> None:
+    baseline = train(short(tmp_path / "baseline", epochs=1, model=ModelConfig(name="deit_micro", args=TINY_MODEL)))
+    assert all(row["gamma"] == 0 for row in baseline.history)
+    start = ModelConfig(name="deit_micro", weights=str(baseline.output / "model.safetensors"), convert_norms=True)
     tuned = train(short(tmp_path / "tuned", model=start, gamma=GammaConfig(fade=0.5, fit_batches=2)))
     assert [row["gamma"] for row in tuned.history] == [0.0, 0.0]
     assert "blocks.0.norm1.rep.running_mean" in weights(tmp_path / "tuned")

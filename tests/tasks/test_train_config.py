@@ -107,9 +107,9 @@ def test_an_unknown_optimizer_is_refused_by_name() -> None:
 
 def test_a_model_without_fading_norms_has_no_schedule() -> None:
     config = TrainConfig()
-    twin, _ = build_model(ModelConfig(name="deit_micro"), 10, 32)
-    optimizer = build_optimizer(config.optimizer, twin, 512)
-    assert build_gamma_schedule(config.gamma, twin, optimizer, 100) is None
+    baseline, _ = build_model(ModelConfig(name="deit_micro"), 10, 32)
+    optimizer = build_optimizer(config.optimizer, baseline, 512)
+    assert build_gamma_schedule(config.gamma, baseline, optimizer, 100) is None
     rep, _ = build_model(ModelConfig(name="deit_micro_prepbn", args={"norm": "repbn"}), 10, 32)
     assert build_gamma_schedule(config.gamma, rep, build_optimizer(config.optimizer, rep, 512), 100) is None
 

@@ -1,9 +1,9 @@
-"""How fast is a model, and how fast could it be: :func:`compare` holds it against itself fused, its twin, its ceiling.
+"""How fast is a model, and how fast could it be? :func:`compare` times it, its fused form, baseline and ceiling.
 
-    report = compare(model, images, fused=deployed, twin=layernorm_model, batch_sizes=(1, 8), threads=1)
+    report = compare(model, images, fused=deployed, baseline=layernorm_model, batch_sizes=(1, 8), threads=1)
     console.print(report.table())
     report.write(Path("runs/bench"))     # bench.csv, bench.json, bench.png
-    report.find("fused", "compiled", 8).over_twin
+    report.find("fused", "compiled", 8).over_baseline
 
 An equality comes before a speed: nothing is timed unless the fused model computes what the given one does, and each
 compiled form what its eager one does. All variants of a batch size are timed in turns in one process; a speed-up is the
@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from slabformer._moved import takes_old_names
 from slabformer._torch import compile_error
 from slabformer.bench.ceiling import ceiling_of
 from slabformer.bench.report import BenchReport
@@ -46,12 +47,13 @@ Inputs = tuple[Tensor, ...]
 Turns = dict[tuple[Variant, Mode], list[list[float]]]
 
 
+@takes_old_names
 def compare(
     model: nn.Module,
     example_inputs: Tensor | Inputs,
     *,
     fused: nn.Module | None = None,
-    twin: nn.Module | None = None,
+    baseline: nn.Module | None = None,
     batch_sizes: Sequence[int] = (1, 8),
     threads: int | None = None,
     compiled: bool | Collection[int] = True,
@@ -60,13 +62,13 @@ def compare(
     roofline: bool = False,
     progress: Callable[[str], None] = logger.debug,
 ) -> BenchReport:
-    """Time ``model`` as given, fused, its LayerNorm twin and its ceiling, eager and compiled, at each batch size.
+    """Time ``model`` as given, fused, its LayerNorm baseline and its ceiling, eager and compiled, at each batch size.
 
     Args:
         model: In eval mode, on the device to measure.
         example_inputs: A batch on the same device; it is repeated or cut to each batch size along axis 0.
         fused: The same model fused; made here when None and ``model`` holds norms to fuse.
-        twin: The model that it replaces, taking the same inputs; None leaves its column out.
+        baseline: The model that it replaces, taking the same inputs; None leaves its column out.
         batch_sizes: Each measured by itself.
         threads: torch's threads on a CPU; None leaves them.
         compiled: Also measure under ``torch.compile``, at all batch sizes or those given: each variant takes seconds to
@@ -78,7 +80,7 @@ def compare(
 
     Raises:
         VerificationError: If the fused or a compiled form computes something else: no speed is then reported.
-        ValueError: If ``model`` is in train mode, cannot be fused yet, or ``twin`` returns another shape.
+        ValueError: If ``model`` is in train mode, cannot be fused yet, or ``baseline`` returns another shape.
     """
     if model.training:
         raise ValueError("bench needs eval mode, got a model in train mode; call model.eval() first")
@@ -91,7 +93,7 @@ def compare(
     with num_threads(threads), torch.no_grad():
         machine = Machine.here(device)
         progress("fusing and verifying")
-        variants, equality = _variants(model, inputs, fused, twin, notes)
+        variants, equality = _variants(model, inputs, fused, baseline, notes)
         programs = _programs(model, variants, inputs, notes)
         measurements: list[Measurement] = []
         ceilings = measure_ceilings(device, _dtype_of(model)) if roofline else None
@@ -114,7 +116,7 @@ def compare(
 
 
 def _variants(
-    model: nn.Module, inputs: Inputs, fused: nn.Module | None, twin: nn.Module | None, notes: list[str]
+    model: nn.Module, inputs: Inputs, fused: nn.Module | None, baseline: nn.Module | None, notes: list[str]
 ) -> tuple[dict[Variant, nn.Module], VerifyResult | None]:
     variants: dict[Variant, nn.Module] = {"as given": model}
     equality = None
@@ -126,9 +128,9 @@ def _variants(
     else:
         equality = verify(model, fused, inputs)
         variants["fused"] = fused
-    if twin is not None:
-        _check_twin(model, twin, inputs)
-        variants["LayerNorm twin"] = twin.eval()
+    if baseline is not None:
+        _check_baseline(model, baseline, inputs)
+        variants["LayerNorm baseline"] = baseline.eval()
     try:
         variants["ceiling"] = ceiling_of(model if fused is None else fused)
     except ValueError as error:
@@ -149,11 +151,11 @@ def _programs(
     return {**variants, "fused": fused}
 
 
-def _check_twin(model: nn.Module, twin: nn.Module, inputs: Inputs) -> None:
-    ours, theirs = model(*inputs), twin.eval()(*inputs)
+def _check_baseline(model: nn.Module, baseline: nn.Module, inputs: Inputs) -> None:
+    ours, theirs = model(*inputs), baseline.eval()(*inputs)
     if isinstance(ours, Tensor) and ours.shape != theirs.shape:
         raise ValueError(
-            f"twin returns shape {tuple(theirs.shape)}, the model {tuple(ours.shape)}; "
+            f"baseline returns shape {tuple(theirs.shape)}, the model {tuple(ours.shape)}; "
             "give it the same number of classes"
         )
 
@@ -202,7 +204,7 @@ def _measure(
                 memory_mib=mebibytes_of(calls[variant, mode], device, times=5),
                 parameters=count_parameters(variants[variant]),
                 macs=work[variant].flops // 2 // images,
-                over_twin=_over(turns, "LayerNorm twin", variant, mode),
+                over_baseline=_over(turns, "LayerNorm baseline", variant, mode),
                 over_given=ratio(turns["as given", mode], turns[variant, mode]),
                 of_ceiling=_over(turns, "ceiling", variant, mode),
                 of_floor=None if ceilings is None else work[variant].floor(ceilings) / p50,

@@ -1,6 +1,6 @@
 """How fast does a language model write: :func:`compare_decoding` times reading a prompt and writing token after token.
 
-    report = compare_decoding({"RMSNorm twin": twin, "as given": model, "fused": fused, "ceiling": bare})
+    report = compare_decoding({"RMSNorm baseline": baseline, "as given": model, "fused": fused, "ceiling": bare})
     console.print(report.table())
 
 The ceiling is the same model with its norms deleted outright. An equality comes before a speed, and all forms of a
@@ -246,7 +246,7 @@ def _measure(
                 tokens_per_second=texts / p50,
                 memory_mib=mebibytes_of(writer.write, device),
                 parameters=count_parameters(variants[variant]),
-                over_twin=over("LayerNorm twin"),
+                over_baseline=over("LayerNorm baseline"),
                 over_given=over("as given"),
                 of_ceiling=over("ceiling"),
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slabformer._extras import require
+from slabformer._moved import HasOldNames, current_name
 from slabformer.measure.rows import Mode, Variant
 from slabformer.measure.timing import Machine
 from slabformer.surgery.verify import VerifyResult
@@ -19,16 +20,16 @@ if TYPE_CHECKING:
 
 HEADINGS = (
     *("first token ms", "prompt tokens/s", "p50 ms", "p90 ms", "tokens/s"),
-    *("x twin", "x given", "of ceiling", "peak MiB", "params"),
+    *("x baseline", "x given", "of ceiling", "peak MiB", "params"),
 )
 
 
 #: what a language model's variants are called, where it is not what others' are
-VARIANT_NAMES: dict[str, str] = {"LayerNorm twin": "RMSNorm twin", "ceiling": "ceiling (norms deleted)"}
+VARIANT_NAMES: dict[str, str] = {"LayerNorm baseline": "RMSNorm baseline", "ceiling": "ceiling (norms deleted)"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoding:
+class Decoding(HasOldNames):
     """One form in one mode at one batch size.
 
     Attributes:
@@ -37,7 +38,7 @@ class Decoding:
         p50_ms: Median time of a step, which writes one token of each text; ``p90_ms`` what nine of ten stay under.
         tokens_per_second: Texts over ``p50_ms``.
         memory_mib: Most memory of a step beyond what was held before it; None where it is not measured.
-        over_twin: Speed of writing over the norm twin's in the same mode: median over rounds of two times' ratio.
+        over_baseline: Writing speed over the RMSNorm baseline's in the same mode: median over rounds of the ratio.
         over_given: The same over the model as given.
         of_ceiling: The same over the model without norms: 1 is as fast as if they cost nothing.
     """
@@ -52,7 +53,7 @@ class Decoding:
     tokens_per_second: float
     memory_mib: float | None
     parameters: int
-    over_twin: float | None
+    over_baseline: float | None
     over_given: float | None
     of_ceiling: float | None
 
@@ -71,7 +72,7 @@ class Decoding:
             f"{self.p50_ms:.2f}",
             f"{self.p90_ms:.2f}",
             f"{self.tokens_per_second:,.1f}",
-            times(self.over_twin),
+            times(self.over_baseline),
             times(self.over_given),
             "-" if self.of_ceiling is None else f"{self.of_ceiling:.1%}",
             "-" if self.memory_mib is None else f"{self.memory_mib:.1f}",
@@ -96,7 +97,7 @@ class DecodeReport:
 
     def find(self, variant: Variant, mode: Mode, batch_size: int) -> Decoding | None:
         """That row, or None."""
-        wanted = (variant, mode, batch_size)
+        wanted = (current_name(variant), mode, batch_size)
         return next((row for row in self.rows if (row.variant, row.mode, row.batch_size) == wanted), None)
 
     def table(self) -> Table:

@@ -1,6 +1,6 @@
 """How long does a detector take: backbone and end to end, LayerNorm, unfused and fused, in turns in one process.
 
-    report = measure_latency({"LayerNorm": twin, "PRepBN": detector}, image)
+    report = measure_latency({"LayerNorm": baseline, "PRepBN": detector}, image)
     console.print(report.table())
 
 An equality comes before a speed: the fused detector must detect what the unfused one does, and a compiled backbone

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from slabformer._extras import require
+from slabformer._moved import current_name
 from slabformer.figures.plots import save, speed_bars
 from slabformer.measure.rows import Measurement, Mode, Variant
 from slabformer.measure.timing import Machine
@@ -41,7 +42,7 @@ class BenchReport:
 
     def find(self, variant: Variant, mode: Mode, batch_size: int) -> Measurement | None:
         """That row, or None."""
-        wanted = (variant, mode, batch_size)
+        wanted = (current_name(variant), mode, batch_size)
         return next((row for row in self if (row.variant, row.mode, row.batch_size) == wanted), None)
 
     def table(self) -> Table:
@@ -54,7 +55,7 @@ class BenchReport:
             "p50 ms",
             "p90 ms",
             "images/s",
-            "x twin",
+            "x baseline",
             "x given",
             "of ceiling",
             "of floor",

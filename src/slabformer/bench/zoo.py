@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from slabformer._listing import check_regular
+from slabformer._moved import RENAMED, current_rows
 from slabformer.bench.report import BenchReport, columns
 from slabformer.measure.timing import Machine
 
@@ -19,7 +20,7 @@ Row = dict[str, str]
 #: what must agree for a row to stand for what would be measured now
 SAME = ("settings", "device", "threads", "versions")
 #: columns of the Markdown table: heading, and the speeds behind it
-VARIANTS = {"LayerNorm twin": "twin ms", "as given": "given ms", "fused": "fused ms", "ceiling": "ceiling ms"}
+VARIANTS = {"LayerNorm baseline": "baseline ms", "as given": "given ms", "fused": "fused ms", "ceiling": "ceiling ms"}
 
 
 class ZooTable:
@@ -77,7 +78,16 @@ class ZooTable:
 def to_markdown(rows: Sequence[Row]) -> str:
     """A line for each model, batch size and mode, those that broke below, and where it was measured."""
     measured = [row for row in rows if not row["error"]]
-    headings = ("model", "batch", "mode", *VARIANTS.values(), "fused over twin", "fused of ceiling", "params", "MACs")
+    headings = (
+        "model",
+        "batch",
+        "mode",
+        *VARIANTS.values(),
+        "fused over baseline",
+        "fused of ceiling",
+        "params",
+        "MACs",
+    )
     groups: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in measured:
         groups.setdefault((row["model"], row["batch_size"], row["mode"]), {})[row["variant"]] = row
@@ -102,7 +112,7 @@ def _cells(variants: dict[str, Row]) -> list[str]:
 
     return [
         *(number(variants.get(variant), "p50_ms", ".1f") for variant in VARIANTS),
-        number(fused, "over_twin", ".2f"),
+        number(fused, "over_baseline", ".2f"),
         number(fused, "of_ceiling", ".0%"),
         number(fused, "parameters", ".2f", 1e-6) + " M",
         number(fused, "macs", ".2f", 1e-9) + " G",
@@ -127,7 +137,9 @@ def _read(path: Path) -> list[Row]:
         return []
     check_regular(path)
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = current_rows(csv.DictReader(file))
     if any(row.get("error") is None or row.get("settings") is None for row in rows):
         raise ValueError(f"{path} is no benchmark of several models; choose another folder with --output")
+    for row in rows:
+        row["settings"] = " ".join(RENAMED.get(setting, setting) for setting in row["settings"].split(" "))
     return [{key: value or "" for key, value in row.items()} for row in rows]

@@ -1,4 +1,4 @@
-"""`slab bench`: speed of a model, or of many, fused and not, beside LayerNorm twin and ceiling."""
+"""`slab bench`: speed of a model, or of many, fused and not, beside LayerNorm baseline and ceiling."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import slabformer as sf
+from slabformer._moved import current_name
 from slabformer.bench.compare import compare
 from slabformer.bench.report import BenchReport
 from slabformer.bench.zoo import ZooTable, to_markdown
@@ -23,7 +24,7 @@ from slabformer.cli.list import chosen
 from slabformer.deployment.deploy import DeployReport
 from slabformer.measure.allocator import keep_memory
 from slabformer.measure.timing import Machine, num_threads
-from slabformer.models.registry import check_model_name, twin_of
+from slabformer.models.registry import baseline_of, check_model_name
 from slabformer.nn.controls import prepbn_modules
 from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, PositiveInt, Seconds, Threads
 from slabformer.tasks.saved_model import ModelInfo, create_model
@@ -37,7 +38,7 @@ EXAMPLES = """examples:
   slab bench slab_deit_tiny --threads 1 --batch-sizes 1 8 --output runs/bench
   slab bench vit_tiny_patch16_224 --convert --no-compile
   slab bench slab_swin_tiny --deploy --dtype bfloat16 --batch-sizes 8
-  slab bench --models 'slab_*' --against twin --threads 1 --batch-sizes 8
+  slab bench --models 'slab_*' --against baseline --threads 1 --batch-sizes 8
 """
 
 
@@ -45,18 +46,20 @@ def parser() -> ArgumentParser:
     """Options of `slab bench`."""
     made = ArgumentParser(
         prog="slab bench",
-        description="Time a model as given, fused, its LayerNorm twin and its ceiling (norms and attention deleted),\n"
-        "in turns in one process; a model without weights gets random ones. With --models, many into one table:\n"
-        "models that are in it, measured alike, are left out, and one that breaks is a row with its error.",
+        description="Time a model as given, fused, its LayerNorm baseline and its ceiling (norms and attention\n"
+        "deleted), in turns in one process; a model without weights gets random ones. With --models, many into\n"
+        "one table: models that are in it, measured alike, are left out, and one that breaks is a row with its error.",
         epilog=EXAMPLES,
         formatter_class=ExamplesFormatter,
     )
     add_model_options(made, required=False)
     made.add_argument("--models", type=NonEmptyStr, nargs="+", default=[], help="of ours, by name or pattern: 'slab_*'")
     made.add_argument(
-        "--against", type=NonEmptyStr, default="twin", help="twin, none, or a LayerNorm model that timm knows"
+        "--against", type=NonEmptyStr, default="baseline", help="baseline, none, or a LayerNorm model that timm knows"
     )
-    made.add_argument("--convert", action="store_true", help="first replace the model's LayerNorms; it is its own twin")
+    made.add_argument(
+        "--convert", action="store_true", help="first replace the model's LayerNorms; it is its own baseline"
+    )
     made.add_argument("--batch-sizes", type=PositiveInt, nargs="+", default=[1, 8])
     made.add_argument("--threads", type=Threads | None, help="torch's threads on a CPU; all cores by default")
     made.add_argument(
@@ -87,6 +90,7 @@ def run(config: Namespace) -> None:
         raise ValueError("give one model, or several with --models 'slab_*'")
     if config.deploy and config.models:
         raise ValueError("--deploy is for one model; leave --models out")
+    config.against = current_name(config.against)
     device = available_device(config.device)
     keep_memory()  # for all forms alike, as sf.deploy does
     output = console()
@@ -113,11 +117,11 @@ def measure(config: Namespace, device: torch.device, progress: Callable[[str], N
         ValueError: If the model or what it is held against is unknown.
     """
     model, images, info = _subject(config, device)
-    twin = _twin(config, info)
+    baseline = _baseline(config, info)
     return compare(
         model,
         images,
-        twin=None if twin is None else twin.to(device).eval(),
+        baseline=None if baseline is None else baseline.to(device).eval(),
         batch_sizes=config.batch_sizes,
         threads=config.threads,
         compiled=config.compile,
@@ -154,7 +158,7 @@ def _zoo(config: Namespace, device: torch.device, progress: Callable[[str], None
         raise ValueError("--checkpoint and --pretrained are for one model; speeds do not hang on weights")
     if min(config.batch_sizes, default=0) < 1:
         raise ValueError(f"batch_sizes must be at least 1 each, got {config.batch_sizes}")
-    if config.against not in ("twin", "none"):
+    if config.against not in ("baseline", "none"):
         check_model_name(config.against)
     names = list(dict.fromkeys(name for pattern in config.models for name in chosen(pattern)))
     with num_threads(config.threads):
@@ -172,9 +176,9 @@ def _zoo(config: Namespace, device: torch.device, progress: Callable[[str], None
     return table
 
 
-def _twin(config: Namespace, info: ModelInfo) -> nn.Module | None:
-    guess = info.model if config.convert else twin_of(info.model)
-    name = guess if config.against == "twin" else config.against
+def _baseline(config: Namespace, info: ModelInfo) -> nn.Module | None:
+    guess = info.model if config.convert else baseline_of(info.model)
+    name = guess if config.against == "baseline" else config.against
     if name in (None, "none"):
         return None
     arguments = {key: value for key, value in info.model_args.items() if key not in OWN_ARGUMENTS}

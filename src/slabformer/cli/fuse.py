@@ -13,7 +13,7 @@ from torch import nn
 import slabformer as sf
 from slabformer._extras import require
 from slabformer.cli.common import add_model_options, console, example_images, load, writable
-from slabformer.models.registry import twin_of
+from slabformer.models.registry import baseline_of
 from slabformer.nn import Folded
 from slabformer.settings import FileToWrite, ModelToWrite, NonEmptyStr, Tolerance
 from slabformer.surgery.fuse import FuseReport
@@ -87,7 +87,7 @@ def plain_recipe(fused: nn.Module, info: ModelInfo, rtol: float) -> str:
         ValueError: If there is none.
     """
     timm, refusals = require("timm", extra="vision"), []
-    for name in (twin_of(info.model), info.model):
+    for name in (baseline_of(info.model), info.model):
         if name is None or not timm.model_entrypoint(name).__module__.startswith("timm."):
             continue
         # Swins read attributes off their norms while they are built, which nn.Identity lacks

@@ -20,7 +20,7 @@ from slabformer.cli.common import console
 from slabformer.cli.suggest import did_you_mean
 from slabformer.measure.cost import cost_of
 from slabformer.measure.timing import count_parameters
-from slabformer.models.registry import twin_of
+from slabformer.models.registry import baseline_of
 from slabformer.models.weights.published import BY_MODEL
 from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.settings import NonEmptyStr
@@ -53,7 +53,7 @@ class Row:
     """Share of training over which LayerNorm fades out in the published recipe."""
     weights: str | None = None
     """Where the released weights are."""
-    twin: str | None = None
+    baseline: str | None = None
     """The LayerNorm and softmax model that it replaces."""
 
 
@@ -154,7 +154,7 @@ def columns_of(costs: bool) -> dict[str, tuple[Callable[[Row], str], bool]]:
         **(counted if costs else {}),
         "fade": (lambda row: "-" if row.fade is None else f"{row.fade:.2f}", True),
         "weights": (lambda row: "released" if row.weights else "-", False),
-        "LayerNorm twin": (lambda row: row.twin or "-", False),
+        "LayerNorm baseline": (lambda row: row.baseline or "-", False),
     }
 
 
@@ -184,7 +184,7 @@ def _row(model: str) -> Row:
             family=family,
             parameters=count_parameters(built),
             attention=_attention(built),
-            twin=twin_of(model),
+            baseline=baseline_of(model),
         )
     return Row(
         model=model,
@@ -195,7 +195,7 @@ def _row(model: str) -> Row:
         attention=published.attention,
         fade=published.fade,
         weights=published.url,
-        twin=twin_of(model),
+        baseline=baseline_of(model),
     )
 
 

@@ -29,7 +29,7 @@ VERBS = {
     "export": ("slabformer.cli.export", "write ONNX or torch.export files, checked against PyTorch"),
     "quantize": ("slabformer.cli.quantize", "a fused model in 8-bit integers, for CPUs"),
     "push": ("slabformer.cli.push", "write a model as timm shares models, into a folder or to the Hugging Face hub"),
-    "bench": ("slabformer.cli.bench", "speed of a model, fused and not, beside its LayerNorm twin and its ceiling"),
+    "bench": ("slabformer.cli.bench", "speed of a model, fused and not, beside its LayerNorm baseline and its ceiling"),
     "report": ("slabformer.cli.report", "accuracy against speed of the models that bench measured"),
     "visualize": ("slabformer.cli.visualize", "what a token attends to, several models side by side"),
     "list": ("slabformer.cli.list", "models, published accuracies and released weights"),

@@ -25,7 +25,7 @@ def parser() -> ArgumentParser:
     """The job's settings as options."""
     made = ArgumentParser(
         prog="slab quickstart",
-        description="Train a SLAB vision transformer and its LayerNorm twin on scikit-learn's handwritten digits, "
+        description="Train a SLAB vision transformer and its LayerNorm baseline on scikit-learn's handwritten digits, "
         "recalibrate, fuse, verify and benchmark; about three minutes on two CPU cores.",
     )
     add_settings(made, QuickstartConfig)
@@ -93,16 +93,16 @@ def _table(result: QuickstartResult) -> Table:
     summary = result.summary()
     table = Table(title="from LayerNorm to none", caption=f"{result.seconds:.0f} s on {result.bench.machine}")
     table.add_column("")
-    for heading in ("SLAB, unfused", "SLAB, fused", "LayerNorm twin"):
+    for heading in ("SLAB, unfused", "SLAB, fused", "LayerNorm baseline"):
         table.add_column(heading, justify="right")
-    slab, twin = f"{summary['slab_accuracy']:.2%}", f"{summary['twin_accuracy']:.2%}"
-    table.add_row("test accuracy", f"{result.slab.metrics['top1']:.2%}", slab, twin)
+    slab, baseline = f"{summary['slab_accuracy']:.2%}", f"{summary['baseline_accuracy']:.2%}"
+    table.add_row("test accuracy", f"{result.slab.metrics['top1']:.2%}", slab, baseline)
     total, folded = summary["norms_total"], summary["norms_folded"]
     table.add_row("norms computed", str(total), str(total - folded), str(total))
     table.add_row("difference of outputs", "-", f"{summary['fused_difference']:.1e}", "-")
     sizes = dict.fromkeys((row.batch_size, row.mode) for row in result.bench)
     for batch, mode in sizes:
-        rows = [result.bench.find(variant, mode, batch) for variant in ("as given", "fused", "LayerNorm twin")]
+        rows = [result.bench.find(variant, mode, batch) for variant in ("as given", "fused", "LayerNorm baseline")]
         table.add_row(
             f"images/s, batch {batch}, {mode}", *(f"{row.images_per_second:,.0f}" if row else "-" for row in rows)
         )

@@ -28,8 +28,8 @@ def parser() -> ArgumentParser:
     """Options of `slab report`."""
     made = ArgumentParser(
         prog="slab report",
-        description="Accuracy against images per second, an arrow from each LayerNorm twin to its fused model. Speeds\n"
-        "come from the CSV files of `slab bench`, accuracies are the published ones, and marked so, or those you give.",
+        description="Accuracy against images per second, an arrow from each LayerNorm baseline to its fused model.\n"
+        "Speeds come from the CSV files of `slab bench`, accuracies are the published ones, marked so, or yours.",
         epilog=EXAMPLES,
         formatter_class=ExamplesFormatter,
     )
@@ -83,11 +83,11 @@ def _accuracy(given: str) -> tuple[str, float]:
 
 def _table(comparison: Comparison) -> Table:
     table = Table(title=f"{comparison.mode}, batch {comparison.batch_size}", caption=comparison.where)
-    for heading in ("model", "images/s", "x twin", "top-1 %", "accuracy"):
+    for heading in ("model", "images/s", "x baseline", "top-1 %", "accuracy"):
         table.add_column(heading, justify="left" if heading in ("model", "accuracy") else "right")
     for pair in comparison.pairs:
         for point in pair.points():
-            gain = pair.over_twin if point is pair.fused else None
+            gain = pair.over_baseline if point is pair.fused else None
             table.add_row(
                 point.model,
                 f"{point.images_per_second:,.1f}",

@@ -44,7 +44,7 @@ def use_native_(model: nn.Module) -> int:
 
 
 def natively(model: Model, device: torch.device, notes: list[str] | None = None) -> tuple[Model, int]:
-    """A twin of ``model`` that shares its weights and whose linear attention runs in C++, and how much of that it has.
+    """A copy of ``model`` that shares its weights and whose linear attention runs in C++, and how much of that it has.
 
     Args:
         model: In eval mode.

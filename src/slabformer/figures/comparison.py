@@ -9,12 +9,23 @@ from pathlib import Path
 from typing import Literal
 
 from slabformer._listing import check_regular, files_below
+from slabformer._moved import HasOldNames, current_rows
 from slabformer.measure.rows import Mode
-from slabformer.models.registry import twin_of
-from slabformer.models.weights.published import BY_MODEL, TWIN_TOP1
+from slabformer.models.registry import baseline_of
+from slabformer.models.weights.published import BASELINE_TOP1, BY_MODEL
 
 #: columns of a benchmark that a comparison reads
-COLUMNS = ("model", "variant", "mode", "batch_size", "images_per_second", "over_twin", "device", "threads", "versions")
+COLUMNS = (
+    "model",
+    "variant",
+    "mode",
+    "batch_size",
+    "images_per_second",
+    "over_baseline",
+    "device",
+    "threads",
+    "versions",
+)
 Row = dict[str, str]
 
 
@@ -35,21 +46,21 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
-    """A fused model, and the LayerNorm twin that was timed in turns with it.
+class Pair(HasOldNames):
+    """A fused model, and the LayerNorm baseline that was timed in turns with it.
 
     Attributes:
-        twin: None where none was timed.
-        over_twin: The fused model's speed over the twin's, as the benchmark took it in turns.
+        baseline: None where none was timed.
+        over_baseline: The fused model's speed over the baseline's, as the benchmark took it in turns.
     """
 
     fused: Point
-    twin: Point | None
-    over_twin: float | None
+    baseline: Point | None
+    over_baseline: float | None
 
     def points(self) -> list[Point]:
         """Both."""
-        return [self.fused] if self.twin is None else [self.twin, self.fused]
+        return [self.fused] if self.baseline is None else [self.baseline, self.fused]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +142,7 @@ def _is_csv(name: str) -> bool:
 def _read(path: Path) -> list[Row]:
     check_regular(path)
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = current_rows(csv.DictReader(file))
     missing = [name for name in COLUMNS if not rows or rows[0].get(name) is None]
     if missing:
         raise ValueError(f"{path} is no benchmark of `slab bench`: it lacks {', '.join(missing)}")
@@ -164,11 +175,11 @@ def _common(models: Mapping[str, Sequence[Row]], mode: Mode | None, batch_size: 
 def _pair(model: str, rows: Mapping[str, Row], accuracy: Mapping[str, float]) -> Pair:
     published = BY_MODEL.get(model)
     fused = _point(model, rows["fused"], accuracy, None if published is None else published.top1)
-    if "LayerNorm twin" not in rows:
-        return Pair(fused=fused, twin=None, over_twin=None)
-    name = twin_of(model) or f"{model} with LayerNorm"
-    twin = _point(name, rows["LayerNorm twin"], accuracy, TWIN_TOP1.get(name))
-    return Pair(fused=fused, twin=twin, over_twin=float(rows["fused"]["over_twin"]))
+    if "LayerNorm baseline" not in rows:
+        return Pair(fused=fused, baseline=None, over_baseline=None)
+    name = baseline_of(model) or f"{model} with LayerNorm"
+    baseline = _point(name, rows["LayerNorm baseline"], accuracy, BASELINE_TOP1.get(name))
+    return Pair(fused=fused, baseline=baseline, over_baseline=float(rows["fused"]["over_baseline"]))
 
 
 def _point(model: str, row: Row, accuracy: Mapping[str, float], published: float | None) -> Point:

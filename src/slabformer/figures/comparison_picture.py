@@ -1,4 +1,4 @@
-"""The picture of a comparison: accuracy against speed, an arrow from each twin to what replaces it."""
+"""The picture of a comparison: accuracy against speed, an arrow from each baseline to what replaces it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARK: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 7, "ma
 
 
 def accuracy_over_speed(comparison: Comparison) -> Figure:
-    """Top-1 against images per second: an arrow from each LayerNorm twin to the fused model that replaces it.
+    """Top-1 against images per second: an arrow from each LayerNorm baseline to the fused model that replaces it.
 
     A hollow mark is an accuracy as published, a full one an accuracy that was measured; the speed is measured always.
     """
@@ -39,8 +39,8 @@ def accuracy_over_speed(comparison: Comparison) -> Figure:
 
 def _marks(comparison: Comparison) -> list[tuple[Point, str]]:
     """What is drawn, and its colour."""
-    twins = [(pair.twin, GREY) for pair in comparison.pairs if pair.twin is not None]
-    marks = [*twins, *((pair.fused, GREEN) for pair in comparison.pairs)]
+    baselines = [(pair.baseline, GREY) for pair in comparison.pairs if pair.baseline is not None]
+    marks = [*baselines, *((pair.fused, GREEN) for pair in comparison.pairs)]
     return [mark for mark in marks if mark[0].top1 is not None]
 
 
@@ -89,7 +89,7 @@ def _name_axes(axes: Axes, comparison: Comparison) -> None:
 
 
 def _legend(figure: Figure, comparison: Comparison) -> None:
-    kinds = {"fused": (GREEN, GREEN), "its LayerNorm twin, where the arrow starts": (GREY, GREY)}
+    kinds = {"fused": (GREEN, GREEN), "its LayerNorm baseline, where the arrow starts": (GREY, GREY)}
     if any(point.source == "published" for point, _ in _marks(comparison)):
         kinds["hollow: top-1 as published, not measured here"] = (INK, "white")
     line = require("matplotlib.lines", extra="train").Line2D

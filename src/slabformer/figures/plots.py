@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #: told apart by colour-blind readers too (Okabe and Ito)
 BLUE, ORANGE, GREEN, GREY, LIGHT, INK = "#0072B2", "#E69F00", "#009E73", "#7A8791", "#DDE3E8", "#1F2A33"
 SERIES_COLOURS = (GREEN, GREY, BLUE, ORANGE, "#CC79A7", "#56B4E9")
-VARIANT_COLOURS: dict[Variant, str] = {"LayerNorm twin": GREY, "as given": ORANGE, "fused": GREEN, "ceiling": LIGHT}
+VARIANT_COLOURS: dict[Variant, str] = {"LayerNorm baseline": GREY, "as given": ORANGE, "fused": GREEN, "ceiling": LIGHT}
 ACTION_COLOURS: dict[Action, str] = {"forward": GREEN, "backward": BLUE, "kept": ORANGE}
 ACTION_LABELS: dict[Action, str] = {
     "forward": "folded into what follows",
@@ -57,7 +57,7 @@ Series = tuple[Sequence[float], Sequence[float]]
 
 
 def curves(panels: Mapping[str, Mapping[str, Series]], *, xlabel: str = "epoch") -> Figure:
-    """Lines of several runs over training, one panel a quantity: ``{"loss": {"SLAB": (x, y), "twin": (x, y)}}``.
+    """Lines of several runs over training, one panel a quantity: ``{"loss": {"SLAB": (x, y), "baseline": (x, y)}}``.
 
     A run has the same colour in every panel; quantities whose name holds "accuracy" are shown in per cent.
     """
@@ -120,7 +120,7 @@ def _legend_of_actions(figure: Figure, count: Mapping[Action, int]) -> None:
 
 
 def speed_bars(rows: Sequence[Measurement], *, model: str, caption: str) -> Figure:
-    """Images per second of each variant, with what it gains over the twin: a row a batch size, a column a mode."""
+    """Images per second of each variant, with what it gains over the baseline: a row a batch size, a column a mode."""
     batch_sizes = list(dict.fromkeys(row.batch_size for row in rows))
     modes = list(dict.fromkeys(row.mode for row in rows))
     with styled_figure(width=1.2 + 3.8 * len(modes), height=0.9 + 2.5 * len(batch_sizes)) as figure:
@@ -130,7 +130,7 @@ def speed_bars(rows: Sequence[Measurement], *, model: str, caption: str) -> Figu
                 _speed_panel(axes, [row for row in rows if (row.mode, row.batch_size) == (mode, batch_size)])
                 axes.set_title(f"{mode}, batch {batch_size}", fontsize=9.5)
         figure.suptitle(
-            f"{model}: images per second, and times the twin's", x=0.01, ha="left", fontsize=11, fontweight="bold"
+            f"{model}: images per second, and times the baseline's", x=0.01, ha="left", fontsize=11, fontweight="bold"
         )
         footnote = "\n".join(fill(line, int(17 * figure.get_figwidth())) for line in caption.splitlines())
         figure.supxlabel(footnote, x=0.01, ha="left", fontsize=6.5, color=GREY)
@@ -143,7 +143,7 @@ def _speed_panel(axes: Axes, rows: Sequence[Measurement]) -> None:
     for index, row in enumerate(ordered):
         hatch, edge = ("///", GREY) if row.variant == "ceiling" else (None, VARIANT_COLOURS[row.variant])
         axes.bar(index, row.images_per_second, 0.72, color=VARIANT_COLOURS[row.variant], hatch=hatch, edgecolor=edge)
-        gain = "" if row.over_twin is None or row.variant == "LayerNorm twin" else f"  x{row.over_twin:.2f}"
+        gain = "" if row.over_baseline is None or row.variant == "LayerNorm baseline" else f"  x{row.over_baseline:.2f}"
         axes.annotate(
             f"{row.images_per_second:,.0f}{gain}", (index, row.images_per_second), (0, 3),
             textcoords="offset points", ha="center", va="bottom", fontsize=8.5,

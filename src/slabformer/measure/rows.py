@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Variant = Literal["as given", "fused", "LayerNorm twin", "ceiling"]
+from slabformer._moved import HasOldNames
+
+Variant = Literal["as given", "fused", "LayerNorm baseline", "ceiling"]
 Mode = Literal["eager", "compiled"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
+class Measurement(HasOldNames):
     """One variant in one mode at one batch size.
 
     Attributes:
@@ -19,7 +21,7 @@ class Measurement:
         memory_mib: Most memory that one forward took beyond what was held before it, the least of five; on a CPU with
             what the allocator keeps aside, so that a tenth more or less means nothing. None where it is not measured.
         macs: Multiply-adds of one image in matrix products, convolutions and attention.
-        over_twin: Speed over the LayerNorm twin's in the same mode: median over rounds of the two times' ratio.
+        over_baseline: Speed over the LayerNorm baseline's in the same mode: median over rounds of the two times' ratio.
         over_given: The same over the model as given.
         of_ceiling: The same over the ceiling: 1 is as fast as without norms and attention.
         of_floor: Share of the machine's own ceilings that it reaches (:mod:`slabformer.measure.roofline`); None
@@ -35,7 +37,7 @@ class Measurement:
     memory_mib: float | None
     parameters: int
     macs: int
-    over_twin: float | None
+    over_baseline: float | None
     over_given: float
     of_ceiling: float | None
     of_floor: float | None = None
@@ -56,7 +58,7 @@ class Measurement:
             f"{self.p50_ms:.2f}",
             f"{self.p90_ms:.2f}",
             f"{self.images_per_second:,.0f}",
-            times(self.over_twin),
+            times(self.over_baseline),
             times(self.over_given),
             share(self.of_ceiling),
             share(self.of_floor),

@@ -222,7 +222,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 #: what each of these is held against
-layernorm_twins = {"slab_cswin_tiny": "cswin_tiny", "slab_cswin_small": "cswin_small"}
+layernorm_baselines = {"slab_cswin_tiny": "cswin_tiny", "slab_cswin_small": "cswin_small"}
 
 
 @register_model

@@ -206,7 +206,7 @@ _SMALL: dict[str, Any] = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_
 _MICRO: dict[str, Any] = {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2, "out_indices": 3}
 
 #: what each of these is held against
-layernorm_twins = {
+layernorm_baselines = {
     "deit_tiny_prepbn": "deit_tiny_patch16_224",
     "deit_small_prepbn": "deit_small_patch16_224",
     "slab_deit_tiny": "deit_tiny_patch16_224",
@@ -242,7 +242,7 @@ def slab_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
 
 @register_model
 def deit_micro(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    """LayerNorm and softmax for 32x32 pixels: the twin that :func:`slab_deit_micro` is held against."""
+    """LayerNorm and softmax for 32x32 pixels: the baseline that :func:`slab_deit_micro` is held against."""
     return create(DeiT, "deit_micro", pretrained, _MICRO | {"norm": "layernorm"}, **kwargs)
 
 

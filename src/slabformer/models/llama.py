@@ -47,7 +47,7 @@ class SlabLlamaConfig(LlamaConfig):
     """transformers' ``LlamaConfig``, and which norm.
 
     Args:
-        norm: "prepbn" (RMSNorm that fades into RepBN), "repbn", "rmsnorm" (the twin), or "folded": none at all, as
+        norm: "prepbn" (RMSNorm that fades into RepBN), "repbn", "rmsnorm" (the baseline), or "folded": none at all, as
             :func:`slabformer.fuse` leaves a model whose norms all went into the projections behind them, which have
             biases then.
         norm_start: Of RepBN's skip weight, gain and offset: "zeros" as published, so that it fades in from nothing;

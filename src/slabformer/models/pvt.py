@@ -159,9 +159,9 @@ _SOFTMAX = {"attention": "SSSS"}
 _PREPBN_SIZES = ("tiny", "small", "medium")
 
 #: what each of these is held against; timm has no PVT of the first version
-layernorm_twins = {f"pvt_{size}_prepbn": f"pvt_{size}" for size in _PREPBN_SIZES}
-layernorm_twins |= {f"slab_pvt_{size}": f"pvt_{size}" for size in _SIZES}
-_CFGS: dict[str, Any] = {name: cfg(name) for name in (*layernorm_twins, *(f"pvt_{size}" for size in _SIZES))}
+layernorm_baselines = {f"pvt_{size}_prepbn": f"pvt_{size}" for size in _PREPBN_SIZES}
+layernorm_baselines |= {f"slab_pvt_{size}": f"pvt_{size}" for size in _SIZES}
+_CFGS: dict[str, Any] = {name: cfg(name) for name in (*layernorm_baselines, *(f"pvt_{size}" for size in _SIZES))}
 default_cfgs = generate_default_cfgs(_CFGS)
 
 

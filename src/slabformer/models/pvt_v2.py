@@ -92,8 +92,8 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 #: what each of these is held against
-layernorm_twins = {f"slab_pvt_v2_{size}": f"pvt_v2_{size}" for size in _SIZES}
-default_cfgs = generate_default_cfgs({name: cfg(name) for name in layernorm_twins})
+layernorm_baselines = {f"slab_pvt_v2_{size}": f"pvt_v2_{size}" for size in _SIZES}
+default_cfgs = generate_default_cfgs({name: cfg(name) for name in layernorm_baselines})
 
 
 @register_model

@@ -1,4 +1,4 @@
-"""What every family registers with timm alike: default configurations, released weights, LayerNorm twins."""
+"""What every family registers with timm alike: default configurations, released weights, LayerNorm baselines."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ def is_ours(model: str) -> bool:
     return timm.is_model(model) and timm.model_entrypoint(model).__module__.startswith(f"{__package__}.")
 
 
-def twin_of(model: str) -> str | None:
+def baseline_of(model: str) -> str | None:
     """Name of the LayerNorm model with softmax attention that ``model`` replaces; None for models that are not ours.
 
-    Families say so in a dict ``layernorm_twins``.
+    Families say so in a dict ``layernorm_baselines``.
     """
     if not timm.is_model(model):
         return None
     family = sys.modules[timm.model_entrypoint(model).__module__]
-    return getattr(family, "layernorm_twins", {}).get(model)
+    return getattr(family, "layernorm_baselines", {}).get(model)
 
 
 def check_model_name(name: str) -> None:

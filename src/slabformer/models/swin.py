@@ -207,7 +207,7 @@ _SMALL: dict[str, Any] = _TINY | {"depths": (2, 2, 18, 2)}
 _BASE: dict[str, Any] = {"depths": (2, 2, 18, 2), "embed_dim": 128, "num_heads": (4, 8, 16, 32)}
 
 #: what each of these is held against
-layernorm_twins = {
+layernorm_baselines = {
     "swin_tiny_prepbn": "swin_tiny_patch4_window7_224",
     "swin_small_prepbn": "swin_small_patch4_window7_224",
     "slab_swin_tiny": "swin_tiny_patch4_window7_224",

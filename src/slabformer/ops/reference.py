@@ -1,4 +1,4 @@
-"""Slow, obvious float64 twins that the fast functions are held against."""
+"""Slow, obvious float64 references that the fast functions are held against."""
 
 from __future__ import annotations
 

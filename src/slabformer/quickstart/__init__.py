@@ -1,1 +1,1 @@
-"""The main job: a SLAB model's whole life on real images, next to its LayerNorm twin, in minutes."""
+"""The main job: a SLAB model's whole life on real images, next to its LayerNorm baseline, in minutes."""

@@ -1,4 +1,4 @@
-"""Train, recalibrate, fuse, verify and benchmark a small SLAB model and its twin on the handwritten digits."""
+"""Train, recalibrate, fuse, verify and benchmark a small SLAB model and its baseline on the handwritten digits."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 import slabformer as sf
+from slabformer._moved import RENAMED
 from slabformer.bench.compare import compare
 from slabformer.measure.timing import num_threads
 from slabformer.quickstart.beside import training_beside
@@ -33,12 +34,12 @@ from slabformer.tasks.engine.manifest import Manifest
 from slabformer.tasks.engine.observers import Observer
 from slabformer.tasks.saved_model import load_model, save_model
 
-SLAB, TWIN = "slab_deit_micro", "deit_micro"
+SLAB, BASELINE = "slab_deit_micro", "deit_micro"
 BATCH_SIZES = (1, 64)
 #: what is written beside the two runs
 OUTPUTS = (
     *("summary.json", "report.html", "metrics.csv", "config.yaml", "bench.csv", "bench.json", "bench.png"),
-    *("model.safetensors", "twin.safetensors", "fused.safetensors"),
+    *("model.safetensors", "baseline.safetensors", "fused.safetensors"),
 )
 
 
@@ -93,9 +94,9 @@ def run_quickstart(
 def _run(
     config: QuickstartConfig, output: Path, observers: Callable[[str], Sequence[Observer]], stage: Stage, began: float
 ) -> QuickstartResult:
-    with training_beside(recipe(TWIN, config), observers(TWIN)) as beside:
-        runs = {SLAB: train(recipe(SLAB, config), observers=observers(SLAB)), TWIN: beside.result()}
-    slab, twin = runs[SLAB].model.cpu().eval(), runs[TWIN].model.cpu().eval()
+    with training_beside(recipe(BASELINE, config), observers(BASELINE)) as beside:
+        runs = {SLAB: train(recipe(SLAB, config), observers=observers(SLAB)), BASELINE: beside.result()}
+    slab, baseline = runs[SLAB].model.cpu().eval(), runs[BASELINE].model.cpu().eval()
     images, labels = _test_images(recipe(SLAB, config))
     with stage("fuse and verify"):
         fused, fuse_report = sf.fuse(slab, images[:8])
@@ -106,18 +107,18 @@ def _run(
             slab,
             images,
             fused=fused,
-            twin=twin,
+            baseline=baseline,
             batch_sizes=BATCH_SIZES,
             compiled=BATCH_SIZES[-1:] if config.compiled else False,
             seconds=config.bench_seconds,
             name=SLAB,
             progress=say,
         )
-        predictions = [model(images).argmax(-1) for model in (fused, twin)]
+        predictions = [model(images).argmax(-1) for model in (fused, baseline)]
     return QuickstartResult(
         config=config,
         slab=runs[SLAB],
-        twin=runs[TWIN],
+        baseline=runs[BASELINE],
         fused=fused,
         fuse_report=fuse_report,
         equality=equality,
@@ -125,7 +126,7 @@ def _run(
         images=images,
         labels=labels,
         fused_predictions=predictions[0],
-        twin_predictions=predictions[1],
+        baseline_predictions=predictions[1],
         seconds=time.perf_counter() - began,
     )
 
@@ -161,7 +162,9 @@ def _clear(output: Path) -> None:
 def _written_without_manifest(output: Path) -> set[str]:
     """What a quickstart of an older version wrote, known by its configuration, which it wrote last but one."""
     config = output / "config.yaml"
-    return set(OUTPUTS) if config.is_file() and "quickstart" in read_mapping(config, parse_yaml) else set()
+    if not config.is_file() or "quickstart" not in read_mapping(config, parse_yaml):
+        return set()
+    return {*OUTPUTS, *(old for old, new in RENAMED.items() if new in OUTPUTS)}
 
 
 def _test_images(config: TrainConfig) -> tuple[Tensor, Tensor]:
@@ -171,7 +174,7 @@ def _test_images(config: TrainConfig) -> tuple[Tensor, Tensor]:
 
 
 def _write_models(output: Path, fused: nn.Module) -> None:
-    for name, source in (("model", SLAB), ("twin", TWIN)):
+    for name, source in (("model", SLAB), ("baseline", BASELINE)):
         shutil.copyfile(output / source / "model.safetensors", output / f"{name}.safetensors")
     _, info = load_model(output / "model.safetensors")
     save_model(fused, output / "fused.safetensors", info)
@@ -186,9 +189,9 @@ def _write_metrics(output: Path, result: QuickstartResult) -> None:
         writer.writeheader()
         writer.writerows(rows)
     settings = {"quickstart": asdict(result.config)}
-    settings |= {name: recipe(name, result.config).to_dict() for name in (SLAB, TWIN)}
+    settings |= {name: recipe(name, result.config).to_dict() for name in (SLAB, BASELINE)}
     write_text(output / "config.yaml", yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False))
 
 
 def _runs(result: QuickstartResult) -> dict[str, TrainResult]:
-    return {SLAB: result.slab, TWIN: result.twin}
+    return {SLAB: result.slab, BASELINE: result.baseline}

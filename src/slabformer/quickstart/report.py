@@ -34,7 +34,7 @@ def _values(result: QuickstartResult) -> dict[str, str]:
     summary = result.summary()
     total = len(result.labels)
     best = _headline_speed(result)
-    names = {"SLAB (fading to RepBN)": result.slab, "LayerNorm twin": result.twin}
+    names = {"SLAB (fading to RepBN)": result.slab, "LayerNorm baseline": result.baseline}
     histories = {name: run.history for name, run in names.items()}
     panels = {
         "training loss": {name: _series(rows, "train_loss") for name, rows in histories.items()},
@@ -48,12 +48,12 @@ def _values(result: QuickstartResult) -> dict[str, str]:
         "version": sf.__version__,
         "slab_accuracy": f"{summary['slab_accuracy']:.1%}",
         "slab_mistakes": f"{_mistakes(result.fused_predictions, result.labels)} of {total} wrong",
-        "twin_accuracy": f"{summary['twin_accuracy']:.1%}",
-        "twin_mistakes": f"{_mistakes(result.twin_predictions, result.labels)} of {total} wrong",
+        "baseline_accuracy": f"{summary['baseline_accuracy']:.1%}",
+        "baseline_mistakes": f"{_mistakes(result.baseline_predictions, result.labels)} of {total} wrong",
         "norms_folded": f"{summary['norms_folded']} of {summary['norms_total']}",
         "fused_difference": f"{summary['fused_difference']:.1e}",
         "top1_agreement": f"{result.equality.top1_agreement:.1%}",
-        "speedup": f"{best.over_twin:.2f} x" if best.over_twin else "-",
+        "speedup": f"{best.over_baseline:.2f} x" if best.over_baseline else "-",
         "speedup_where": f"{best.mode}, batch {best.batch_size}, {best.of_ceiling or 0:.0%} of the ceiling",
         "minutes": f"{result.seconds / 60:.1f}",
         "curves": to_svg(curves(panels)),
@@ -96,7 +96,7 @@ def _row(*cells: str) -> str:
 
 def _gallery(result: QuickstartResult) -> str:
     """Every test image that either model got wrong, with what each said."""
-    wrong = (result.fused_predictions != result.labels) | (result.twin_predictions != result.labels)
+    wrong = (result.fused_predictions != result.labels) | (result.baseline_predictions != result.labels)
     indices = wrong.nonzero().flatten().tolist()
     figures = [_mistake(result, index) for index in indices[:MOST_MISTAKES]]
     more = f"<p>and {len(indices) - MOST_MISTAKES} more</p>" if len(indices) > MOST_MISTAKES else ""
@@ -105,7 +105,7 @@ def _gallery(result: QuickstartResult) -> str:
 
 def _mistake(result: QuickstartResult, index: int) -> str:
     label = int(result.labels[index])
-    answers = {"SLAB": int(result.fused_predictions[index]), "twin": int(result.twin_predictions[index])}
+    answers = {"SLAB": int(result.fused_predictions[index]), "baseline": int(result.baseline_predictions[index])}
     said = "<br>".join(
         f'<span class="{"right" if answer == label else "wrong"}">{name} {answer}</span>'
         for name, answer in answers.items()

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slabformer._moved import HasOldNames
 from slabformer.bench.report import BenchReport
 from slabformer.settings import Epochs, NonEmptyStr, Seconds, Seed, Settings, Threads
 from slabformer.surgery.fuse import FuseReport
@@ -34,14 +35,14 @@ class QuickstartConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuickstartResult:
+class QuickstartResult(HasOldNames):
     """Everything that the report shows."""
 
     config: QuickstartConfig
     """What was asked for."""
     slab: TrainResult
     """SLA and PRepBN, recalibrated."""
-    twin: TrainResult
+    baseline: TrainResult
     """Softmax attention and LayerNorm, the same budget."""
     fused: nn.Module
     """The SLAB model without norms."""
@@ -57,16 +58,16 @@ class QuickstartResult:
     """Their digits ``(360,)``."""
     fused_predictions: Tensor
     """The fused model's digits ``(360,)``."""
-    twin_predictions: Tensor
-    """The twin's digits ``(360,)``."""
+    baseline_predictions: Tensor
+    """The baseline's digits ``(360,)``."""
     seconds: float
     """Of the whole job."""
 
     def summary(self) -> dict[str, Any]:
-        """The figures of ``summary.json``; accuracies are shares of 1, speed-ups are over the twin in the same mode."""
+        """The figures of ``summary.json``; accuracies are shares of 1, speed-ups over the baseline in the same mode."""
         return {
             "slab_accuracy": _accuracy(self.fused_predictions, self.labels),
-            "twin_accuracy": _accuracy(self.twin_predictions, self.labels),
+            "baseline_accuracy": _accuracy(self.baseline_predictions, self.labels),
             "fused_difference": self.equality.max_rel,
             "norms_total": self.fuse_report.num_folded + self.fuse_report.num_kept,
             "norms_folded": self.fuse_report.num_folded,

@@ -1,4 +1,4 @@
-"""The small parts of a detector, each against a known value or a plain twin."""
+"""The small parts of a detector, each against a known value or a plain reference."""
 
 from __future__ import annotations
 

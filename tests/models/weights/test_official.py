@@ -80,14 +80,14 @@ def test_published_names_order_and_dtypes_come_back(name):
 
 @pytest.mark.parametrize("layout", ["prepbn", "repbn"])
 def test_a_round_trip_is_exact(micro, layout):
-    twin = timm.create_model("slab_deit_micro")
-    twin.load_state_dict(
-        micro.state_dict() if layout == "repbn" else twin.state_dict()
+    loaded = timm.create_model("slab_deit_micro")
+    loaded.load_state_dict(
+        micro.state_dict() if layout == "repbn" else loaded.state_dict()
     )  # RepBN files hold no LayerNorm
-    load_published(twin, to_published(micro, layout))
-    assert snapshot(twin).keys() == snapshot(micro).keys()
+    load_published(loaded, to_published(micro, layout))
+    assert snapshot(loaded).keys() == snapshot(micro).keys()
     for name, value in micro.state_dict().items():
-        assert_close(twin.state_dict()[name], value, EXACT)
+        assert_close(loaded.state_dict()[name], value, EXACT)
 
 
 def test_a_repbn_file_leaves_layernorms_alone_and_ends_the_schedule(micro):

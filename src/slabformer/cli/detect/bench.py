@@ -1,4 +1,4 @@
-"""`slab detect bench`: time a detector against its LayerNorm twin, fused and not."""
+"""`slab detect bench`: time a detector against its LayerNorm baseline, fused and not."""
 
 from __future__ import annotations
 
@@ -97,16 +97,16 @@ def _info(config: Namespace) -> DetectorInfo:
 
 
 def _variants(info: DetectorInfo) -> dict[str, DetectorInfo]:
-    """What to time, the twin that speed-ups are over first."""
+    """What to time, the baseline that speed-ups are over first."""
 
-    def twin(**arguments: str) -> DetectorInfo:
+    def baseline(**arguments: str) -> DetectorInfo:
         return replace(info, backbone_args=info.backbone_args | {"norm": "layernorm"} | arguments)
 
     named = {} if info.backbone_args.get("output_norm") in (None, "none") else {"output_norm": "layernorm"}
     with torch.device("meta"):
         attention = getattr(create_backbone(info.backbone, **info.backbone_args).body, "attention", "")
-    softmax = {SOFTMAX: twin(attention="S" * len(attention), **named)} if "L" in attention else {}
-    return softmax | {LAYERNORM: twin(**named), GIVEN: info}
+    softmax = {SOFTMAX: baseline(attention="S" * len(attention), **named)} if "L" in attention else {}
+    return softmax | {LAYERNORM: baseline(**named), GIVEN: info}
 
 
 def _build(info: DetectorInfo, image: Tensor) -> Detector:

@@ -27,25 +27,25 @@ def to_train_config(config: Namespace) -> TrainConfig:
 
 def run(config: Namespace) -> None:
     """Train as the options say; exit code 143 after SIGTERM, 130 after SIGINT, 1 if training fails."""
+    from slabformer.tasks.detection.baseline import train_baseline
     from slabformer.tasks.detection.train import train
-    from slabformer.tasks.detection.twin import train_twin
     from slabformer.tasks.engine.console import ConsoleObserver
 
     settings = to_train_config(config)
     with ending_well():
         result = train(settings, observers=[ConsoleObserver()])
-        twin = train_twin(settings, observers=[ConsoleObserver()]) if settings.twin else None
+        baseline = train_baseline(settings, observers=[ConsoleObserver()]) if settings.baseline else None
     shown = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")
     write_outcome(result, {name: result.metrics[name] for name in shown if name in result.metrics}, ".1f")
-    if twin is not None:
-        _print_beside(settings.model.backbone, result.metrics, twin.metrics)
+    if baseline is not None:
+        _print_beside(settings.model.backbone, result.metrics, baseline.metrics)
 
 
-def _print_beside(name: str, metrics: dict[str, float], twin: dict[str, float]) -> None:
+def _print_beside(name: str, metrics: dict[str, float], baseline: dict[str, float]) -> None:
     """The figures of both."""
-    table = Table(title="beside its LayerNorm twin")
-    for heading in ("", name, "LayerNorm twin"):
+    table = Table(title="beside its LayerNorm baseline")
+    for heading in ("", name, "LayerNorm baseline"):
         table.add_column(heading, justify="right" if heading else "left")
     for figure in metrics:
-        table.add_row(figure, f"{metrics[figure]:.1f}", f"{twin[figure]:.1f}" if figure in twin else "-")
+        table.add_row(figure, f"{metrics[figure]:.1f}", f"{baseline[figure]:.1f}" if figure in baseline else "-")
     console().print(table)

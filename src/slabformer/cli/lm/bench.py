@@ -1,4 +1,4 @@
-"""`slab lm bench`: how fast a language model writes, fused and not, beside its RMSNorm twin and its ceiling."""
+"""`slab lm bench`: how fast a language model writes, fused and not, beside its RMSNorm baseline and its ceiling."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parser() -> ArgumentParser:
     """Options of `slab lm bench`."""
     made = ArgumentParser(
         prog="slab lm bench",
-        description="Time reading a prompt and writing tokens: a model as given, fused, its RMSNorm twin and its "
+        description="Time reading a prompt and writing tokens: a model as given, fused, its RMSNorm baseline and its "
         "ceiling (norms deleted), in turns in one process.",
         epilog=EXAMPLES,
         formatter_class=ExamplesFormatter,
@@ -112,11 +112,11 @@ def _model(given: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMo
 
 @torch.no_grad()
 def _variants(model: PreTrainedModel) -> dict[Variant, PreTrainedModel]:
-    """The forms to compare: of a model that has RMSNorms it is the twin, and its converted copy "as given"."""
+    """The forms to compare: of a model that has RMSNorms it is the baseline, and its converted copy "as given"."""
     from slabformer.bench.decoding import without_norms
     from slabformer.tasks.language.fusing import fuse_language_model
 
-    twin = _twin(model)
+    baseline = _baseline(model)
     if not repbn_modules(model):
         model = copy.deepcopy(model)
         sf.convert_norms_(model)
@@ -124,10 +124,10 @@ def _variants(model: PreTrainedModel) -> dict[Variant, PreTrainedModel]:
         norm.set_gamma(0.0)
     model.eval()
     fused, _ = fuse_language_model(model)
-    return {"LayerNorm twin": twin, "as given": model, "fused": fused, "ceiling": without_norms(model)}
+    return {"LayerNorm baseline": baseline, "as given": model, "fused": fused, "ceiling": without_norms(model)}
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
+def _baseline(model: PreTrainedModel) -> PreTrainedModel:
     from slabformer.models.llama import SlabLlamaConfig
     from slabformer.tasks.language.foreign import fresh_model
 
@@ -138,5 +138,5 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
         return model
     # random weights take the time that any others do
     config = SlabLlamaConfig(**{**model.config.to_dict(), "norm": "rmsnorm"}) if ours else model.config
-    twin: Any = fresh_model(config, model.dtype)
-    return twin.to(model.device).eval()
+    baseline: Any = fresh_model(config, model.dtype)
+    return baseline.to(model.device).eval()

@@ -71,7 +71,7 @@ PUBLISHED = {row.config: row for row in _ROWS}
 BY_MODEL = {row.model: row for row in _ROWS}
 
 #: ImageNet-1K accuracy in percent of what these models are held against, as the families' own papers give it
-TWIN_TOP1 = {
+BASELINE_TOP1 = {
     "deit_tiny_patch16_224": 72.2,
     "deit_small_patch16_224": 79.8,
     "pvt_tiny": 75.1,

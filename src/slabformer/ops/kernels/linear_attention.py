@@ -1,7 +1,7 @@
 """Linear attention on Triton: operators that autograd, ``torch.compile``, export and the FLOP counter see.
 
-Its slow, obvious twin is in :mod:`slabformer.ops.reference`; :mod:`slabformer.ops.dispatch` says when it runs. The sums
-over keys are kept for the backward, the output is not.
+Its slow, obvious reference is in :mod:`slabformer.ops.reference`; :mod:`slabformer.ops.dispatch` says when it runs. The
+sums over keys are kept for the backward, the output is not.
 """
 
 from __future__ import annotations

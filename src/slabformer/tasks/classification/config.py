@@ -24,7 +24,7 @@ class ModelConfig(Settings):
     pretrained: bool = False
     """Start from the released weights."""
     weights: NonEmptyStr | None = None
-    """Start from a `model.safetensors` of the same model, e.g. of its LayerNorm twin, to be converted. A PRepBN model
+    """Start from a `model.safetensors` of the same model, e.g. of its LayerNorm baseline, to convert it. A PRepBN model
     that has faded before is trained on without its norms."""
     convert_norms: bool = False
     """Turn every LayerNorm and RMSNorm into PRepBN before training, their weights kept."""

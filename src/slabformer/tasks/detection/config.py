@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from slabformer._moved import RENAMED, current_name
 from slabformer.models.detection.config import DetectorConfig
 from slabformer.settings import Arguments, Epochs, NonEmptyStr, PositiveFloat, PositiveInt, Settings, Threads, Workers
 from slabformer.tasks.detection.dataset import DetectionData
@@ -53,7 +54,7 @@ class ModelConfig(Settings):
     args: Arguments = field(default_factory=lambda: dict(SMALL_BACKBONE))
     """Further arguments of the backbone, e.g. `drop_path_rate`."""
     norm: Literal["prepbn", "repbn", "layernorm"] | None = None
-    """Of a model of the zoo; its own by default, `layernorm` for its twin."""
+    """Of a model of the zoo; its own by default, `layernorm` for its baseline."""
     output_norm: Literal["layernorm", "prepbn", "repbn", "none"] | None = None
     """Of the maps that the pyramid takes: as published by default; with `prepbn` no LayerNorm is left at all."""
     published: bool = False
@@ -141,8 +142,10 @@ class TrainConfig(RunConfig):
     """Passes over the training data."""
     batch_size: PositiveInt = 8
     """Images of one process in one batch."""
-    twin: bool = field(default=False, metadata=HARMLESS)
-    """Also train the LayerNorm twin, in `output`/twin."""
+    baseline: bool = field(default=False, metadata=HARMLESS)
+    """Also train the LayerNorm baseline, in `output`/baseline."""
+    twin: bool | None = field(default=None, metadata=HARMLESS)
+    """Deprecated: the old name of `baseline`."""
     cpu_threads: Threads | None = 1
     """Threads of one process where it trains on a CPU; null leaves it to torch. A detector's many small operations are
     ten times slower on two threads of a machine that does anything else (7.7 instead of 0.76 s a step, measured)."""
@@ -154,6 +157,16 @@ class TrainConfig(RunConfig):
     """Optimizer steps between logged ones."""
     eval_every: PositiveInt = field(default=4, metadata=HARMLESS)
     """Epochs between evaluations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.twin is not None:
+            current_name("twin")
+            self.baseline, self.twin = self.baseline or self.twin, None
+
+    def to_dict(self) -> dict[str, Any]:
+        """See :meth:`RunConfig.to_dict`; settings by their current names alone."""
+        return {name: value for name, value in super().to_dict().items() if name not in RENAMED}
 
     def harmless(self) -> set[str]:
         """Dotted keys that may differ when a run goes on."""

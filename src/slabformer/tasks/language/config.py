@@ -39,7 +39,7 @@ class ModelConfig(Settings):
     vocab_size: PositiveInt | None = None
     """Of its embedding; null for the tokenizer's."""
     norm: Literal["prepbn", "repbn", "rmsnorm"] = "prepbn"
-    """`prepbn` fades RMSNorm out, `repbn` does without from the start, `rmsnorm` is the twin."""
+    """`prepbn` fades RMSNorm out, `repbn` does without from the start, `rmsnorm` is the baseline."""
     norm_start: Literal["zeros", "ones"] = "zeros"
     """Of RepBN's gain and skip: `zeros` as published, `ones` as in the vision models."""
     args: Arguments = field(default_factory=dict)

@@ -12,20 +12,20 @@ from slabformer.tasks.detection.train import train
 from slabformer.tasks.engine.observers import Observer
 
 
-def twin_config(config: TrainConfig) -> TrainConfig:
-    """The recipe of the twin, in the folder ``twin`` of the run.
+def baseline_config(config: TrainConfig) -> TrainConfig:
+    """The recipe of the baseline, in the folder ``baseline`` of the run.
 
     Raises:
         ValueError: If weights are given, which belong to one of the two.
     """
     if config.model.starts_trained:
         raise ValueError(
-            "the twin of a run that starts from weights needs its own; train it with --model.norm layernorm"
+            "the baseline of a run that starts from weights needs its own; train it with --model.norm layernorm"
         )
     model = replace(config.model, norm="layernorm", output_norm="layernorm", convert_norms=False)
-    return replace(config, model=model, output=str(Path(config.output) / "twin"), twin=False)
+    return replace(config, model=model, output=str(Path(config.output) / "baseline"), baseline=False)
 
 
-def train_twin(config: TrainConfig, *, observers: Sequence[Observer] = ()) -> TrainResult:
-    """Train the twin of ``config``: see :func:`slabformer.tasks.detection.train.train`."""
-    return train(twin_config(config), observers=observers)
+def train_baseline(config: TrainConfig, *, observers: Sequence[Observer] = ()) -> TrainResult:
+    """Train the baseline of ``config``: see :func:`slabformer.tasks.detection.train.train`."""
+    return train(baseline_config(config), observers=observers)
