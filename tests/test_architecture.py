@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import importlib.metadata
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 TESTS = Path(__file__).parent
-SOURCE = TESTS.parent / "src" / "slabformer"
+ROOT = TESTS.parent
+SOURCE = ROOT / "src" / "slabformer"
 #: rooms that import none of those above them
-GROUND = {"_extras", "settings", "_files", "_listing", "_process", "_torch", "_moved"}
+GROUND = {"_extras", "settings", "_files", "_listing", "_process", "_private", "_torch", "_moved"}
+#: private names of packages other than torch
+FOREIGN = {"_timm", "_torchvision", "_transformers"}
 CORE = GROUND | {"__init__", "ops", "nn", "progressive", "surgery", "testing"}
 ON_CORE = CORE | {"models"}
 BELOW = ON_CORE - {"__init__"}
@@ -26,13 +32,15 @@ LEAVING = {"measure", "export", "quantize", "deployment", "figures", "bench"}
 #: room -> the rooms it may import from, besides itself; `__init__` stands for `slabformer` itself
 ARROWS = {
     **{room: set() for room in GROUND},
+    **{room: {"_private"} for room in FOREIGN},
     "_files": {"_listing"},
+    "_torch": {"_private"},
     "ops": GROUND,
     "nn": GROUND | {"ops"},
     "progressive": GROUND | {"ops", "nn"},
     "surgery": GROUND | {"ops", "nn", "progressive"},
     "testing": GROUND | {"ops", "nn"},
-    "models": GROUND | {"ops", "nn"},
+    "models": GROUND | FOREIGN | {"ops", "nn"},
     "tasks": ON_CORE,
     "measure": BELOW,
     "export": BELOW | {"measure"},
@@ -45,16 +53,30 @@ ARROWS = {
     "__init__": ON_CORE | {"deployment"},
 }
 
+#: package -> the one file that may use its private names, and those of its attributes and hooks that are private
+PRIVATE: dict[str, tuple[str, set[str]]] = {
+    "torch": ("_torch", {"_cdata", "_version"}),
+    "timm": ("_timm", set()),
+    "torchvision": ("_torchvision", set()),
+    "transformers": ("_transformers", {"_init_weights", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"}),
+}
+
 #: GPU kernels, which nothing imports before it runs on a GPU
 KERNELS = SOURCE / "ops" / "kernels"
 
-FILES = sorted(SOURCE.rglob("*.py"))
-FILE_IDS = [str(path.relative_to(SOURCE)) for path in FILES]
-each_file = pytest.mark.parametrize("path", FILES, ids=FILE_IDS)
+#: every file of the package, parsed once
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
 
 
 def room_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def offenders(find: Callable[[Path, ast.Module], Collection[str]]) -> dict[str, Collection[str]]:
+    """File -> what ``find`` finds in it, for those in which it finds anything."""
+    found = {str(path.relative_to(SOURCE)): find(path, tree) for path, tree in TREES.items()}
+    assert len(found) > 200
+    return {name: wrong for name, wrong in found.items() if wrong}
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
@@ -78,40 +100,49 @@ def rooms_imported(tree: ast.AST) -> set[str]:
     return rooms
 
 
-def module_level(tree: ast.Module) -> ast.Module:
-    """What runs on import: ``tree`` without function bodies and without `if TYPE_CHECKING` blocks."""
-
-    class Strip(ast.NodeTransformer):
-        def visit_FunctionDef(self, node: ast.FunctionDef) -> None: ...
-
-        def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None: ...
-
-        def visit_If(self, node: ast.If) -> ast.AST | None:
-            return None if ast.unparse(node.test).endswith("TYPE_CHECKING") else self.generic_visit(node)
-
-    return Strip().visit(tree)
-
-
-def misplaced_arrows(room: str, source: str) -> set[str]:
-    return rooms_imported(ast.parse(source)) - {room} - ARROWS[room]
+def imported_at_once(tree: ast.Module) -> Iterator[str]:
+    """What importing the file imports: outside functions and outside `if TYPE_CHECKING` blocks."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from imported_modules(node)
+        elif isinstance(node, ast.If) and dotted(node.test)[-1:] == ["TYPE_CHECKING"]:
+            waiting += node.orelse
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.expr)):
+            waiting += ast.iter_child_nodes(node)
 
 
-def foreign_libraries(source: str) -> set[str]:
-    roots = {name.split(".")[0] for name in imported_modules(module_level(ast.parse(source)))}
+def dotted(node: ast.AST) -> list[str]:
+    """``a.b.c`` as its parts; nothing where it is more than names and dots."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else []
+
+
+def misplaced_arrows(room: str, tree: ast.Module) -> set[str]:
+    return rooms_imported(tree) - {room} - ARROWS[room]
+
+
+def foreign_libraries(tree: ast.Module) -> set[str]:
+    roots = {name.split(".")[0] for name in imported_at_once(tree)}
     return roots - set(sys.stdlib_module_names) - {"torch", "slabformer"}
 
 
-@each_file
-def test_imports_point_down(path: Path) -> None:
-    room = room_of(path)
-    assert room in ARROWS, f"{room} is a new room: give it a row in ARROWS"
-    assert misplaced_arrows(room, path.read_text()) == set()
+def test_every_room_has_a_row_of_arrows() -> None:
+    assert {room_of(path) for path in TREES} == set(ARROWS), "give a new room a row in ARROWS"
 
 
-def files_imported(source: str, names: set[str]) -> set[str]:
-    """Those of our ``names``, dotted from the package on, that ``source`` imports, wherever in it and if only types."""
+def test_imports_point_down() -> None:
+    assert offenders(lambda path, tree: misplaced_arrows(room_of(path), tree)) == {}
+
+
+def files_imported(tree: ast.Module, names: set[str]) -> set[str]:
+    """Those of our ``names``, dotted from the package on, that ``tree`` imports, wherever in it and if only types."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -120,72 +151,109 @@ def files_imported(source: str, names: set[str]) -> set[str]:
 
 
 def test_files_do_not_import_each_other_in_circles() -> None:
-    sources = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path.read_text() for path in FILES}
-    sources = {name.removesuffix(".__init__"): source for name, source in sources.items()}
-    imports = {name: files_imported(source, set(sources)) - {name} for name, source in sources.items()}
+    trees = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): tree for path, tree in TREES.items()}
+    trees = {name.removesuffix(".__init__"): tree for name, tree in trees.items()}
+    imports = {name: files_imported(tree, set(trees)) - {name} for name, tree in trees.items()}
     assert len(imports["slabformer.cli.bench"]) > 3
     graphlib.TopologicalSorter(imports).prepare()
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in CORE], ids=lambda p: str(p.relative_to(SOURCE)))
-def test_core_rooms_import_torch_and_the_standard_library_only(path: Path) -> None:
-    assert foreign_libraries(path.read_text()) <= ({"triton"} if KERNELS in path.parents else set())
+def test_core_rooms_import_torch_and_the_standard_library_only() -> None:
+    def foreign(path: Path, tree: ast.Module) -> set[str]:
+        allowed = {"triton"} if KERNELS in path.parents else set()
+        return foreign_libraries(tree) - allowed if room_of(path) in CORE else set()
+
+    assert offenders(foreign) == {}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if KERNELS not in p.parents], ids=lambda p: p.stem)
-def test_kernels_are_imported_inside_functions_alone(path: Path) -> None:
-    at_once = imported_modules(module_level(ast.parse(path.read_text())))
-    assert not [name for name in at_once if name.startswith("slabformer.ops.kernels")]
+def test_kernels_are_imported_inside_functions_alone() -> None:
+    def kernels(path: Path, tree: ast.Module) -> list[str]:
+        at_once = [] if KERNELS in path.parents else imported_at_once(tree)
+        return [name for name in at_once if name.startswith("slabformer.ops.kernels")]
+
+    assert offenders(kernels) == {}
 
 
-def private_names_of_torch(source: str) -> set[str]:
-    """Names below `torch` with a leading underscore that ``source`` imports or reads, and storages' addresses."""
-    tree = ast.parse(source)
+def private_names(package: str, tree: ast.Module) -> set[str]:
+    """Names below ``package`` with a leading underscore that ``tree`` imports or reads, and its private attributes."""
     known: dict[str, str] = {}
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            known |= {
-                a.asname or a.name.split(".")[0]: a.name if a.asname else "torch" for a in node.names if _torch(a)
-            }
-            found |= {alias.name for alias in node.names if _torch(alias)}
-        elif isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
+            for alias in node.names:
+                if alias.name.split(".")[0] == package:
+                    known[alias.asname or package] = alias.name if alias.asname else package
+                    found.add(alias.name)
+        elif isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == package:
             known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Attribute) and node.attr in ("_cdata", "_version"):
-            found.add(node.attr)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            first, *rest = ast.unparse(node).split(".")
-            if first in known and all(part.isidentifier() for part in rest):
-                found.add(".".join([known[first], *rest]))
-    named = {name: name.split(".") for name in found if not name.startswith("torch.ops.")}  # operators' own names
-    return {name for name, parts in named.items() if any(p.startswith("_") and not p.startswith("__") for p in parts)}
+        first, *rest = dotted(node) or [""]
+        if rest and first in known:
+            found.add(".".join([known[first], *rest]))
+    parts_of = {name: name.split(".") for name in found if not name.startswith("torch.ops.")}  # operators' own names
+    private = {name for name, parts in parts_of.items() if any(map(_is_private, parts))}
+    return private | {name for node in ast.walk(tree) for name in _own_names(node) if name in PRIVATE[package][1]}
 
 
-def _torch(alias: ast.alias) -> bool:
-    return alias.name.split(".")[0] == "torch"
+def _is_private(part: str) -> bool:
+    return part.startswith("_") and not part.startswith("__")
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.stem != "_torch"], ids=lambda p: str(p.relative_to(SOURCE)))
-def test_private_names_of_torch_stay_in_one_file(path: Path) -> None:
-    assert private_names_of_torch(path.read_text()) == set()
+def _own_names(node: ast.AST) -> Iterator[str]:
+    """The attribute that ``node`` reads or writes, or the methods and attributes of the class that it defines."""
+    if isinstance(node, ast.Attribute):
+        yield node.attr
+    elif isinstance(node, ast.ClassDef):
+        for line in node.body:
+            if isinstance(line, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield line.name
+            elif isinstance(line, (ast.Assign, ast.AnnAssign)):
+                targets = line.targets if isinstance(line, ast.Assign) else [line.target]
+                yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+@pytest.mark.parametrize("package", PRIVATE)
+def test_private_names_of_a_package_stay_in_one_file(package: str) -> None:
+    home = SOURCE / f"{PRIVATE[package][0]}.py"
+    assert offenders(lambda path, tree: set() if path == home else private_names(package, tree)) == {}
+
+
+@pytest.mark.parametrize("package", PRIVATE)
+def test_files_of_private_names_say_which_versions_they_were_seen_in(package: str) -> None:
+    """From the lower bound of pyproject.toml to what tests are pinned to, and an upper bound ends what is claimed."""
+    lowest, newest = importlib.import_module(f"slabformer.{PRIVATE[package][0]}").CHECKED_WITH
+    pinned = re.search(rf"^{package}==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    bounds = {str(Requirement(text).specifier) for text in requirements() if Requirement(text).name == package}
+    assert pinned is not None
+    assert pinned[1] == newest or pinned[1].startswith(f"{newest}.")
+    ((low, high),) = (sorted(bound.split(","), reverse=True) for bound in bounds)
+    assert (low, high[0]) == (f">={lowest}", "<")
+
+
+def requirements() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
 
 
 @pytest.mark.parametrize(
-    ("source", "private"),
+    ("package", "source", "private"),
     [
-        ("import torch\ntorch._C._jit()", {"torch._C._jit", "torch._C"}),
-        ("from torch.nn.modules.conv import _ConvNd", {"torch.nn.modules.conv._ConvNd"}),
-        ("import torch._dynamo", {"torch._dynamo"}),
-        ("from torch import nn\nnn.modules._x", {"torch.nn.modules._x"}),
-        ("x.untyped_storage()._cdata", {"_cdata"}),
-        ("import torch\ntorch.ops.aten._int_mm", set()),
-        ("import torch\ntorch.nn.__name__", set()),
+        ("torch", "import torch\ntorch._C._jit()", {"torch._C._jit", "torch._C"}),
+        ("torch", "from torch.nn.modules.conv import _ConvNd", {"torch.nn.modules.conv._ConvNd"}),
+        ("torch", "import torch._dynamo", {"torch._dynamo"}),
+        ("torch", "from torch import nn\nnn.modules._x", {"torch.nn.modules._x"}),
+        ("torch", "x.untyped_storage()._cdata", {"_cdata"}),
+        ("torch", "import torch\ntorch.ops.aten._int_mm", set()),
+        ("torch", "import torch\ntorch.nn.__name__", set()),
+        ("timm", "def f():\n    from timm.models._features import x", {"timm.models._features.x"}),
+        ("timm", "import timm as t\nt.models._registry.y", {"timm.models._registry", "timm.models._registry.y"}),
+        ("transformers", "class M:\n    def _init_weights(self): ...", {"_init_weights"}),
+        ("transformers", "class M:\n    _keep_in_fp32_modules = []", {"_keep_in_fp32_modules"}),
     ],
 )
-def test_private_names_are_seen(source: str, private: set[str]) -> None:
-    assert private_names_of_torch(source) == private
+def test_private_names_are_seen(package: str, source: str, private: set[str]) -> None:
+    assert private_names(package, ast.parse(source)) == private
 
 
 @pytest.mark.parametrize(
@@ -202,7 +270,7 @@ def test_private_names_are_seen(source: str, private: set[str]) -> None:
     ids=["ops-nn", "inside-function", "room-from-root", "root", "tasks-deployment", "down", "public-name"],
 )
 def test_arrows_are_seen(room: str, source: str, misplaced: set[str]) -> None:
-    assert misplaced_arrows(room, source) == misplaced
+    assert misplaced_arrows(room, ast.parse(source)) == misplaced
 
 
 @pytest.mark.parametrize(
@@ -210,13 +278,15 @@ def test_arrows_are_seen(room: str, source: str, misplaced: set[str]) -> None:
     [
         ("import numpy as np", {"numpy"}),
         ("try:\n    import timm.layers\nexcept ImportError:\n    timm = None", {"timm"}),
-        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import rich", set()),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import rich\nelse:\n    import yaml", {"yaml"}),
+        ("import typing\nif typing.TYPE_CHECKING:\n    import rich", set()),
+        ("class C:\n    import rich", {"rich"}),
         ("def f():\n    import safetensors", set()),
     ],
-    ids=["plain", "guarded", "types-only", "inside-function"],
+    ids=["plain", "guarded", "types-only", "types-only-dotted", "inside-class", "inside-function"],
 )
 def test_foreign_libraries_are_seen(source: str, foreign: set[str]) -> None:
-    assert foreign_libraries(source) == foreign
+    assert foreign_libraries(ast.parse(source)) == foreign
 
 
 def distributions_needed_by(name: str) -> set[str]:

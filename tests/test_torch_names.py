@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from slabformer import _torch
-
-
-def test_a_missing_name_is_told_with_the_versions_that_have_it() -> None:
-    with pytest.raises(_torch.MissingTorchAPIError, match=r"has no torch\._C\._gone.* checked with torch 2\.11 to"):
-        _torch.private("torch._C._gone")
 
 
 def test_backward_is_told_from_forward() -> None:

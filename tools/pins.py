@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
-#: `name[extras]>=lowest`, the only form that pyproject.toml uses besides `==`
+#: `name[extras]>=lowest`, with an upper bound or without, or `name==version`
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[\w,-]+\])?\s*(?P<operator>>=|==)\s*(?P<version>[\w.*]+)")
 #: installers, which no environment needs to agree on
 INSTALLERS = {"pip", "setuptools", "wheel"}

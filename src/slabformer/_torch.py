@@ -1,18 +1,13 @@
-"""Every private name of torch that this package uses, and what it does where a release of torch has it no more.
-
-Checked with torch 2.11 to 2.14. What is missing raises a :class:`MissingTorchAPIError` that names it when it is first
-used, so that a new torch costs one feature and not the import.
-"""
+"""Every private name of torch that this package uses, and what it does where a release of torch has it no more."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -22,11 +17,12 @@ from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as Conv
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
+from slabformer._private import MissingPrivateNameError, private
+
 __all__ = [
     "BatchNorm",
     "Conv",
     "DispatchMode",
-    "MissingTorchAPIError",
     "NormBase",
     "assert_async",
     "compile_error",
@@ -35,7 +31,6 @@ __all__ = [
     "in_function_transform",
     "inductor_settings",
     "is_compiled_in_place",
-    "private",
     "storage_identity",
     "tree_leaves",
     "tree_map_tensors",
@@ -43,37 +38,10 @@ __all__ = [
 ]
 
 CHECKED_WITH = ("2.11", "2.14")
-
-
-class MissingTorchAPIError(ImportError):
-    """This torch lacks a private name that others have."""
-
-
-def private(name: str) -> Any:
-    """``torch._some.thing`` by its dotted name.
-
-    Raises:
-        MissingTorchAPIError: If this torch has no such thing.
-    """
-    module, found = name.split(".")[0], importlib.import_module(name.split(".")[0])
-    for part in name.split(".")[1:]:
-        module = f"{module}.{part}"
-        if not hasattr(found, part):
-            try:
-                found = importlib.import_module(module)
-                continue
-            except ImportError:
-                raise MissingTorchAPIError(
-                    f"torch {torch.__version__} has no {name}, which slabformer needs here; it is checked with torch "
-                    f"{CHECKED_WITH[0]} to {CHECKED_WITH[1]}: install one of these, or a newer slabformer"
-                ) from None
-        found = getattr(found, part)
-    return found
-
-
-_graph_task = private("torch._C._current_graph_task_id")
-_peek_interpreter = private("torch._C._functorch.peek_interpreter_stack")
-assert_async = private("torch._assert_async")
+_private = functools.partial(private, checked_with=CHECKED_WITH)
+_graph_task = _private("torch._C._current_graph_task_id")
+_peek_interpreter = _private("torch._C._functorch.peek_interpreter_stack")
+assert_async = _private("torch._assert_async")
 
 
 def in_backward() -> bool:
@@ -88,22 +56,22 @@ def in_function_transform() -> bool:
 
 def tree_map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
     """``tree`` of nested containers with ``change`` of each tensor in its place."""
-    return private("torch.utils._pytree.tree_map_only")(Tensor, change, tree)
+    return _private("torch.utils._pytree.tree_map_only")(Tensor, change, tree)
 
 
 def tree_leaves(tree: Any) -> list[Any]:
     """What nested containers hold."""
-    return private("torch.utils._pytree.tree_leaves")(tree)
+    return _private("torch.utils._pytree.tree_leaves")(tree)
 
 
 def compile_error() -> type[Exception]:
     """What ``torch.compile`` raises for code that it cannot take."""
-    return private("torch._dynamo.exc.TorchDynamoException")
+    return _private("torch._dynamo.exc.TorchDynamoException")
 
 
 def inductor_settings(settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
     """Inductor's ``settings`` for a block."""
-    return private("torch._inductor.config").patch(dict(settings))
+    return _private("torch._inductor.config").patch(dict(settings))
 
 
 def storage_identity(tensor: Tensor) -> int:
@@ -118,8 +86,8 @@ def version_of(tensor: Tensor) -> int | None:
 
 def graph_sources() -> dict[str, str]:
     """The sources that torch.fx keeps of every graph that it has compiled; empty where it keeps them elsewhere."""
-    with contextlib.suppress(MissingTorchAPIError):
-        return private("torch.fx.graph_module._loader.eval_cache")
+    with contextlib.suppress(MissingPrivateNameError):
+        return _private("torch.fx.graph_module._loader.eval_cache")
     return {}
 
 

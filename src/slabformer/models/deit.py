@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from timm.layers import to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from slabformer._timm import take_indices
 from slabformer.models.arguments import check_ranges
 from slabformer.models.norms import NormLayer, resolve_norm_layer
 from slabformer.models.registry import cfg, create
@@ -156,7 +156,7 @@ class SlabDeiT(DeiT):
         """As timm's; there are no prefix tokens to return."""
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
-        taken, last = feature_take_indices(len(self.blocks), indices)
+        taken, last = take_indices(len(self.blocks), indices)
         x, grid = self._embed(x)
         features = []
         for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):

@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel, LlamaRMSNorm
 
+from slabformer._transformers import ModelHooks
 from slabformer.models.padding import keep_padding_out
 from slabformer.models.weights.official import PublishedLayout, State
 from slabformer.nn import PRepBN, RepBN
@@ -89,23 +90,21 @@ def norm_of(config: SlabLlamaConfig) -> nn.Module:
     return make[config.norm]()
 
 
-class SlabLlamaPreTrainedModel(LlamaPreTrainedModel):
+class SlabLlamaPreTrainedModel(ModelHooks, LlamaPreTrainedModel):
     """What every model with these norms shares."""
 
     config: SlabLlamaConfig
     config_class = SlabLlamaConfig
 
-    #: whatever ``dtype`` a file is loaded in
-    _keep_in_fp32_modules_strict = ["running_mean", "running_var", "gamma"]  # noqa: RUF012 - as transformers has it
+    float32_modules = ("running_mean", "running_var", "gamma")
 
     #: rotary frequencies and counters follow from the architecture
     published_layout = PublishedLayout(
         dropped=(r"\.rotary_emb\.inv_freq$", r"\.num_step$"), complete=lambda model, state: _put_back(model, state)
     )
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+    def initialize(self, module: nn.Module) -> None:
+        """See :class:`ModelHooks`."""
         if isinstance(module, RepBN):
             start = 0.0 if self.config.norm_start == "zeros" else 1.0
             init.constant_(module.weight, start)

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from timm.layers import to_2tuple
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from slabformer._timm import take_indices
 from slabformer.models.stages import Stage, grid_sizes, pad_images
 from slabformer.models.weights.official import PublishedLayout, State, load_published, published_names, read_published
 from slabformer.models.weights.pretrained import fit_head, fit_stem
@@ -102,7 +102,7 @@ class PyramidTransformer(nn.Module):
         """Maps of the stages in ``indices``, as timm's; with ``norm`` the last stage's are normed."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
-        taken, last = feature_take_indices(len(self.stages), indices)
+        taken, last = take_indices(len(self.stages), indices)
         x = self.patch_embed(pad_images(x, self.pad_to))
         features = []
         for index, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
@@ -119,7 +119,7 @@ class PyramidTransformer(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages behind the last of ``indices``, as timm's feature extractor asks for."""
-        taken, last = feature_take_indices(len(self.stages), indices)
+        taken, last = take_indices(len(self.stages), indices)
         if prune_norm or last < len(self.stages) - 1:
             self.norm = nn.Identity()
         self.stages = self.stages[: last + 1]

@@ -8,9 +8,9 @@ from typing import Any
 
 import timm
 from timm.layers.format import Format
-from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from slabformer._timm import is_feature_getter
 from slabformer._torch import BatchNorm
 from slabformer.models import deit, swin
 from slabformer.models.arguments import check_arguments
@@ -159,7 +159,7 @@ def create_backbone(
     if norm is not None or published:
         raise ValueError(f"norm and published are for models of this package; convert_norms_ converts {name}")
     body = _create(name, features_only=True, **args)
-    if isinstance(body, FeatureGetterNet) and len(set(body.feature_info.reduction())) == 1:
+    if is_feature_getter(body) and len(set(body.feature_info.reduction())) == 1:
         return _from_tokens(body.model, "layernorm", output_norm)
     return TimmBackbone(body, _output_norm(output_norm or "none"))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder
+
+from slabformer._torchvision import BoxCoder
 
 
 class ClampedBoxCoder(BoxCoder):
