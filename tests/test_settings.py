@@ -244,7 +244,7 @@ def test_no_field_of_a_header_comes_without_a_range(kind: type) -> None:
 
 def numeric(hint: Any) -> bool:
     """Whether a type holds a number without a rule."""
-    if get_origin(hint) in (Annotated, Literal):
+    if get_origin(hint) in (Annotated, Literal, Callable):
         return False
     return hint in (int, float) or any(numeric(part) for part in get_args(hint))
 

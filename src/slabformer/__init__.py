@@ -5,8 +5,9 @@ from slabformer import ops, testing
 from slabformer._moved import answer_to_old_names as _answer_to_old_names
 from slabformer.deployment.deploy import deploy
 from slabformer.models.weights.official import load_published, to_published
-from slabformer.nn import Affine, PRepBN, RepBN, SimplifiedLinearAttention
+from slabformer.nn import Affine, DyT, PRepBN, RepBN, SimplifiedLinearAttention, TokenBatchNorm
 from slabformer.nn.controls import blended, copy_gamma_, norm_parameters, set_token_mask, sync_norms_, token_mask
+from slabformer.nn.norms import NormType, norm_types, register_norm
 from slabformer.progressive import ProgressiveSchedule
 from slabformer.surgery.audit import audit
 from slabformer.surgery.convert import convert_norms_
@@ -20,12 +21,15 @@ __version__ = "0.1.0"
 _answer_to_old_names()
 __all__ = [
     "Affine",
+    "DyT",
     "FuseReport",
     "NormOutcome",
+    "NormType",
     "PRepBN",
     "ProgressiveSchedule",
     "RepBN",
     "SimplifiedLinearAttention",
+    "TokenBatchNorm",
     "VerificationError",
     "VerifyResult",
     "audit",
@@ -39,8 +43,10 @@ __all__ = [
     "load_fused",
     "load_published",
     "norm_parameters",
+    "norm_types",
     "ops",
     "recalibrate_",
+    "register_norm",
     "save_fused",
     "set_token_mask",
     "sync_norms_",

@@ -53,6 +53,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "deployment.zoo": ("bench.zoo",),
     "models.download": ("models.weights.download",),
     "models.hub": ("models.weights.hub",),
+    "models.norms": ("nn.norms",),
     "models.official": ("models.weights.official",),
     "models.pretrained": ("models.weights.pretrained",),
     "models.published": ("models.weights.published",),

@@ -111,12 +111,13 @@ class Where:
 class Known:
     """A name that a library knows, in upper or lower case; it is asked, and imported, when a name is checked."""
 
-    allowed: str
     names: Callable[[], Collection[str]]
+    allowed: str = ""
+    """Which, in words; without any, the names themselves."""
 
     def words(self) -> str:
         """See :class:`Rule`."""
-        return self.allowed
+        return self.allowed or f"one of {', '.join(self.names())}"
 
     def refusal(self, value: Any) -> str | None:
         """See :class:`Rule`."""
@@ -124,7 +125,7 @@ class Known:
         if value.lower() in names:
             return None
         near = difflib.get_close_matches(value.lower(), names, n=1)
-        return f"must be {self.allowed}, got {shown(value)}" + (f"; did you mean {near[0]!r}?" if near else "")
+        return f"must be {self.words()}, got {shown(value)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 @dataclass(frozen=True, init=False)

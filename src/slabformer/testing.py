@@ -33,7 +33,7 @@ def randomize_norms_(model: nn.Module, seed: Seed = 0) -> nn.Module:
             assert isinstance(module.running_var, Tensor)
             module.running_mean.copy_(0.3 * normal(module.running_mean))
             module.running_var.copy_(0.5 + normal(module.running_var).square())
-        if isinstance(module, RepBN):
+        if isinstance(getattr(module, "eta", None), nn.Parameter) and isinstance(module, RepBN):
             module.eta.copy_(0.7 + 0.2 * normal(module.eta))
         if isinstance(module, (RepBN, Affine)) or _is_frozen(module):
             assert isinstance(module.weight, Tensor)

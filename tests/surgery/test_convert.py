@@ -135,7 +135,7 @@ def test_nothing_to_convert_is_an_error() -> None:
 @pytest.mark.parametrize("progressive", [True, False])
 def test_second_conversion_is_an_error_and_changes_nothing(progressive: bool) -> None:
     model = block()
-    convert_norms_(model, progressive=progressive)
+    convert_norms_(model, norm="prepbn" if progressive else "repbn")
     before = list(model.named_modules())
     with pytest.raises(ValueError, match="of ours already"):
         convert_norms_(model)

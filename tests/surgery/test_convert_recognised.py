@@ -328,7 +328,7 @@ def test_norms_are_recognised_and_go_on_computing_what_they_did(build: Any, shap
 def test_gain_and_offset_become_the_start_of_repbn(build: Any, shape: tuple[int, ...]) -> None:
     norm = randomize(build())
     model = nn.Sequential(norm)
-    convert_norms_(model, progressive=False, eta=0.0, eps=1e-12)
+    convert_norms_(model, norm="repbn", eta=0.0, eps=1e-12)
     x = torch.randn(shape)
     y = model(x).movedim(model[0].channel_dim, -1).flatten(0, -2)
     gain, offset = effective(norm)

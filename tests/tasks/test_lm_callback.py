@@ -247,7 +247,7 @@ def test_a_plain_trainer_decays_no_parameter_of_the_norms(
     tmp_path: Path, build: Callable[[], PreTrainedModel], progressive: bool
 ) -> None:
     model = build()
-    sf.convert_norms_(model, progressive=progressive)
+    sf.convert_norms_(model, norm="prepbn" if progressive else "repbn")
     trainer = trainer_of(model, tmp_path, weight_decay=0.1)
     decay, spared = trainer.create_optimizer().param_groups
     assert (decay["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)

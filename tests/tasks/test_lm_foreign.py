@@ -99,7 +99,7 @@ def test_shards_and_half_precision_are_read(tmp_path: Path) -> None:
 
 def test_norms_without_a_schedule_are_noted_too(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(somebody_elses("llama").config).eval()
-    sf.convert_norms_(model, progressive=False, momentum=None)
+    sf.convert_norms_(model, norm="repbn", momentum=None)
     sf.testing.randomize_norms_(model, 0)
     save_model_folder(model, None, tmp_path)
     loaded = load_model_folder(tmp_path)

@@ -34,7 +34,7 @@ def fused() -> nn.Module:
 
 def converted() -> nn.Module:
     model = trained_looking("deit_micro")
-    sf.convert_norms_(model, progressive=False)
+    sf.convert_norms_(model, norm="repbn")
     return model.eval()
 
 

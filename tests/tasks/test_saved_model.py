@@ -59,7 +59,7 @@ def logits(model: nn.Module) -> Tensor:
         ("slab_deit_micro", lambda model: None),
         ("deit_micro", lambda model: None),
         ("deit_micro", sf.convert_norms_),
-        ("deit_micro", lambda model: sf.convert_norms_(model, progressive=False)),
+        ("deit_micro", lambda model: sf.convert_norms_(model, norm="repbn")),
         ("deit_micro", lambda model: sf.convert_norms_(model, lambda m, name: "norm1" in name, eps=1e-3, momentum=0.2)),
     ],
     ids=["ours", "layernorm", "converted", "converted-to-repbn", "converted-in-part"],
@@ -81,7 +81,7 @@ def test_a_model_comes_back_as_it_was(tmp_path: Path, name: str, change: Callabl
 def test_norms_converted_with_different_settings_come_back(tmp_path: Path) -> None:
     def change(model: nn.Module) -> None:
         sf.convert_norms_(model, lambda m, name: "norm1" in name, eps=1e-3)
-        sf.convert_norms_(model, lambda m, name: "norm2" in name, progressive=False)
+        sf.convert_norms_(model, lambda m, name: "norm2" in name, norm="repbn")
 
     info = info_of("deit_micro")
     model = build(info, change)

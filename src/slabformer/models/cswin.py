@@ -11,7 +11,6 @@ from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from slabformer.models.norms import NormLayer, resolve_norm_layer
 from slabformer.models.pyramid import PyramidTransformer
 from slabformer.models.registry import cfg, create
 from slabformer.models.stages import (
@@ -25,6 +24,7 @@ from slabformer.models.stages import (
     grid_sizes,
 )
 from slabformer.models.weights.official import PublishedLayout, State
+from slabformer.nn.norms import NormLayer, resolve_norm_layer
 from slabformer.nn.resample import Grid
 from slabformer.nn.stripes import StripeAttention, WindowLinearAttention
 from slabformer.settings import FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked

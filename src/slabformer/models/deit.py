@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from slabformer._timm import take_indices
 from slabformer.models.arguments import check_ranges
-from slabformer.models.norms import NormLayer, resolve_norm_layer
 from slabformer.models.registry import cfg, create
 from slabformer.models.weights.official import PublishedLayout, State, load_published, read_published
 from slabformer.models.weights.pretrained import fit_head, fit_stem, fit_tables
 from slabformer.nn.attention import SimplifiedLinearAttention
+from slabformer.nn.norms import NormLayer, resolve_norm_layer
 from slabformer.nn.resample import Grid
 from slabformer.settings import ImageSize, PositiveFloat, PositiveInt, checked
 

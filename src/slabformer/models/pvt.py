@@ -11,7 +11,6 @@ from timm.layers import Mlp, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from slabformer.models.norms import NormLayer, resolve_norm_layer
 from slabformer.models.pyramid import PyramidTransformer
 from slabformer.models.registry import cfg, create
 from slabformer.models.stages import (
@@ -27,6 +26,7 @@ from slabformer.models.stages import (
 )
 from slabformer.models.weights.official import PublishedLayout
 from slabformer.nn.attention_variants import PyramidAttention, PyramidLinearAttention, Resize
+from slabformer.nn.norms import NormLayer, resolve_norm_layer
 from slabformer.nn.resample import Grid
 from slabformer.settings import FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked
 

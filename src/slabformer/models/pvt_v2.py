@@ -10,10 +10,10 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
-from slabformer.models.norms import NormLayer
 from slabformer.models.pvt import PVT
 from slabformer.models.registry import cfg, create
 from slabformer.models.stages import Stage
+from slabformer.nn.norms import NormLayer
 from slabformer.nn.resample import Grid
 
 

@@ -11,7 +11,7 @@ from timm.models import checkpoint, register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slabformer.models.norms import NormLayer
+from slabformer.nn.norms import NormLayer
 from slabformer.nn.resample import Grid, resample_table
 
 register_notrace_function(resample_table)

@@ -9,12 +9,12 @@ from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from slabformer.models.norms import NormLayer, resolve_norm_layer
 from slabformer.models.pyramid import PyramidTransformer
 from slabformer.models.registry import cfg, create
 from slabformer.models.stages import Block, ConvEmbed, Stage, check_attention, check_heads, drop_path_rates, grid_sizes
 from slabformer.models.weights.official import PublishedLayout, State
 from slabformer.nn.attention import SimplifiedLinearAttention, refuse_attn_drop
+from slabformer.nn.norms import NormLayer, resolve_norm_layer
 from slabformer.nn.resample import Grid
 from slabformer.nn.shifted_windows import (
     ShiftedWindowAttention,

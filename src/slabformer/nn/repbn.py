@@ -85,7 +85,7 @@ class RepBN(KeepsFloat32, BatchNorm):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
         self.initial_eta = float(eta)
-        self.eta = nn.Parameter(torch.full((1,), self.initial_eta, device=device, dtype=dtype))
+        self._make_skip(device, dtype)
         self.register_buffer("running_mean", torch.zeros(dim, device=device, dtype=statistics_dtype))
         self.register_buffer("running_var", torch.ones(dim, device=device, dtype=statistics_dtype))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
@@ -94,7 +94,9 @@ class RepBN(KeepsFloat32, BatchNorm):
         #: valid tokens, boolean; of several masks the one that fits counts, and None among them stands for all tokens
         self.token_mask: Tensor | tuple[Tensor | None, ...] | None = None
         #: where messages say it is; set with the mask
-        self.name = "RepBN"
+        self.name = type(self).__name__
+        #: where messages say what it is, which TorchScript cannot ask of a class
+        self.kind = self.name
         self.sync: StatisticsSync | None = None
         #: set while recalibrating: batch statistics go here and the running ones stay
         self.accumulator: MomentsAccumulator | None = None
@@ -105,6 +107,9 @@ class RepBN(KeepsFloat32, BatchNorm):
         self._mask_of_forward: Tensor | tuple[Tensor | None, ...] | None = None
         self._since_reset: MomentsAccumulator | None = None
         self._told_unmasked = False
+
+    def _make_skip(self, device: Device, dtype: torch.dtype | None) -> None:
+        self.eta = nn.Parameter(torch.full((1,), self.initial_eta, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor:
         """RepBN of ``x``, times the scalar tensor ``share`` where one is given."""
@@ -238,7 +243,7 @@ class RepBN(KeepsFloat32, BatchNorm):
         dim = self.normalized_shape[0]
         if x.ndim < 2 or x.shape[self.channel_dim] != dim:
             raise ValueError(
-                f"RepBN over {dim} channels on axis {self.channel_dim}, got input of shape {tuple(x.shape)}"
+                f"{self.kind} over {dim} channels on axis {self.channel_dim}, got input of shape {tuple(x.shape)}"
             )
         return x.movedim(self.channel_dim, -1)
 
@@ -276,7 +281,7 @@ class RepBN(KeepsFloat32, BatchNorm):
     def _check_tokens(self, tokens: Tensor) -> None:
         alone = self.sync is None or not self.sync.active
         if self.training and alone and tokens.numel() <= tokens.shape[-1]:
-            raise ValueError("RepBN needs more than one token to train on; enlarge the batch or call eval()")
+            raise ValueError(f"{self.kind} needs more than one token to train on; enlarge the batch or call eval()")
 
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """The map of eval mode, ``x * scale + shift``, float64 ``(C,)`` each."""
@@ -288,7 +293,7 @@ class RepBN(KeepsFloat32, BatchNorm):
         Raises:
             ValueError: If the running statistics are not finite, or a variance is negative.
         """
-        check_statistics({"RepBN": (self.running_mean, self.running_var)})
+        check_statistics({self.kind: (self.running_mean, self.running_var)})
         scale, shift = self.scale_shift()
         affine = Affine.of(scale, shift, like=self.weight, channel_dim=self.channel_dim, eps=self.eps)
         return affine.train(self.training)

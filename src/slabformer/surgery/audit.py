@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slabformer.nn.affine import Affine
+from slabformer.nn.norms import norm_type
 from slabformer.surgery.batches import eval_mode
 from slabformer.surgery.convert import LeftNorm, find_layer_norms, nothing_to_convert, replace_norms_
 from slabformer.surgery.fuse.report import FuseReport
@@ -98,7 +99,7 @@ def _as_affines_(model: nn.Module) -> tuple[list[Norm], tuple[LeftNorm, ...]]:
     What looks like a norm and stays is returned too.
     """
     found, left = find_layer_norms(model)
-    replace_norms_(model, found, progressive=False, eta=1.0, eps=1e-5, momentum=None)
+    replace_norms_(model, found, norm=norm_type("repbn"))
     for norm in find_norms(model):
         new = Affine(norm.num_channels, channel_dim=norm.channel_dim, then=tail_of(norm.module))
         nn.init.ones_(new.bias)

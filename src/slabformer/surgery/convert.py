@@ -1,4 +1,4 @@
-"""Replace LayerNorm and RMSNorm of any model by PRepBN, recognised by what they compute."""
+"""Replace LayerNorm and RMSNorm of any model by PRepBN or another norm, recognised by what they compute."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import inspect
 import itertools
 import logging
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from slabformer.nn import PRepBN, RepBN
-from slabformer.nn.affine import Affine, Folded
+from slabformer.nn.affine import Folded
+from slabformer.nn.norms import NormName, NormType, check_eta, norm_type, type_of
+from slabformer.nn.prepbn import PRepBN
+from slabformer.nn.repbn import RepBN
 from slabformer.settings import Fraction, NonNegativeFloat, Number, checked
 from slabformer.surgery.one_input import optional_arguments, take_one_input_
 from slabformer.surgery.recognise import HOOKS, Lookalike, NormForm, Verdict, recognise
 
 logger = logging.getLogger(__name__)
-
-_OURS = (PRepBN, RepBN, Affine, Folded)
 
 
 class LeftNorm(NamedTuple):
@@ -58,43 +59,63 @@ def convert_norms_(
     model: nn.Module,
     filter: Callable[[nn.Module, str], bool] | None = None,
     *,
-    progressive: bool = True,
-    eta: Number = 1.0,
+    norm: NormName = "prepbn",
+    progressive: bool | None = None,
+    eta: Number | None = None,
     eps: NonNegativeFloat = 1e-5,
     momentum: Fraction | None = 0.1,
 ) -> ConvertedNorms:
     """Replace every LayerNorm and RMSNorm of ``model`` in place by a :class:`PRepBN` that still holds it.
 
     A norm is recognised by what a copy of it computes, whatever its class and the names of its parameters: LayerNorm,
-    RMSNorm or timm's SimpleNorm over the last axis, or over the channels of a map, with a gain of any form. Its gain
-    and offset become RepBN's start too. Weights, dtype, device, mode, hooks and ties are kept; the optimizer must be
-    built afterwards. What looks like a norm but cannot be converted is left, logged and returned with the reason:
-    norms over several axes or with a gain per head, with further inputs, with an activation, L2 normalisation,
+    RMSNorm or timm's SimpleNorm over the last axis, or over the channels of a map, with a gain of any form; and DyT.
+    Its gain and offset become RepBN's start too. Weights, dtype, device, mode, hooks and ties are kept; the optimizer
+    must be built afterwards. What looks like a norm but cannot be converted is left, logged and returned with the
+    reason: norms over several axes or with a gain per head, with further inputs, with an activation, L2 normalisation,
     GroupNorm.
 
     Args:
         model: Edited in place.
         filter: Called with ``(module, name)`` of each such norm; false leaves it as it is.
-        progressive: True for PRepBN; False for RepBN from the start, which drops the old norm.
-        eta: Initial skip weight: 1 in the paper's vision models, 0 in its language model.
-        eps: Added to RepBN's variance.
-        momentum: Of RepBN's running statistics.
+        norm: What to convert to: "prepbn", which holds the old norm while it fades; "repbn" or "batchnorm" from the
+            start; "layernorm", "rmsnorm" or "dyt" as baselines; or the name of a registered norm. Norms that are of
+            that kind already are left. Where the new kind has an offset or a gain, it takes that of the old one.
+        progressive: An older spelling, until 0.3: False for ``norm="repbn"``.
+        eta: Initial skip weight of RepBN and PRepBN: 1 by default and in the paper's vision models, 0 in its language
+            model.
+        eps: Added to the variance of BatchNorm, RepBN and PRepBN; other norms take the old norm's.
+        momentum: Of their running statistics.
 
     Returns:
         Names of the converted modules, in the model's order, a tied one under each of its names; ``left`` holds what
         looks like a norm and was left.
 
     Raises:
-        ValueError: If nothing matched, or ``model`` itself is the norm.
+        ValueError: If nothing matched, ``model`` itself is the norm, or ``norm`` is unknown.
     """
+    if progressive is not None:
+        warnings.warn(
+            f"progressive={progressive} is now norm={'prepbn' if progressive else 'repbn'!r}; it goes with 0.3",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        norm = norm if progressive else "repbn"
+    row = norm_type(norm)
+    settings = {"bn_eps": eps, "momentum": momentum} | ({} if eta is None else {"eta": check_eta(row, eta)})
     recognised, left = find_layer_norms(model)
-    found = {
-        name: form for name, form in recognised.items() if filter is None or filter(model.get_submodule(name), name)
-    }
+    others = {name: form for name, form in recognised.items() if form.kind != row.name}
+    asked = {name: form for name, form in others.items() if filter is None or filter(model.get_submodule(name), name)}
+    found = {name: form for name, form in asked.items() if form.channel_dim == -1 or "channel_dim" in row.settings}
+    left += tuple(
+        LeftNorm(name, type(model.get_submodule(name)).__name__, f"it is over the channels of maps, {row.title} is not")
+        for name in asked
+        if name not in found
+    )
     if not found:
-        raise ValueError(nothing_to_convert(model, len(recognised), left))
-    replace_norms_(model, found, progressive=progressive, eta=eta, eps=eps, momentum=momentum)
-    logger.info("converted %d norms of %s", len(found), type(model).__name__)
+        already = f"{len(recognised) - len(others)} {row.title}" if len(recognised) > len(others) else ""
+        raise ValueError(nothing_to_convert(model, len(others) - len(asked), left, already))
+    replace_norms_(model, found, norm=row, **settings)
+    logger.info("converted %d norms of %s to %s", len(found), type(model).__name__, row.title)
     for line in _summary(left):
         logger.warning("%s", line)
     return ConvertedNorms(found, left)
@@ -104,12 +125,16 @@ def replace_norms_(
     model: nn.Module,
     found: Mapping[str, NormForm],
     *,
-    progressive: bool,
-    eta: float,
-    eps: float,
-    momentum: float | None,
+    norm: NormType,
+    **settings: Any,
 ) -> None:
-    """Replace the norms ``found`` by :func:`find_layer_norms` as :func:`convert_norms_` does.
+    """Replace the norms ``found`` by :func:`find_layer_norms` by those of a row, as :func:`convert_norms_` does.
+
+    Args:
+        model: Edited in place.
+        found: What to replace, by name.
+        norm: The kind that they become.
+        settings: As :meth:`slabformer.NormType.layer` takes them, where they are not the old norm's.
 
     Raises:
         ValueError: If ``model`` itself is the norm.
@@ -119,31 +144,32 @@ def replace_norms_(
     converted: dict[nn.Module, nn.Module] = {}
     forms: dict[nn.Module, NormForm] = {}
     for name, form in found.items():
-        norm = model.get_submodule(name)
-        if norm not in converted:
-            options = {"eta": eta, "momentum": momentum, **_place(norm, model)}
-            converted[norm] = _replacement(norm, form, progressive, eps, options)
-            forms[norm] = form
+        old = model.get_submodule(name)
+        if old not in converted:
+            converted[old] = _replacement(old, form, norm, settings, _place(old, model))
+            forms[old] = form
+    _warn_of_lost_offsets(forms, converted)
     _tie(converted, forms)
     places = {name: converted[model.get_submodule(name)] for name in found}
     for name, new in places.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
-    for norm, new in converted.items():
-        _move_hooks(norm, new)
-        take_one_input_(new, norm)
+    for old, new in converted.items():
+        _move_hooks(old, new)
+        take_one_input_(new, old)
     switch_off_fast_paths(model)
 
 
 def find_layer_norms(model: nn.Module) -> tuple[dict[str, NormForm], tuple[LeftNorm, ...]]:
     """What :func:`convert_norms_` can convert, by name, and what looks like it and cannot be; nothing is changed."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    inside_ours = tuple(f"{name}." if name else "" for name, module in modules.items() if isinstance(module, _OURS))
+    gone = [name for name, module in modules.items() if _needs_none(module)]
+    inside = tuple(f"{name}." if name else "" for name in gone)
     known: dict[Any, Verdict] = {}
     forms: dict[str, NormForm] = {}
     left: dict[str, str] = {}
     for name, module in modules.items():
-        if name.startswith(inside_ours) or isinstance(module, _OURS):
+        if name.startswith(inside) or _needs_none(module):
             continue
         found = recognise(module, known)
         if isinstance(found, NormForm) and (given := _given_by_callers(model, name, optional_arguments(module))):
@@ -162,15 +188,23 @@ def find_layer_norms(model: nn.Module) -> tuple[dict[str, NormForm], tuple[LeftN
     return forms, tuple(LeftNorm(name, type(modules[name]).__name__, reason) for name, reason in left.items())
 
 
+def _needs_none(module: nn.Module) -> bool:
+    """Whether it is folded, or :func:`slabformer.fuse` can fold it as it is."""
+    row = type_of(module)
+    return isinstance(module, Folded) or (row is not None and row.scale_shift is not None)
+
+
 def _holds_any(name: str, others: Iterable[str]) -> bool:
     return any(other != name and other.startswith(f"{name}." if name else "") for other in others)
 
 
-def nothing_to_convert(model: nn.Module, num_refused: int, left: Sequence[LeftNorm]) -> str:
-    """The words of an error about it, with what the filter refused and what was left."""
+def nothing_to_convert(model: nn.Module, num_refused: int, left: Sequence[LeftNorm], already: str = "") -> str:
+    """The words of an error about it, with what the filter refused, what was left and what is ``already`` there."""
     there = sum(isinstance(module, (PRepBN, RepBN)) for module in model.modules())
     if num_refused:
         hint = f"the filter refused all {num_refused}"
+    elif already:
+        hint = f"it holds {already} already"
     elif there:
         hint = f"it holds {there} of ours already"
     else:
@@ -220,16 +254,43 @@ def _is_attribute_of_self(called: ast.expr, leaf: str) -> bool:
     )
 
 
-def _replacement(norm: nn.Module, form: NormForm, progressive: bool, eps: float, options: dict[str, Any]) -> nn.Module:
-    options = {**options, "channel_dim": form.channel_dim}
-    dim = form.num_channels
-    new = PRepBN(dim, norm=norm, bn_eps=eps, **options) if progressive else RepBN(dim, eps=eps, **options)
-    rep = new.rep if isinstance(new, PRepBN) else new
-    gain, offset = form.gain_and_offset(norm)
+def _replacement(
+    old: nn.Module, form: NormForm, norm: NormType, settings: dict[str, Any], place: dict[str, Any]
+) -> nn.Module:
+    """A norm of another kind with the gain and offset of the ``old`` one, as far as it has them."""
+    own = {"channel_dim": form.channel_dim, "norm": old} | ({"eps": form.eps} if form.eps else {})
+    new = norm.layer(**settings, **own)(form.num_channels, **place)
+    weight, bias = (_parameter(new, leaf) for leaf in ("weight", "bias"))
+    gain, offset = form.gain_and_offset(old)
     with torch.no_grad():
-        rep.weight.mul_(gain.to(rep.weight) if isinstance(gain, Tensor) else gain)
-        rep.bias.add_(offset.to(rep.bias) if isinstance(offset, Tensor) else offset)
-    return new.train(norm.training)
+        if weight is not None:
+            weight.mul_(gain.to(weight) if isinstance(gain, Tensor) else gain)
+        if bias is not None:
+            bias.add_(offset.to(bias) if isinstance(offset, Tensor) else offset)
+    return new.train(old.training)
+
+
+def _weights_of(norm: nn.Module) -> nn.Module:
+    """The module that holds the gain and offset of a new norm: RepBN inside a PRepBN."""
+    return norm.rep if isinstance(norm, PRepBN) else norm
+
+
+def _parameter(norm: nn.Module, leaf: str) -> nn.Parameter | None:
+    own = getattr(_weights_of(norm), leaf, None)
+    return own if isinstance(own, nn.Parameter) else None
+
+
+def _warn_of_lost_offsets(forms: Mapping[nn.Module, NormForm], converted: Mapping[nn.Module, nn.Module]) -> None:
+    lost = [
+        (old, new)
+        for old, new in converted.items()
+        if _parameter(new, "bias") is None and bool(torch.as_tensor(forms[old].gain_and_offset(old)[1]).any())
+    ]
+    if lost:
+        old, new = lost[0]
+        logger.warning(
+            "%d norms lose their offset: a %s has none, the %s had", len(lost), type(new).__name__, type(old).__name__
+        )
 
 
 def _place(norm: nn.Module, model: nn.Module) -> dict[str, Any]:
@@ -240,15 +301,15 @@ def _place(norm: nn.Module, model: nn.Module) -> dict[str, Any]:
 
 
 def _tie(converted: Mapping[nn.Module, nn.Module], forms: Mapping[nn.Module, NormForm]) -> None:
-    """Norms that shared a parameter share RepBN's too."""
+    """Norms that shared a parameter share the new one's too."""
     first: dict[tuple[Any, ...], nn.Parameter] = {}
     for norm, new in converted.items():
-        rep = new.rep if isinstance(new, PRepBN) else new
+        holder = _weights_of(new)
         form, own = forms[norm], dict(norm.named_parameters())
         for leaf, names in (("weight", form.gains), ("bias", form.offsets)):
-            if len(names) == 1 and names[0] in own:
+            if len(names) == 1 and names[0] in own and _parameter(new, leaf) is not None:
                 key = (own[names[0]], leaf, form.num_channels, form.gain)
-                setattr(rep, leaf, first.setdefault(key, getattr(rep, leaf)))
+                setattr(holder, leaf, first.setdefault(key, getattr(holder, leaf)))
 
 
 def _move_hooks(norm: nn.Module, new: nn.Module) -> None:

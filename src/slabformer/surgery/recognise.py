@@ -15,15 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._process import alone, no_warnings
+from slabformer.nn.norms import NormType, norm_types, rows, type_of
 from slabformer.surgery.one_input import arguments
 from slabformer.surgery.outputs import first_line
 
-#: what a norm may compute from tokens ``(*, C)`` before its gain and offset, eps left out: one row a kind
-NORMALIZERS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
-    "LayerNorm": lambda x, axes: _over(x - x.mean(axes, keepdim=True), x.var(axes, correction=0, keepdim=True)),
-    "RMSNorm": lambda x, axes: _over(x, x.square().mean(axes, keepdim=True)),
-    "SimpleNorm": lambda x, axes: _over(x, x.var(axes, correction=1, keepdim=True)),
-}
 #: where a module keeps the hooks on its calls, and what kind its backward hooks are
 HOOKS = (
     "_forward_hooks",
@@ -66,7 +61,7 @@ class NormForm:
     """A norm over one axis of channels, ``normalised(x) * gain + offset``, as it was found by running a copy.
 
     Attributes:
-        kind: Row of :data:`NORMALIZERS`.
+        kind: Name of its row in the table of norms, :mod:`slabformer.nn.norms`.
         num_channels: ``C``.
         channel_dim: Axis of the channels, -1 or 1.
         gains: Names of the tensors that the gain depends on.
@@ -142,6 +137,9 @@ def recognise(module: nn.Module, known: dict[Any, Verdict] | None = None) -> Ver
         known: Verdicts on earlier modules, which this call reads and adds to: modules that differ in nothing but the
             values of their tensors are run once.
     """
+    row = type_of(module)
+    if row is not None and row.gain_and_offset is not None:
+        return _as_the_row_says(row, module)
     if _is_known(module):
         return None
     named = _named_norm(module)
@@ -165,8 +163,27 @@ def recognise(module: nn.Module, known: dict[Any, Verdict] | None = None) -> Ver
         return Lookalike(f"it cannot be run on its own: {first_line(error)}") if named else None
 
 
-def _over(x: Tensor, square: Tensor) -> Tensor:
-    return x * square.clamp(min=torch.finfo(square.dtype).tiny).rsqrt()
+def _as_the_row_says(row: NormType, module: nn.Module) -> NormForm:
+    """A norm that its class tells: what it computes is no line through a function of its input alone."""
+    assert row.gain_and_offset is not None
+    gain, offset = row.gain_and_offset
+    return NormForm(
+        kind=row.name,
+        num_channels=row.num_channels(module),
+        channel_dim=row.channel_dim(module),
+        gains=(gain,),
+        offsets=(offset,),
+        gain=(1.0, 0.0),
+        offset_is_stored=True,
+        eps=getattr(module, "eps", 0.0),
+    )
+
+
+def _normalised(kind: str, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """``x`` as the norm in that row of the table makes it, before gain and offset."""
+    normalise = norm_types()[kind].normalise
+    assert normalise is not None
+    return normalise(x, axes)
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -317,17 +334,17 @@ class _Probe:
     def line(self, layout: _Layout, kind: str) -> _Line:
         """Its output as gain and offset of ``kind``, on large inputs."""
         x = self.input(layout, LARGE)
-        return _Line.through(NORMALIZERS[kind](layout.tokens(x), layout.axes), layout.tokens(self.run(x)))
+        return _Line.through(_normalised(kind, layout.tokens(x), layout.axes), layout.tokens(self.run(x)))
 
     def kind(self, layout: _Layout) -> str | None:
         """The kind of norm that it computes, whatever its tensors hold."""
-        left = list(NORMALIZERS)
+        left = [row.name for row in rows() if row.normalise is not None]
         for seed in (1, 0):
             self.draw(seed)
             x = self.input(layout, LARGE)
             y = layout.tokens(self.run(x))
             tokens = layout.tokens(x)
-            left = [kind for kind in left if _Line.through(NORMALIZERS[kind](tokens, layout.axes), y).error < TOLERANCE]
+            left = [kind for kind in left if _Line.through(_normalised(kind, tokens, layout.axes), y).error < TOLERANCE]
         return left[0] if left else None
 
 
@@ -532,13 +549,13 @@ def _eps(probe: _Probe, layout: _Layout, kind: str) -> float | None:
     for scale in (1.0, 1e-2):
         x = probe.input(layout, scale)
         tokens = layout.tokens(x)
-        full = NORMALIZERS[kind](tokens, layout.axes) * line.slope
+        normalised = _normalised(kind, tokens, layout.axes)
+        full = normalised * line.slope
         actual = layout.tokens(probe.run(x)) - line.offset
         share = (actual * full).sum(-1) / full.square().sum(-1)
         if (actual - share[:, None] * full).abs().max() > TOLERANCE * 10 * full.abs().max():
             return None
-        centred = tokens - tokens.mean(-1, keepdim=True) if kind != "RMSNorm" else tokens
-        sizes.append(centred.square().mean(-1).sqrt())
+        sizes.append(tokens.std(-1) / normalised.std(-1))
         shares.append(share)
     size, share = torch.cat(sizes), torch.cat(shares).clamp(min=1e-6)
     rules: list[tuple[Tensor, Callable[[Tensor], Tensor], float]] = [

@@ -59,7 +59,7 @@ def convert_as_described_(model: nn.Module, conversions: Iterable[Conversion], t
         found = sf.convert_norms_(
             model,
             lambda _, name: name in names,  # noqa: B023 - called before the next round
-            progressive=conversion.progressive,
+            norm="prepbn" if conversion.progressive else "repbn",
             eps=conversion.eps,
             momentum=conversion.momentum,
         )

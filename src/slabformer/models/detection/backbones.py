@@ -15,12 +15,12 @@ from slabformer._torch import BatchNorm
 from slabformer.models import deit, swin
 from slabformer.models.arguments import check_arguments
 from slabformer.models.detection.token_pyramid import STRIDES, TokenPyramid
-from slabformer.models.norms import NormLayer, resolve_norm_layer
 from slabformer.models.pvt import PVT
 from slabformer.models.pyramid import PyramidTransformer
 from slabformer.models.registry import check_model_name
 from slabformer.models.weights.official import PublishedLayout
 from slabformer.nn import PRepBN, RepBN
+from slabformer.nn.norms import NormLayer, resolve_norm_layer
 
 #: epsilon of output norms, as published
 NORM_EPS = 1e-5

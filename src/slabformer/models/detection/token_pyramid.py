@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slabformer.models.norms import NormLayer
+from slabformer.nn.norms import NormLayer
 
 #: pixels to a token of the maps that a feature pyramid takes
 STRIDES = (4, 8, 16, 32)

@@ -32,7 +32,7 @@ def _optimizers() -> set[str]:
 
 #: moved by the step; timm's `plateau` is moved by a metric
 LrScheduleName = Literal["cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt"]
-OptimizerName = Annotated[str, Known("one of timm.optim.list_optimizers()", _optimizers)]
+OptimizerName = Annotated[str, Known(_optimizers, "one of timm.optim.list_optimizers()")]
 
 
 @dataclass(kw_only=True)

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from slabformer.nn.affine import Affine, Folded
+from slabformer.nn.norms import ScaleShift
 from slabformer.ops.affine import compose, fold_into_next, fold_into_previous, spread
 from slabformer.ops.precision import wide
 from slabformer.surgery.convert import HOOKS, switch_off_fast_paths
-from slabformer.surgery.fuse.tree.norms import Norm, ScaleShift, find_norms, tail_of
+from slabformer.surgery.fuse.tree.norms import Norm, find_norms, tail_of
 from slabformer.surgery.fuse.tree.pads import Pad, fill_after, fill_before, find_pads
 from slabformer.surgery.fuse.tree.plan import Edit, Part, Target, share
 from slabformer.surgery.one_input import take_one_input_

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slabformer.nn.norms import ScaleShift
 from slabformer.nn.padding import PadTokens
 from slabformer.ops.precision import wide
-from slabformer.surgery.fuse.tree.norms import ScaleShift
 
 
 @dataclass(frozen=True)
