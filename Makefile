@@ -1,4 +1,4 @@
-# make quickstart | test | test-all | test-newest | test-oldest | lock | check | coverage | clean
+# make quickstart | test | test-all | test-newest | test-oldest | lock | check | coverage | release | clean
 # VENV and PYTHON may be set: make test VENV=/tmp/venv PYTHON=python3.12
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(WARNINGS)
 DEPRECATIONS = -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all test-newest test-oldest lock check coverage clean
+.PHONY: help install quickstart test test-all test-newest test-oldest lock check coverage release clean
 
 help:
 	@echo 'make install     .venv with slabformer, for training and export'
@@ -22,6 +22,7 @@ help:
 	@echo 'make lock        constraints.txt: the newest versions, which all but these two install'
 	@echo 'make check       formatting, lint, types'
 	@echo 'make coverage    docs/coverage.md: convert and fuse a model of every family; about an hour, goes on where it stopped'
+	@echo 'make release     dist: sdist and wheel, each installed in a fresh environment and tried'
 	@echo 'make clean       remove caches and build products (.venv and runs stay)'
 
 install: $(VENV)/installed.stamp
@@ -59,6 +60,16 @@ check: $(VENV)/installed-dev.stamp
 
 coverage: $(VENV)/installed-dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/docs/coverage.py
+
+# the constraints keep what is installed beside the package the same from day to day; CONSTRAINTS= takes the newest
+release:
+	rm -rf dist $(VENV)-release
+	$(PYTHON) -m venv $(VENV)-release
+	$(VENV)-release/bin/python -m pip install 'build==1.*' 'twine==7.*'
+	$(VENV)-release/bin/python -m build
+	$(VENV)-release/bin/python -m twine check --strict dist/*
+	CONSTRAINTS=$(abspath $(CONSTRAINTS)) PYTHON=$(PYTHON) .ci/try-packages dist
+	rm -rf $(VENV)-release
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
