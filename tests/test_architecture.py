@@ -23,7 +23,7 @@ SOURCE = ROOT / "src" / "slabformer"
 GROUND = {"_extras", "settings", "_files", "_listing", "_process", "_private", "_torch", "_moved"}
 #: private names of packages other than torch
 FOREIGN = {"_timm", "_torchvision", "_transformers"}
-CORE = GROUND | {"__init__", "ops", "nn", "progressive", "surgery", "testing"}
+CORE = GROUND | {"__init__", "ops", "nn", "progressive", "surgery", "distillation", "testing"}
 ON_CORE = CORE | {"models"}
 BELOW = ON_CORE - {"__init__"}
 #: from a trained model to what is shipped and shown
@@ -39,6 +39,7 @@ ARROWS = {
     "nn": GROUND | {"ops"},
     "progressive": GROUND | {"ops", "nn"},
     "surgery": GROUND | {"ops", "nn", "progressive"},
+    "distillation": GROUND | {"ops", "nn", "progressive", "surgery", "models"},
     "testing": GROUND | {"ops", "nn"},
     "models": GROUND | FOREIGN | {"ops", "nn"},
     "tasks": ON_CORE,

@@ -4,6 +4,7 @@ from slabformer import models as _models  # noqa: F401  (registers the zoo where
 from slabformer import ops, testing
 from slabformer._moved import answer_to_old_names as _answer_to_old_names
 from slabformer.deployment.deploy import deploy
+from slabformer.distillation import Distiller, Teacher
 from slabformer.models.weights.official import load_published, to_published
 from slabformer.nn import Affine, DyT, PRepBN, RepBN, SimplifiedLinearAttention, TokenBatchNorm
 from slabformer.nn.controls import blended, copy_gamma_, norm_parameters, set_token_mask, sync_norms_, token_mask
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _answer_to_old_names()
 __all__ = [
     "Affine",
+    "Distiller",
     "DyT",
     "FuseReport",
     "NormOutcome",
@@ -29,6 +31,7 @@ __all__ = [
     "ProgressiveSchedule",
     "RepBN",
     "SimplifiedLinearAttention",
+    "Teacher",
     "TokenBatchNorm",
     "VerificationError",
     "VerifyResult",

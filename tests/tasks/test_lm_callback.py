@@ -36,6 +36,7 @@ from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.language.callback import ProgressiveCallback
 from slabformer.tasks.language.folders import load_model_folder
 from slabformer.tasks.language.fusing import check_finished
+from students import bert
 from tolerances import EXACT, FLOAT32, assert_close
 
 STEPS = 10
@@ -294,6 +295,18 @@ def masked(length: int) -> Tensor:
     mask = torch.ones(2, length, dtype=torch.long)
     mask[1, -2:] = 0
     return mask
+
+
+def test_an_embedding_of_tokens_follows_the_mask_of_the_model_around_it() -> None:
+    model = bert()
+    sf.convert_norms_(model)
+    mask = masked(5)
+
+    def forward(filler: int) -> Callable[[PreTrainedModel], Any]:
+        tokens = torch.where(mask.bool(), TOKENS[:2, :5], filler)
+        return lambda made: made(input_ids=tokens, attention_mask=mask)
+
+    assert_unmoved_by(model, forward(3), forward(5))
 
 
 @pytest.mark.parametrize(("encoder_length", "decoder_length"), [(7, 5), (6, 6)], ids=["lengths differ", "same length"])

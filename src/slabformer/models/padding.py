@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from slabformer.nn.controls import repbn_modules, set_token_mask
 
-#: arguments by which a model of transformers takes its data
+#: arguments by which a model of transformers takes its data; those of text come with a mask
 DATA = frozenset({"input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features", "features"})
+#: of these, those that are padded tokens
+TEXT = frozenset({"input_ids", "decoder_input_ids"})
 
 
 def keep_padding_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -34,7 +36,8 @@ def keep_padding_out_of_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: d
 def keep_padding_out_everywhere_(model: nn.Module) -> None:
     """Hook ``model`` and every tower in it that takes data of its own, once.
 
-    An encoder, a decoder, a text and an image model each get the mask that they themselves are called with, or none.
+    An encoder, a decoder, a text and an image model each get the mask that they themselves are called with, or none. An
+    embedding of tokens, which takes no mask, is a part of the tower around it.
     """
     for module in model.modules():
         if not repbn_modules(module) or (module is not model and not _takes_data(module)):
@@ -49,7 +52,8 @@ def _is_watching(model: nn.Module) -> bool:
 
 
 def _takes_data(module: nn.Module) -> bool:
-    return not DATA.isdisjoint(inspect.signature(module.forward).parameters)
+    taken = inspect.signature(module.forward).parameters.keys()
+    return not DATA.isdisjoint(taken) and (TEXT.isdisjoint(taken) or "attention_mask" in taken)
 
 
 def _attention_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -31,12 +31,17 @@ def run_batches(
     count = 0
     with torch.no_grad():
         for batch in itertools.islice(batches, num_batches):
-            (forward or _call)(model, _to(batch, device))
+            (forward or call_model)(model, to_device(batch, device))
             count += 1
     return count
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The output of ``model`` for ``batch``, as :func:`run_batches` feeds it.
+
+    Raises:
+        TypeError: If it cannot be fed.
+    """
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping):
@@ -46,13 +51,14 @@ def _call(model: nn.Module, batch: Any) -> Any:
     raise TypeError(f"cannot feed a batch of type {type(batch).__name__}; pass forward=lambda model, batch: ...")
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
+    """``value``, nested tuples, lists and mappings of tensors, on ``device``; mappings become dictionaries."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
+        return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_to(item, device) for item in value]
+        return [to_device(item, device) for item in value]
     return value
 
 

@@ -38,7 +38,12 @@ def why_not_comparable(tensor: Tensor) -> str:
 
 def tensors_of(value: Any) -> list[Tensor]:
     """Every tensor that ``value`` holds, as it is: containers, transformers' outputs and other objects' attributes."""
-    return [leaf for _, leaf in _walk(value, "", frozenset(), set()) if isinstance(leaf, Tensor)]
+    return list(tensors_by_place(value).values())
+
+
+def tensors_by_place(value: Any) -> dict[str, Tensor]:
+    """The same by their places, such as ``['logits']``; a tensor that is the value itself has the place ``""``."""
+    return {place: leaf for place, leaf in _walk(value, "", frozenset(), set()) if isinstance(leaf, Tensor)}
 
 
 def _walk(value: Any, place: str, above: frozenset[int], objects: set[int]) -> Iterator[tuple[str, Any]]:
