@@ -8,7 +8,9 @@ from torch import nn
 
 import slabformer as sf
 from slabformer.deployment import deploy as deployment
+from slabformer.deployment.steps import HALF_EPSILONS, STEPS, Form, Job, Step
 from slabformer.measure import allocator
+from slabformer.measure.equality import RUNTIME_RTOL
 from slabformer.nn.controls import repbn_modules
 from small_models import images, trained_looking
 from tolerances import FLOAT32, assert_close
@@ -86,7 +88,7 @@ def test_half_precision_goes_through_the_whole_life():
     assert names(deployed) == ["as given", "fused", "bfloat16", "channels last", "in C++"]
     assert {p.dtype for p in deployed.eager.parameters()} == {torch.bfloat16}
     assert deployed(x).dtype == torch.bfloat16
-    assert 0 < deployed.report.steps[2].max_rel < deployment.HALF_EPSILONS * torch.finfo(torch.bfloat16).eps
+    assert 0 < deployed.report.steps[2].max_rel < HALF_EPSILONS * torch.finfo(torch.bfloat16).eps
 
 
 def test_statistics_are_recalibrated_first_where_data_is_given():
@@ -111,12 +113,51 @@ def test_a_model_without_our_norms_is_only_laid_out():
     assert names(sf.deploy(model, images(), compile=False, seconds=0)) == ["as given", "channels last"]
 
 
+class Traced(Step):
+    """A target of somebody else's, off by ``error``."""
+
+    def __init__(self, error: float = 0.0) -> None:
+        self.error = error
+
+    def applies(self, form: Form, job: Job) -> bool:
+        return job.device.type == "cpu"
+
+    def build(self, form: Form, job: Job) -> Form:
+        run = nn.Sequential(form.eager, Plus(self.error))
+        return Form("traced", "by hand", run, form.eager, form.dtype)
+
+
+class Plus(nn.Module):
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.error
+
+
+def test_a_target_from_outside_is_built_verified_and_taken():
+    deployed = sf.deploy(trained_looking(), images(), compile=False, seconds=0, steps=[*STEPS, Traced()])
+    assert names(deployed)[-2:] == ["in C++", "traced"]
+    assert_close(deployed(images()), trained_looking()(images()), FLOAT32)
+
+
+def test_a_target_that_computes_something_else_is_refused():
+    with pytest.raises(sf.VerificationError):
+        sf.deploy(trained_looking(), images(), seconds=0, steps=[Traced(error=1.0)])
+
+
+def test_without_steps_the_model_is_deployed_as_given():
+    deployed = sf.deploy(trained_looking(), images(), seconds=0.1, steps=[])
+    assert names(deployed) == ["as given"]
+
+
 @pytest.mark.slow
 def test_the_compiled_form_computes_the_same():
     model, x = trained_looking(), images()
     deployed = sf.deploy(model, x, seconds=0)
     assert deployed.report.taken == "compiled"
-    assert_close(deployed(x), model(x), deployment.RUNTIME_RTOL)
+    assert_close(deployed(x), model(x), RUNTIME_RTOL)
 
 
 @pytest.mark.parametrize(

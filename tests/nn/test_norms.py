@@ -173,7 +173,9 @@ def test_a_name_that_is_taken_is_refused() -> None:
 def test_an_unknown_name_is_answered_by_the_choices() -> None:
     with pytest.raises(ValueError, match=r"unknown norm 'rmsnrm'; did you mean 'rmsnorm'\? choose from prepbn, batchn"):
         resolve_norm_layer("rmsnrm")
-    with pytest.raises(ValueError, match=r"norm must be one of prepbn, .*dyt, got 'layernrm'; did you mean 'layernorm'"):
+    with pytest.raises(
+        ValueError, match=r"norm must be one of prepbn, .*dyt, got 'layernrm'; did you mean 'layernorm'"
+    ):
         sf.convert_norms_(block(nn.LayerNorm(C)), norm="layernrm")
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slabformer._torch import compile_error
-from slabformer.deployment.compiled import Compiled
-from slabformer.deployment.native import natively
+from slabformer.deployment.steps import STEPS, Form, Inputs, Job, Step, place
 from slabformer.measure import allocator
-from slabformer.measure.equality import RUNTIME_RTOL
 from slabformer.measure.timing import Machine, quantile, ratio, time_interleaved
-from slabformer.nn import PRepBN, RepBN
 from slabformer.settings import Device, Seconds, checked
-from slabformer.surgery.fuse import fuse
 from slabformer.surgery.recalibrate import recalibrate_
-from slabformer.surgery.verify import VerifyResult, verify
+from slabformer.surgery.verify import VerifyResult
 
-Inputs = tuple[Tensor, ...]
-#: largest difference in half precision, in units of its epsilon: roundings add up over a deep model's layers
-HALF_EPSILONS = 64
 #: a form is taken unless the one that it was built on is faster by more than measuring is uncertain
 UNCERTAINTY = 0.02
 
@@ -117,112 +108,6 @@ class Deployed(nn.Module):
         return self.run(*self.place(inputs))
 
 
-@dataclass(frozen=True)
-class _Form:
-    """One form of the model.
-
-    Attributes:
-        run: Called with inputs in ``dtype``.
-        eager: The module behind it, on which the next step builds.
-        dtype: Of floating point inputs; None leaves them.
-    """
-
-    name: str
-    did: str
-    run: nn.Module
-    eager: nn.Module
-    dtype: torch.dtype | None = None
-
-
-@dataclass
-class _Job:
-    """What every step of one :func:`deploy` has in common."""
-
-    reference: nn.Module
-    inputs: Inputs
-    device: torch.device
-    dtype: torch.dtype | None
-    compile: bool
-    fixed_size: bool
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def rtol(self) -> float:
-        """Largest difference of a form that rounds otherwise."""
-        half = 0.0 if self.dtype is None else HALF_EPSILONS * torch.finfo(self.dtype).eps
-        return max(RUNTIME_RTOL, half)
-
-
-class _Step(ABC):
-    """One step of :func:`deploy`."""
-
-    @abstractmethod
-    def build(self, form: _Form, job: _Job) -> _Form | None:
-        """``form``, changed; None where the step does not apply, with a note in ``job`` where that needs a reason."""
-
-    def verify(self, form: _Form, job: _Job) -> VerifyResult:
-        """Hold ``form`` against the model as given.
-
-        Raises:
-            VerificationError: If it computes something else.
-        """
-        run = _InDtype(form.run, form.dtype)
-        return verify(job.reference, run, job.inputs, job.rtol, check_dtype=False, lazy=True)
-
-
-class _Fuse(_Step):
-    def build(self, form: _Form, job: _Job) -> _Form | None:
-        if not any(isinstance(module, (PRepBN, RepBN)) for module in form.eager.modules()):
-            return None
-        fused, folds = fuse(form.eager, job.inputs, fixed_size=job.fixed_size)
-        return _Form("fused", f"{folds.num_folded} of {len(folds)} norms folded", fused, fused, form.dtype)
-
-    def verify(self, form: _Form, job: _Job) -> VerifyResult:
-        return verify(job.reference, form.run, job.inputs)
-
-
-class _HalfPrecision(_Step):
-    def build(self, form: _Form, job: _Job) -> _Form | None:
-        if job.dtype is None:
-            return None
-        half = copy.deepcopy(form.eager).to(job.dtype)
-        return _Form(str(job.dtype).removeprefix("torch."), "weights and arithmetic", half, half, job.dtype)
-
-
-class _ChannelsLast(_Step):
-    def build(self, form: _Form, job: _Job) -> _Form | None:
-        if not any(isinstance(module, nn.Conv2d) for module in form.eager.modules()):
-            return None
-        last = copy.deepcopy(form.eager)
-        last = last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return _Form("channels last", "weights of convolutions", last, last, form.dtype)
-
-
-class _Native(_Step):
-    def build(self, form: _Form, job: _Job) -> _Form | None:
-        native, count = natively(form.eager, job.device, job.notes)
-        return _Form("in C++", f"{count} linear attentions", native, native, form.dtype) if count else None
-
-
-class _Compile(_Step):
-    def build(self, form: _Form, job: _Job) -> _Form | None:
-        if not job.compile:
-            return None
-        how = "CUDA graphs" if job.device.type == "cuda" else "weights frozen into the program"
-        program = Compiled(form.eager, job.device)
-        try:
-            with torch.no_grad():
-                program(*_place(job.inputs, job.device, form.dtype))
-        except compile_error() as error:
-            job.notes.append(f"not compiled: {str(error).strip().splitlines()[0]}")
-            return None
-        return _Form("compiled", how, program, form.eager, form.dtype)
-
-
-#: in the order in which they run
-STEPS: Sequence[_Step] = (_Fuse(), _HalfPrecision(), _ChannelsLast(), _Native(), _Compile())
-
-
 @checked
 def deploy(
     model: nn.Module,
@@ -235,6 +120,7 @@ def deploy(
     fixed_size: bool = False,
     keep_memory: bool = False,
     seconds: Seconds = 5.0,
+    steps: Sequence[Step] = STEPS,
 ) -> Deployed:
     """The fastest verified form of ``model``, on a copy: fused, in half precision where asked, laid out, compiled.
 
@@ -255,6 +141,7 @@ def deploy(
             large. It changes the whole process and for good, so it is off unless asked for; see
             :func:`slabformer.measure.allocator.keep_memory`.
         seconds: Of measuring in all; 0 takes every step unmeasured.
+        steps: What is tried, in this order; add a target of your own to :data:`slabformer.deployment.steps.STEPS`.
 
     Raises:
         ValueError: If the model is in train mode, or what :func:`slabformer.fuse` and
@@ -268,41 +155,42 @@ def deploy(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     device = torch.device(device) if device is not None else inputs[0].device
     reference = copy.deepcopy(model).to(device)
-    job = _Job(reference, _place(inputs, device, None), device, dtype, compile, fixed_size)
+    job = Job(reference, place(inputs, device, None), device, dtype, compile, fixed_size)
     if batches is not None:
         job.notes.append(f"recalibrated on {recalibrate_(reference, batches)} batches")
     if keep_memory and device.type == "cpu" and allocator.keep_memory():
         job.notes.append("the C library keeps freed memory for the next forward")
     with torch.no_grad():
-        taken, steps = _take_steps(job, seconds)
-    report = DeployReport(steps=steps, taken=taken.name, notes=tuple(job.notes), machine=Machine.here(device))
-    return Deployed(taken.eager, taken.run, partial(_place, device=device, dtype=taken.dtype), report)
+        taken, told = _take_steps(job, steps, seconds)
+    report = DeployReport(steps=told, taken=taken.name, notes=tuple(job.notes), machine=Machine.here(device))
+    return Deployed(taken.eager, taken.run, partial(place, device=device, dtype=taken.dtype), report)
 
 
-def _take_steps(job: _Job, seconds: float) -> tuple[_Form, tuple[DeployStep, ...]]:
-    """Run :data:`STEPS`, each on the fastest form so far."""
-    given = taken = _Form("as given", "", job.reference, job.reference)
-    steps = [_told(given, VerifyResult(0.0, 0.0, 1.0), _turns([given], job, seconds / len(STEPS)), given, given)]
-    for step in STEPS:
-        form = step.build(taken, job)
+def _take_steps(job: Job, steps: Sequence[Step], seconds: float) -> tuple[Form, tuple[DeployStep, ...]]:
+    """Run ``steps``, each on the fastest form so far; what to build and what to say of it."""
+    share = seconds / max(1, len(steps))
+    given = taken = Form("as given", "", job.reference, job.reference)
+    told = [_told(given, VerifyResult(0.0, 0.0, 1.0), _turns([given], job, share), given, given)]
+    for step in steps:
+        form = step.build(taken, job) if step.applies(taken, job) else None
         if form is None:
             continue
         check = step.verify(form, job)
-        turns = _turns([given, taken, form], job, seconds / len(STEPS))
-        steps.append(_told(form, check, turns, taken, given))
-        if steps[-1].taken:
+        turns = _turns([given, taken, form], job, share)
+        told.append(_told(form, check, turns, taken, given))
+        if told[-1].taken:
             taken = form
-    return taken, tuple(steps)
+    return taken, tuple(told)
 
 
-def _turns(forms: Sequence[_Form], job: _Job, seconds: float) -> dict[str, list[list[float]]]:
+def _turns(forms: Sequence[Form], job: Job, seconds: float) -> dict[str, list[list[float]]]:
     """Times of ``forms`` in turns, by name; empty where nothing is measured."""
-    calls = {form.name: partial(form.run, *_place(job.inputs, job.device, form.dtype)) for form in forms}
+    calls = {form.name: partial(form.run, *place(job.inputs, job.device, form.dtype)) for form in forms}
     return time_interleaved(calls, seconds=seconds, device=job.device) if seconds else {}
 
 
 def _told(
-    form: _Form, check: VerifyResult, turns: dict[str, list[list[float]]], before: _Form, given: _Form
+    form: Form, check: VerifyResult, turns: dict[str, list[list[float]]], before: Form, given: Form
 ) -> DeployStep:
     gain = ratio(turns[before.name], turns[form.name]) if turns else math.nan
     return DeployStep(
@@ -315,19 +203,3 @@ def _told(
         top1_agreement=check.top1_agreement,
         taken=not turns or gain > 1 - UNCERTAINTY,
     )
-
-
-def _place(inputs: Inputs, device: torch.device, dtype: torch.dtype | None) -> Inputs:
-    return tuple(x.to(device, dtype if x.is_floating_point() else None, non_blocking=True) for x in inputs)
-
-
-class _InDtype(nn.Module):
-    """``model``, given inputs of another dtype."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.model, self.dtype = model, dtype
-        self.train(False)
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.model(*_place(inputs, inputs[0].device, self.dtype))

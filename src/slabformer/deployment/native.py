@@ -54,7 +54,7 @@ def natively(model: Model, device: torch.device, notes: list[str] | None = None)
     Returns:
         ``model`` itself and 0 where nothing runs in C++.
     """
-    if device.type != "cpu" or not any(_is_taken(module) for module in model.modules()):
+    if not runs_natively(model, device):
         return model, 0
     native = cast(Model, twin(model, lambda tensor: tensor))
     try:
@@ -64,6 +64,11 @@ def natively(model: Model, device: torch.device, notes: list[str] | None = None)
         if notes is not None:
             notes.append(f"no linear attention in C++: {error}")
         return model, 0
+
+
+def runs_natively(model: nn.Module, device: torch.device) -> bool:
+    """Whether ``model`` has linear attention that C++ could compute on ``device``."""
+    return device.type == "cpu" and any(_is_taken(module) for module in model.modules())
 
 
 def _is_taken(module: nn.Module) -> TypeGuard[LinearAttentionCore]:
