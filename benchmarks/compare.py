@@ -28,11 +28,11 @@ from published_style import published_style
 from torch import Tensor, nn
 
 import slabformer as sf
+from slabformer._defaults import RUNTIME_RTOL
 from slabformer.bench.ceiling import ceiling_of
 from slabformer.deployment.compiled import Compiled
 from slabformer.deployment.native import natively
 from slabformer.measure.allocator import keep_memory
-from slabformer.measure.equality import RUNTIME_RTOL
 from slabformer.measure.roofline import Ceilings, measure_ceilings, work_of
 from slabformer.measure.timing import (
     Machine,

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import slabformer as sf
-from slabformer.tasks.classification.augment import AugmentConfig
+from slabformer.tasks.classification.config import AugmentConfig, DataConfig
 from slabformer.tasks.classification.data import Loader, create_loader
-from slabformer.tasks.classification.sources import DataConfig
 
 SHARE_OF_BUDGET = 0.3
 DATA = DataConfig(path="digits", image_size=16, crop_pct=1.0, mean=(0.3,) * 3, std=(0.37,) * 3)

@@ -13,9 +13,8 @@ import slabformer as sf
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules
 from slabformer.tasks.engine.config import RecalibrateConfig
-from slabformer.tasks.language.config import AdamWConfig, ModelConfig, TrainConfig
+from slabformer.tasks.language.config import AdamWConfig, ModelConfig, TokenizerConfig, TrainConfig
 from slabformer.tasks.language.corpus import DataConfig
-from slabformer.tasks.language.tokens import TokenizerConfig
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = ["the", "norm", "of", "a", "layer", "fades", "while", "its", "model", "learns", "what", "text", "is", "made"]

@@ -20,7 +20,19 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 SOURCE = ROOT / "src" / "slabformer"
 #: rooms that import none of those above them
-GROUND = {"_extras", "settings", "_files", "_listing", "_process", "_private", "_torch", "_moved"}
+GROUND = {
+    "_extras",
+    "settings",
+    "_files",
+    "_listing",
+    "_process",
+    "_private",
+    "_torch",
+    "_moved",
+    "_registered",
+    "_defaults",
+    "_detector",
+}
 #: private names of packages other than torch
 FOREIGN = {"_timm", "_torchvision", "_transformers"}
 CORE = GROUND | {"__init__", "ops", "nn", "progressive", "surgery", "distillation", "testing"}
@@ -35,6 +47,7 @@ ARROWS = {
     **{room: {"_private"} for room in FOREIGN},
     "_files": {"_listing"},
     "_torch": {"_private"},
+    "_detector": {"settings"},
     "ops": GROUND,
     "nn": GROUND | {"ops"},
     "progressive": GROUND | {"ops", "nn"},

@@ -7,10 +7,14 @@ from typing import Any
 
 from coco_files import write_root
 from detectors import SMALL_SWIN, small_config
-from slabformer.tasks.detection.config import DecayConfig, ModelConfig, TrainConfig
-from slabformer.tasks.detection.dataset import DetectionData
-from slabformer.tasks.detection.rate import RateConfig
-from slabformer.tasks.detection.transforms import DetectionAugment
+from slabformer.tasks.detection.config import (
+    DecayConfig,
+    DetectionAugment,
+    DetectionData,
+    ModelConfig,
+    RateConfig,
+    TrainConfig,
+)
 from slabformer.tasks.engine.config import FadeConfig
 
 #: what is trained here, beside its drop path

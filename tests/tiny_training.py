@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 from image_folders import fill_splits
-from slabformer.tasks.classification.augment import AugmentConfig
-from slabformer.tasks.classification.config import EmaConfig, GammaConfig, ModelConfig, TrainConfig
-from slabformer.tasks.classification.sources import DataConfig
+from slabformer.tasks.classification.config import (
+    AugmentConfig,
+    DataConfig,
+    EmaConfig,
+    GammaConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from slabformer.tasks.engine.config import LrConfig, OptimizerConfig, RunConfig
 from slabformer.tasks.engine.observers import Observer, StepReport
 from slabformer.tasks.engine.signals import StoppedError

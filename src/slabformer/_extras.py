@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from types import ModuleType
@@ -21,8 +22,21 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        message = f"slabformer needs {error.name} for this; pip install 'slabformer[{extra}]'"
-        raise ImportError(message) from error
+        raise ImportError(_told(package, extra)) from error
+
+
+def check_installed(package: str, extra: str) -> None:
+    """What :func:`require` says of a package that is not there, without importing one that is.
+
+    Raises:
+        ImportError: See :func:`require`.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(_told(package, extra))
+
+
+def _told(package: str, extra: str) -> str:
+    return f"slabformer needs {package} for this; pip install 'slabformer[{extra}]'"
 
 
 def _switch_telemetry_off(package: str) -> None:

@@ -14,7 +14,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from slabformer.nn.controls import prepbn_modules
 from slabformer.nn.prepbn import Phase, PRepBN
-from slabformer.settings import FractionBelowOne, NonNegativeInt, PositiveFraction, PositiveInt, checked
+from slabformer.settings import (
+    FractionBelowOne,
+    NonNegativeInt,
+    PositiveFraction,
+    PositiveInt,
+    check_fractions,
+    checked,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -260,15 +267,3 @@ class _OptimizerWatch:
 
 def _parameters_of(optimizer: Optimizer) -> Iterable[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-def check_fractions(warmup: float, fade: float) -> None:
-    """Of training, before LayerNorm starts to fade and while it does.
-
-    Raises:
-        ValueError: If LayerNorm would not be gone when training ends.
-    """
-    if warmup + fade > 1 + 1e-9:
-        raise ValueError(
-            f"the schedule would end after training: warmup {warmup} + fade {fade} is above 1; LayerNorm would stay"
-        )

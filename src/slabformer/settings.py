@@ -22,8 +22,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
-import torch
-
 F = TypeVar("F", bound=Callable[..., Any])
 #: largest count, and largest seed plus 1, that all libraries take
 MOST, MOST_64 = 2**31 - 1, 2**63
@@ -218,6 +216,8 @@ def _not_writable(folder: Path) -> str | None:
 
 
 def _is_device(name: str) -> bool:
+    import torch  # not before: options without a device answer at once
+
     try:
         return bool(name) and torch.device(name) is not None
     except RuntimeError:
@@ -280,7 +280,6 @@ DeviceName = Annotated[str, Where("a device such as cpu, cuda or cuda:1", _is_de
 DeviceOrAuto = Annotated[
     str, Where("auto, or a device such as cpu, cuda or cuda:1", lambda name: name == "auto" or _is_device(name))
 ]
-Device = torch.device | DeviceName | None
 
 
 @dataclass(kw_only=True)
@@ -302,8 +301,16 @@ def check_fields(settings: Any, prefix: str = "") -> None:
         ValueError: See :class:`Settings`.
     """
     kind: Any = type(settings)
+    defaults = {f.name: f.default for f in fields(kind)}
     for name, hint in field_hints(kind).items():
-        check(f"{prefix}{name}", getattr(settings, name), hint)
+        value = getattr(settings, name)
+        if not is_default(value, defaults[name]):
+            check(f"{prefix}{name}", value, hint)
+
+
+def is_default(value: Any, default: Any) -> bool:
+    """Whether ``value`` need not be checked, and the library that knows its names not be imported for it."""
+    return type(value) is type(default) and bool(value == default)
 
 
 def from_mapping(kind: type, values: Any) -> dict[str, Any]:
@@ -359,6 +366,18 @@ def checked(function: F) -> F:
         return function(*args, **kwargs)
 
     return guarded  # type: ignore[return-value]
+
+
+def check_fractions(warmup: float, fade: float) -> None:
+    """Of training, before LayerNorm starts to fade and while it does.
+
+    Raises:
+        ValueError: If LayerNorm would not be gone when training ends.
+    """
+    if warmup + fade > 1 + 1e-9:
+        raise ValueError(
+            f"the schedule would end after training: warmup {warmup} + fade {fade} is above 1; LayerNorm would stay"
+        )
 
 
 @functools.cache

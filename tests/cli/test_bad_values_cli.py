@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from slabformer.cli.main import main
-from slabformer.tasks.classification.augment import AugmentConfig
+from slabformer.tasks.classification.config import AugmentConfig
 from slabformer.tasks.engine.build import check_optimizer
 from slabformer.tasks.engine.config import OptimizerConfig
 from slabformer.tasks.saved_file import DIGEST, digest_of

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from csv_files import csv_rows
-from slabformer.cli import bench as bench_cli
 from slabformer.cli.main import main
 from slabformer.figures.comparison import compare_files
 from small_models import saved
@@ -65,7 +64,7 @@ def test_many_models_make_one_table_and_are_measured_once(
     assert {row["variant"] for row in first} == {"as given", "fused", "LayerNorm baseline", "ceiling"}
     assert "fused over baseline" in (tmp_path / "bench.md").read_text()
     assert "slab_deit_micro" in capsys.readouterr().out
-    monkeypatch.setattr(bench_cli, "compare", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr("slabformer.bench.compare.compare", lambda *_, **__: pytest.fail("measured again"))
     assert zoo(tmp_path, "slab_deit_micro") == first
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from detectors import pictures, saved, small_detector, without_folding
-from slabformer.cli.detect import fuse
 from slabformer.cli.main import main
 from slabformer.nn import PRepBN
 from slabformer.tasks.detection.saved import load_detector
@@ -44,7 +43,7 @@ def test_a_saved_detector_is_fused_compared_and_saved(tmp_path: Path, capsys: py
 def test_layernorms_that_stay_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fuse, "fuse_detector", without_folding)
+    monkeypatch.setattr("slabformer.deployment.detector.fuse_detector", without_folding)
     model = saved(tmp_path / "model.safetensors")
     assert (
         main(["detect", "fuse", str(model), "--output", str(tmp_path / "fused.safetensors"), "--num-images", "1"]) == 0

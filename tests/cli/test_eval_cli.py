@@ -11,7 +11,8 @@ from csv_files import csv_rows
 from image_folders import fill_classes, fill_splits, picture
 from saved_digits import digits_model, save_digits_model
 from slabformer.cli.main import main
-from slabformer.tasks.classification.data import AugmentConfig, DataConfig, create_loader
+from slabformer.tasks.classification.config import AugmentConfig, DataConfig
+from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.evaluate import EvalResult, evaluate
 
 

@@ -18,9 +18,10 @@ from language_models import SIZES, sentences, somebody_elses, trained_looking, w
 from reference_files import description, published_state
 from slabformer.cli.main import main
 from slabformer.nn.controls import prepbn_modules
+from slabformer.tasks.language.config import TokenizerConfig
 from slabformer.tasks.language.folders import save_model_folder
 from slabformer.tasks.language.fusing import fuse_language_model
-from slabformer.tasks.language.tokens import TokenizerConfig, train_tokenizer
+from slabformer.tasks.language.tokens import train_tokenizer
 
 GOLDEN = "llama_prepbn_tiny"
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import timm
 
-from slabformer.cli import push
 from slabformer.cli.main import main
 from small_models import saved
 
@@ -45,7 +44,7 @@ def test_a_repository_gets_the_folder(
         pushed.update(settings, files={path.name for path in folder.iterdir()})
         return repo
 
-    monkeypatch.setattr(push, "upload", upload)
+    monkeypatch.setattr("slabformer.models.weights.hub.upload", upload)
     assert main(["push", model, "--repo", "me/digits", "--private"]) == 0
     assert pushed["files"] == {"model.safetensors", "config.json", "README.md"}
     assert pushed["private"] is True

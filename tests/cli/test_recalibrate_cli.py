@@ -6,7 +6,8 @@ import torch
 import slabformer as sf
 from saved_digits import INFO, digits_model, save_digits_model
 from slabformer.cli.main import main
-from slabformer.tasks.classification.data import AugmentConfig, create_loader
+from slabformer.tasks.classification.config import AugmentConfig
+from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.predict import data_config
 from slabformer.tasks.saved_model import load_model
 

@@ -16,8 +16,8 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 from slabformer.cli.quickstart import parser
 from slabformer.cli.train import parser as train_parser
+from slabformer.quickstart.config import QuickstartConfig
 from slabformer.quickstart.job import BASELINE, SLAB, recipe, run_quickstart
-from slabformer.quickstart.result import QuickstartConfig
 from slabformer.tasks.saved_model import load_model
 
 ROOT = Path(__file__).parents[2]

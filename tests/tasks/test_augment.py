@@ -14,7 +14,7 @@ from slabformer.tasks.classification.augment import (
     light_draws,
     train_transform,
 )
-from slabformer.tasks.classification.sources import DataConfig
+from slabformer.tasks.classification.config import DataConfig
 from slabformer.tasks.engine.seeds import draws_from
 
 DATA = DataConfig(image_size=32)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from image_folders import fill_classes, fill_splits
-from slabformer.tasks.classification.data import AugmentConfig, DataConfig, Loader, check_num_classes, create_loader
+from slabformer.tasks.classification.config import AugmentConfig, DataConfig
+from slabformer.tasks.classification.data import Loader, check_num_classes, create_loader
 
 SMALL = {"image_size": 16, "crop_pct": 1.0}
 

@@ -14,7 +14,8 @@ from coco_files import CATEGORIES, coco_dataset, coco_object, write_root
 from image_folders import picture
 from slabformer.tasks.detection import digits
 from slabformer.tasks.detection.check import Finding, SplitReport, check_data, size_of
-from slabformer.tasks.detection.dataset import DetectionData, open_source
+from slabformer.tasks.detection.config import DetectionData
+from slabformer.tasks.detection.dataset import open_source
 
 
 def reports_of(root: Path, **options: Any) -> list[SplitReport]:

@@ -10,10 +10,10 @@ import torch
 
 from slabformer.tasks.detection import digits
 from slabformer.tasks.detection.annotations import CocoAnnotations, decode_mask
-from slabformer.tasks.detection.dataset import DetectionData, open_source
+from slabformer.tasks.detection.config import DetectionAugment, DetectionData
+from slabformer.tasks.detection.dataset import open_source
 from slabformer.tasks.detection.digits import make_digits, write_digits
 from slabformer.tasks.detection.loader import create_loader
-from slabformer.tasks.detection.transforms import DetectionAugment
 from slabformer.tasks.engine.nonfinite import tensors_in
 
 PLAIN = DetectionAugment(policy="none", size=128, max_size=128)

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from slabformer.tasks.detection.browse import browse
-from slabformer.tasks.detection.dataset import DetectionData
+from slabformer.tasks.detection.config import DetectionAugment, DetectionData
 from slabformer.tasks.detection.drawing import class_colour, draw_objects, tile
 from slabformer.tasks.detection.loader import create_loader
-from slabformer.tasks.detection.transforms import DetectionAugment
 
 GREY = torch.full((3, 80, 100), 128, dtype=torch.uint8)
 BOX = torch.tensor([[20.0, 30.0, 60.0, 70.0]])

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from coco_files import write_root
 from detectors import pictures, saved, small_detector, trained_looking
 from slabformer.nn.controls import prepbn_modules
-from slabformer.tasks.detection.dataset import DetectionData
+from slabformer.tasks.detection.config import DetectionAugment, DetectionData
 from slabformer.tasks.detection.evaluate import at_original_size, collect, evaluate, flat
 from slabformer.tasks.detection.loader import DetectionLoader, create_loader
 from slabformer.tasks.detection.saved import DetectorInfo, load_detector, save_detector
-from slabformer.tasks.detection.transforms import DetectionAugment
 from slabformer.tasks.saved_model import load_model
 
 RESIZED = DetectionAugment(policy="none", size=96, max_size=128)

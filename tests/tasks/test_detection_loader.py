@@ -14,9 +14,8 @@ from PIL import Image
 
 from coco_files import coco_dataset, coco_object, two_objects_each, write_root, write_split
 from image_folders import picture
-from slabformer.tasks.detection.dataset import DetectionData
+from slabformer.tasks.detection.config import DetectionAugment, DetectionData
 from slabformer.tasks.detection.loader import DetectionBatch, DetectionLoader, create_loader
-from slabformer.tasks.detection.transforms import DetectionAugment
 from slabformer.tasks.engine.devices import to_device
 from slabformer.tasks.engine.nonfinite import tensors_in
 from slabformer.tasks.engine.parts import num_samples

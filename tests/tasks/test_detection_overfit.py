@@ -9,12 +9,17 @@ import torch
 
 from detectors import objects, pictures, small_detector
 from slabformer.progressive import ProgressiveSchedule
-from slabformer.tasks.detection.config import SMALL_BACKBONE, DecayConfig, ModelConfig, TrainConfig
-from slabformer.tasks.detection.dataset import DetectionData
+from slabformer.tasks.detection.config import (
+    SMALL_BACKBONE,
+    DecayConfig,
+    DetectionAugment,
+    DetectionData,
+    ModelConfig,
+    RateConfig,
+    TrainConfig,
+)
 from slabformer.tasks.detection.digits import LAYOUT, write_digits
-from slabformer.tasks.detection.rate import RateConfig
 from slabformer.tasks.detection.train import train
-from slabformer.tasks.detection.transforms import DetectionAugment
 from slabformer.tasks.engine.config import FadeConfig
 
 

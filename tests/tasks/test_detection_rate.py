@@ -11,8 +11,8 @@ from torch import nn
 from detectors import small_detector
 from slabformer import PRepBN, RepBN
 from slabformer.tasks.detection.build import decay_groups
-from slabformer.tasks.detection.config import DecayConfig
-from slabformer.tasks.detection.rate import RateConfig, RateSchedule
+from slabformer.tasks.detection.config import DecayConfig, RateConfig
+from slabformer.tasks.detection.rate import RateSchedule
 from slabformer.tasks.engine.build import build_optimizer
 
 STEPS_PER_EPOCH = 7_330

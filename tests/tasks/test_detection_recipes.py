@@ -18,9 +18,8 @@ from recipes_of import RECIPES
 from slabformer.cli.detect.train import parser, to_train_config
 from slabformer.models.detection.config import DetectorConfig
 from slabformer.tasks.detection.build import build_model, decay_groups
-from slabformer.tasks.detection.config import DecayConfig, TrainConfig
-from slabformer.tasks.detection.rate import RateConfig, RateSchedule
-from slabformer.tasks.detection.transforms import DetectionAugment
+from slabformer.tasks.detection.config import DecayConfig, DetectionAugment, RateConfig, TrainConfig
+from slabformer.tasks.detection.rate import RateSchedule
 from slabformer.tasks.engine.build import build_optimizer
 from slabformer.tasks.engine.config import FadeConfig
 

@@ -17,7 +17,8 @@ from coco_files import coco_dataset, coco_object, two_objects_each, write_root
 from image_folders import picture
 from slabformer.tasks.detection.annotations import CocoAnnotations, decode_runs, encode_mask, read_coco
 from slabformer.tasks.detection.check import check_data, mend_data
-from slabformer.tasks.detection.dataset import DetectionData, open_source
+from slabformer.tasks.detection.config import DetectionData
+from slabformer.tasks.detection.dataset import open_source
 from slabformer.tasks.detection.metrics import CocoMetrics
 from slabformer.tasks.detection.schema import FIELDS, mend, problems, runs_of, why_no_rle
 

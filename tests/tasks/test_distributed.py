@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slabformer.tasks.classification.augment import AugmentConfig
-from slabformer.tasks.classification.config import ModelConfig, TrainConfig
+from slabformer.tasks.classification.config import AugmentConfig, ModelConfig, TrainConfig
 from slabformer.tasks.classification.result import read_history
 from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.config import OptimizerConfig

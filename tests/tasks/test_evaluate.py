@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from slabformer.nn import PRepBN
 from slabformer.nn.controls import blended
-from slabformer.tasks.classification.data import AugmentConfig, DataConfig, create_loader
+from slabformer.tasks.classification.config import AugmentConfig, DataConfig
+from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.evaluate import evaluate
 
 

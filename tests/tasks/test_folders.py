@@ -13,7 +13,8 @@ from PIL import Image
 from image_folders import fill_classes, picture, write_shard
 from slabformer._listing import NotRegularError, files_below, matches
 from slabformer.cli.main import main
-from slabformer.tasks.classification.sources import DataConfig, open_source
+from slabformer.tasks.classification.config import DataConfig
+from slabformer.tasks.classification.sources import open_source
 from slabformer.tasks.images import UNREADABLE, expand_paths, image_suffixes, read_image
 
 SPLITS = [

@@ -11,11 +11,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from language_models import sentences, trained_looking
+from slabformer.tasks.language.config import TokenizerConfig
 from slabformer.tasks.language.evaluate import read_documents, sliding_perplexity
 from slabformer.tasks.language.fusing import LogitsOf, fuse_language_model
 from slabformer.tasks.language.harness import PUBLISHED, choices_task, evaluate_tasks
 from slabformer.tasks.language.perplexity import nll_of
-from slabformer.tasks.language.tokens import TokenizerConfig, train_tokenizer
+from slabformer.tasks.language.tokens import train_tokenizer
 
 QUESTIONS = [
     {"question": first, "choices": [second, third, "fades"], "answer": number % 3}

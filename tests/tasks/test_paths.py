@@ -10,7 +10,8 @@ import pytest
 
 from coco_files import write_root
 from slabformer.tasks.detection.check import check_data
-from slabformer.tasks.detection.dataset import DetectionData, open_source
+from slabformer.tasks.detection.config import DetectionData
+from slabformer.tasks.detection.dataset import open_source
 from slabformer.tasks.paths import path_inside
 
 OUTSIDE = ["/etc/passwd", "../secret.png", "a/../../secret.png", "C:\\secret.png", "..\\secret.png", "\\\\host\\share"]

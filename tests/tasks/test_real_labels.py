@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from image_folders import picture, write_shard
-from slabformer.tasks.classification.data import AugmentConfig, DataConfig, create_loader
+from slabformer.tasks.classification.config import AugmentConfig, DataConfig
+from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.evaluate import evaluate
 from slabformer.tasks.classification.real_labels import NumberedSource, RealLabels
 from slabformer.tasks.classification.sources import open_source

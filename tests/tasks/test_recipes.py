@@ -15,9 +15,8 @@ import slabformer as sf
 from image_folders import fill_splits
 from recipes_of import NAMES, RECIPES, header, load
 from slabformer.models.weights.published import BY_MODEL
-from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.build import build_model
-from slabformer.tasks.classification.config import GammaConfig, TrainConfig
+from slabformer.tasks.classification.config import AugmentConfig, GammaConfig, TrainConfig
 from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.mixup import MixedStep
 from slabformer.tasks.engine.build import build_gamma_schedule, build_lr_schedule, build_optimizer, rate_scale

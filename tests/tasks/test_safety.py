@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.build import build_model
-from slabformer.tasks.classification.config import GammaConfig, ModelConfig, TrainConfig
+from slabformer.tasks.classification.config import AugmentConfig, GammaConfig, ModelConfig, TrainConfig
 from slabformer.tasks.classification.train import train
 from slabformer.tasks.engine.checkpoint import CheckpointStore, DamagedCheckpointError, read_checkpoint
 from slabformer.tasks.engine.config import LrConfig

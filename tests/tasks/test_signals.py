@@ -13,12 +13,10 @@ import pytest
 
 from coco_files import write_root
 from image_folders import fill_splits
-from slabformer.tasks.classification.augment import AugmentConfig
+from slabformer.tasks.classification.config import AugmentConfig, DataConfig
 from slabformer.tasks.classification.data import create_loader
-from slabformer.tasks.classification.sources import DataConfig
-from slabformer.tasks.detection.dataset import DetectionData
+from slabformer.tasks.detection.config import DetectionAugment, DetectionData
 from slabformer.tasks.detection.loader import create_loader as create_detection_loader
-from slabformer.tasks.detection.transforms import DetectionAugment
 
 #: prints a line when a worker has delivered, and goes on as training does: it needs one more batch to finish its step
 SCRIPT = """

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from image_folders import fill_splits, picture, write_shard
-from slabformer.tasks.classification.sources import DataConfig, open_source
+from slabformer.tasks.classification.config import DataConfig
+from slabformer.tasks.classification.sources import open_source
 from slabformer.tasks.images import read_image
 
 

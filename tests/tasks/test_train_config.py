@@ -12,9 +12,8 @@ from torch import nn
 import slabformer as sf
 from recipes_of import load
 from slabformer.cli.train import parser
-from slabformer.tasks.classification.augment import AugmentConfig
 from slabformer.tasks.classification.build import build_model
-from slabformer.tasks.classification.config import ModelConfig, TrainConfig
+from slabformer.tasks.classification.config import AugmentConfig, ModelConfig, TrainConfig
 from slabformer.tasks.classification.mixup import MixedStep
 from slabformer.tasks.engine.build import build_gamma_schedule, build_lr_schedule, build_optimizer, rate_scale
 from slabformer.tasks.engine.config import LrConfig, OptimizerConfig

@@ -19,13 +19,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from slabformer._defaults import RUNTIME_RTOL
 from slabformer._moved import takes_old_names
 from slabformer._torch import compile_error
 from slabformer.bench.ceiling import ceiling_of
 from slabformer.bench.report import BenchReport
 from slabformer.deployment.compiled import Compiled
 from slabformer.deployment.native import natively
-from slabformer.measure.equality import RUNTIME_RTOL
 from slabformer.measure.roofline import Ceilings, measure_ceilings, work_of
 from slabformer.measure.rows import Measurement, Mode, Variant
 from slabformer.measure.timing import (

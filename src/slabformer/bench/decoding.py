@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from slabformer._defaults import RUNTIME_RTOL
 from slabformer.bench.decoding_report import DecodeReport, Decoding
 from slabformer.deployment.compiled import Compiled
-from slabformer.measure.equality import RUNTIME_RTOL
 from slabformer.measure.rows import Mode, Variant
 from slabformer.measure.timing import (
     Machine,

@@ -17,12 +17,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from slabformer._defaults import RUNTIME_RTOL
 from slabformer._torch import compile_error
 from slabformer.bench.detector_report import Latency, LatencyReport, Part
 from slabformer.deployment.compiled import Compiled
 from slabformer.deployment.detector import fuse_detector, verify_detections
 from slabformer.deployment.native import natively
-from slabformer.measure.equality import RUNTIME_RTOL
 from slabformer.measure.rows import Mode
 from slabformer.measure.timing import (
     Machine,

@@ -6,23 +6,21 @@ import importlib
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
-from torch import Tensor, nn
 
 from slabformer._extras import require
 from slabformer.cli.common import console, writable
 from slabformer.cli.fuse import fuse_table
-from slabformer.models.arguments import check_arguments
 from slabformer.settings import FileToWrite, NonEmptyStr, Pixels, PositiveInt
-from slabformer.surgery.audit import audit, time_norms
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.engine.files import write_text
-from slabformer.tasks.saved_model import create_model
 
-Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+if TYPE_CHECKING:
+    from torch import nn
+
+Built: TypeAlias = "tuple[nn.Module, tuple[Any, ...], dict[str, Any]]"
 
 
 def parser() -> ArgumentParser:
@@ -51,6 +49,10 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Build, audit, print."""
+    import torch
+
+    from slabformer.surgery.audit import audit, time_norms
+
     if config.json is not None:
         writable(config.json)
     with torch.device("meta") if config.meta else nullcontext():
@@ -85,6 +87,8 @@ def build(model: str, input_size: int | None, batch_size: int) -> Built:
 
 
 def _from_factory(name: str) -> Built:
+    from torch import Tensor, nn
+
     module, _, factory = name.partition(":")
     try:
         made = getattr(importlib.import_module(module), factory)()
@@ -99,6 +103,10 @@ def _from_factory(name: str) -> Built:
 
 
 def _from_folder(folder: Path, input_size: int | None, batch_size: int) -> Built:
+    import torch
+
+    from slabformer.models.arguments import check_arguments
+
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json; give a folder that timm or transformers saved")
@@ -122,6 +130,10 @@ def _from_folder(folder: Path, input_size: int | None, batch_size: int) -> Built
 
 
 def _from_timm(name: str, arguments: dict[str, Any], input_size: int | None, batch_size: int) -> Built:
+    import torch
+
+    from slabformer.tasks.saved_model import create_model
+
     sized = arguments if input_size is None else {**arguments, "img_size": input_size}
     try:
         model = create_model(name, **sized)

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from rich.console import Console, RenderableType
 from rich.markdown import Markdown
 from rich.text import Text
-from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer._moved import current_name
-from slabformer.bench.compare import compare
-from slabformer.bench.report import BenchReport
-from slabformer.bench.zoo import ZooTable, to_markdown
 from slabformer.cli.common import add_model_options, available_device, console, example_images, load, needs_weights
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.list import chosen
-from slabformer.deployment.deploy import DeployReport
-from slabformer.measure.allocator import keep_memory
-from slabformer.measure.timing import Machine, num_threads
-from slabformer.models.registry import baseline_of, check_model_name
-from slabformer.nn.controls import prepbn_modules
 from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, PositiveInt, Seconds, Threads
-from slabformer.tasks.saved_model import ModelInfo, create_model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from slabformer.bench.report import BenchReport
+    from slabformer.bench.zoo import ZooTable
+    from slabformer.deployment.deploy import DeployReport
+    from slabformer.tasks.saved_model import ModelInfo
 
 ZOO_FOLDER = Path("benchmarks/results/zoo")
 #: what decides how a model is measured; a table's rows stand for runs with the same
@@ -86,6 +84,9 @@ def run(config: Namespace) -> None:
     Raises:
         ValueError: If a model and patterns are given, or neither, or no model matches.
     """
+    from slabformer.bench.zoo import to_markdown
+    from slabformer.measure.allocator import keep_memory
+
     if (config.model is None) == (not config.models):
         raise ValueError("give one model, or several with --models 'slab_*'")
     if config.deploy and config.models:
@@ -116,6 +117,8 @@ def measure(config: Namespace, device: torch.device, progress: Callable[[str], N
     Raises:
         ValueError: If the model or what it is held against is unknown.
     """
+    from slabformer.bench.compare import compare
+
     model, images, info = _subject(config, device)
     baseline = _baseline(config, info)
     return compare(
@@ -134,6 +137,10 @@ def measure(config: Namespace, device: torch.device, progress: Callable[[str], N
 
 def deployment(config: Namespace, device: torch.device) -> DeployReport:
     """What each step of :func:`slabformer.deploy` makes of the model that the options describe."""
+    import torch
+
+    from slabformer.measure.timing import num_threads
+
     model, images, _ = _subject(config, device)
     dtype = None if config.dtype == "float32" else getattr(torch, config.dtype)
     with num_threads(config.threads):
@@ -154,6 +161,10 @@ def _subject(config: Namespace, device: torch.device) -> tuple[nn.Module, Tensor
 
 def _zoo(config: Namespace, device: torch.device, progress: Callable[[str], None]) -> ZooTable:
     """The table of all models that match, those that were missing measured."""
+    from slabformer.bench.zoo import ZooTable
+    from slabformer.measure.timing import Machine, num_threads
+    from slabformer.models.registry import check_model_name
+
     if config.checkpoint is not None or config.pretrained:
         raise ValueError("--checkpoint and --pretrained are for one model; speeds do not hang on weights")
     if min(config.batch_sizes, default=0) < 1:
@@ -177,6 +188,9 @@ def _zoo(config: Namespace, device: torch.device, progress: Callable[[str], None
 
 
 def _baseline(config: Namespace, info: ModelInfo) -> nn.Module | None:
+    from slabformer.models.registry import baseline_of
+    from slabformer.tasks.saved_model import create_model
+
     guess = info.model if config.convert else baseline_of(info.model)
     name = guess if config.against == "baseline" else config.against
     if name in (None, "none"):
@@ -185,9 +199,10 @@ def _baseline(config: Namespace, info: ModelInfo) -> nn.Module | None:
     return create_model(name, **arguments)
 
 
-@torch.no_grad()
 def _as_if_trained(model: nn.Module) -> None:
     """Values that training would leave: speeds do not hang on them, the equality that stands before them does."""
+    from slabformer.nn.controls import prepbn_modules
+
     sf.testing.randomize_norms_(model)
     for norm in prepbn_modules(model).values():
         norm.set_gamma(0.0)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from torch import Tensor, nn
 
 import slabformer as sf
-from slabformer.models.weights.hub import is_shared
 from slabformer.settings import ExistingFile, NonEmptyStr, Pixels
-from slabformer.tasks.saved_model import ModelInfo, create_model, load_model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from slabformer.tasks.saved_model import ModelInfo
 
 #: widths of tables go by the terminal; files and pipes get room for all columns
 PIPE_WIDTH = 160
@@ -48,6 +50,8 @@ def load(config: Namespace) -> tuple[nn.Module, ModelInfo]:
         ValueError: If it is unknown, or options do not go together.
         FileNotFoundError: If a file is missing.
     """
+    from slabformer.tasks.saved_model import load_model
+
     if not is_file(config.model):
         return _named(config.model, config.checkpoint, config.pretrained, config.input_size)
     if config.checkpoint is not None or config.pretrained:
@@ -62,11 +66,15 @@ def load(config: Namespace) -> tuple[nn.Module, ModelInfo]:
 
 def is_file(model: str) -> bool:
     """Whether ``model`` means a file, a folder or a repository rather than a name in timm."""
+    from slabformer.models.weights.hub import is_shared
+
     return model.endswith(".safetensors") or "/" in model or is_shared(model) or Path(model).is_file()
 
 
 def example_images(info: ModelInfo, batch_size: int, seed: int = 0) -> Tensor:
     """Random images ``(B, C, H, W)`` of the model's size, normalised as photographs come out."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch_size, *info.input_size, generator=generator)
 
@@ -82,6 +90,8 @@ def available_device(name: str) -> torch.device:
     Raises:
         ValueError: If there is none.
     """
+    import torch
+
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -112,6 +122,8 @@ def writable_figure(path: Path) -> Path:
 
 
 def _named(name: str, checkpoint: Path | None, pretrained: bool, input_size: int | None) -> tuple[nn.Module, ModelInfo]:
+    from slabformer.tasks.saved_model import ModelInfo, create_model
+
     if checkpoint is not None and pretrained:
         raise ValueError("--checkpoint and --pretrained exclude each other; give one")
     arguments: dict[str, Any] = {} if input_size is None else {"img_size": input_size}

@@ -9,26 +9,25 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
 import slabformer as sf
 from slabformer.cli.common import load, needs_weights
-from slabformer.models.registry import check_model_name
-from slabformer.nn.controls import prepbn_modules
 from slabformer.settings import DeviceOrAuto, NonEmptyStr, PositiveFraction, PositiveInt, ShareOrCount, Workers
-from slabformer.tasks.classification.predict import data_config
-from slabformer.tasks.classification.sources import DataConfig, Split
-from slabformer.tasks.engine.devices import create_accelerator
+from slabformer.tasks.classification.config import DataConfig
 from slabformer.tasks.engine.files import write_text
-from slabformer.tasks.engine.order import OrderedLoader
-from slabformer.tasks.saved_model import ModelInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from slabformer.tasks.classification.sources import Split
+    from slabformer.tasks.engine.order import OrderedLoader
+    from slabformer.tasks.saved_model import ModelInfo
 
 MOST_WORKERS = 4
 STDOUT = Path("-")
@@ -77,6 +76,8 @@ def add_device_option(parser: ArgumentParser) -> None:
 
 def data_of(config: Namespace, info: ModelInfo, split: Split) -> DataConfig:
     """The images that :func:`add_data_options` describes, prepared for the model of ``info``."""
+    from slabformer.tasks.classification.predict import data_config
+
     return data_config(
         info,
         path=config.data,
@@ -95,6 +96,8 @@ def load_trained(config: Namespace) -> tuple[nn.Module, ModelInfo]:
     Raises:
         ValueError: If the model is unknown, or would have random weights.
     """
+    from slabformer.models.registry import check_model_name
+
     if needs_weights(config):
         check_model_name(config.model)
         raise ValueError(
@@ -108,6 +111,10 @@ def load_trained(config: Namespace) -> tuple[nn.Module, ModelInfo]:
 @contextmanager
 def launched_accelerator(config: Namespace) -> Iterator[Any]:
     """accelerate's, where torchrun started several processes, which then run on its devices; else None."""
+    import torch.distributed as dist
+
+    from slabformer.tasks.engine.devices import create_accelerator
+
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
@@ -128,6 +135,8 @@ def device_called(name: str) -> torch.device:
     Raises:
         ValueError: If there is none.
     """
+    import torch
+
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -161,6 +170,8 @@ def each_form(
     model: nn.Module, form: str, loader: OrderedLoader, measure: Callable[..., Result]
 ) -> Iterator[tuple[str, Result]]:
     """What ``measure(progress=...)`` makes of ``model``, called ``form``, and of the blend while gamma is above 0."""
+    from slabformer.nn.controls import prepbn_modules
+
     total = -(-loader.order.count // loader.order.world_size)
     with progress_bar("evaluate", total) as advance:
         yield form, measure(progress=advance)

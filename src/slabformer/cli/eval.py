@@ -6,7 +6,7 @@ import csv
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
@@ -25,13 +25,13 @@ from slabformer.cli.data import (
     write_json,
 )
 from slabformer.settings import ExistingFile, FileToWrite, JsonToWrite
-from slabformer.tasks.classification.augment import AugmentConfig
-from slabformer.tasks.classification.data import Loader, create_loader
-from slabformer.tasks.classification.evaluate import ClassResult, EvalResult, evaluate
-from slabformer.tasks.classification.real_labels import NumberedSource, RealLabels
-from slabformer.tasks.classification.sources import open_source
+from slabformer.tasks.classification.config import AugmentConfig
 from slabformer.tasks.engine.files import replaced
-from slabformer.tasks.saved_model import ModelInfo
+
+if TYPE_CHECKING:
+    from slabformer.tasks.classification.data import Loader
+    from slabformer.tasks.classification.evaluate import ClassResult, EvalResult
+    from slabformer.tasks.saved_model import ModelInfo
 
 logger = logging.getLogger(__name__)
 EXAMPLES = """examples:
@@ -76,6 +76,11 @@ def run(config: Namespace) -> None:
 
 
 def _run(config: Namespace, accelerator: Any) -> None:
+    from slabformer.tasks.classification.data import create_loader
+    from slabformer.tasks.classification.evaluate import evaluate
+    from slabformer.tasks.classification.real_labels import NumberedSource, RealLabels
+    from slabformer.tasks.classification.sources import open_source
+
     is_main = accelerator is None or accelerator.is_main_process
     model, info = load_trained(config)
     data = data_of(config, info, "validation")

@@ -7,15 +7,15 @@ from typing import get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
+from slabformer._defaults import RUNTIME_RTOL, Format
 from slabformer.cli.common import add_model_options, example_images, load, writable
-from slabformer.export.model import Format, export
-from slabformer.measure.equality import RUNTIME_RTOL
 from slabformer.settings import FileToWrite, PositiveInt, Tolerance
 from slabformer.tasks.engine.files import replaced
 
 
 def parser() -> ArgumentParser:
     """Options of `slab export`."""
+
     made = ArgumentParser(
         prog="slab export", description="Write a model for other runtimes, any batch size, checked against PyTorch."
     )
@@ -31,6 +31,8 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Export and check; the file appears when it has passed."""
+    from slabformer.export.model import export
+
     format = config.format or config.output.suffix.removeprefix(".")
     if format not in get_args(Format):
         raise ValueError(f"cannot tell a format from {config.output}; name it .onnx or .pt2, or give --format")

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
-from torch import nn
 
 import slabformer as sf
+from slabformer._defaults import RTOL
 from slabformer._extras import require
 from slabformer.cli.common import add_model_options, console, example_images, load, writable
-from slabformer.models.registry import baseline_of
-from slabformer.nn import Folded
 from slabformer.settings import FileToWrite, ModelToWrite, NonEmptyStr, Tolerance
-from slabformer.surgery.fuse import FuseReport
-from slabformer.surgery.fuse.tree.plain import plain_
-from slabformer.surgery.verify import RTOL
 from slabformer.tasks.engine.files import write_text
-from slabformer.tasks.saved_model import ModelInfo, create_model, save_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slabformer.surgery.fuse import FuseReport
+    from slabformer.tasks.saved_model import ModelInfo
 
 ACTIONS = {"forward": "[green]forward[/]", "backward": "[blue]backward[/]", "kept": "[yellow]kept[/]"}
 
 
 def parser() -> ArgumentParser:
     """Options of `slab fuse`."""
+
     made = ArgumentParser(prog="slab fuse", description="Fold every norm into its neighbours, verify, save.")
     add_model_options(made)
     made.add_argument("--output", type=ModelToWrite, required=True, help="the fused model, a .safetensors file")
@@ -56,6 +57,8 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Fuse, verify, print, save; nothing is saved that differs."""
+    from slabformer.tasks.saved_model import save_model
+
     files = [writable(path) for path in (config.output, config.json) if path is not None]
     model, info = load(config)
     images = example_images(info, batch_size=2)
@@ -86,6 +89,13 @@ def plain_recipe(fused: nn.Module, info: ModelInfo, rtol: float) -> str:
     Raises:
         ValueError: If there is none.
     """
+    from torch import nn
+
+    from slabformer.models.registry import baseline_of
+    from slabformer.nn import Folded
+    from slabformer.surgery.fuse.tree.plain import plain_
+    from slabformer.tasks.saved_model import create_model
+
     timm, refusals = require("timm", extra="vision"), []
     for name in (baseline_of(info.model), info.model):
         if name is None or not timm.model_entrypoint(name).__module__.startswith("timm."):

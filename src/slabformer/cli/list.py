@@ -7,24 +7,19 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from slabformer._extras import require
 from slabformer.cli.common import console
 from slabformer.cli.suggest import did_you_mean
-from slabformer.measure.cost import cost_of
-from slabformer.measure.timing import count_parameters
-from slabformer.models.registry import baseline_of
-from slabformer.models.weights.published import BY_MODEL
-from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.settings import NonEmptyStr
-from slabformer.tasks.saved_model import create_model
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +90,8 @@ def run(config: Namespace) -> None:
 
 def registered() -> list[str]:
     """Names of all models of this package: the published ones first, in the publication's order."""
+    from slabformer.models.weights.published import BY_MODEL
+
     timm = require("timm", extra="vision")
     ours = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("slabformer.")]
     return [*(name for name in BY_MODEL if name in ours), *(name for name in ours if name not in BY_MODEL)]
@@ -121,6 +118,10 @@ def models(names: Sequence[str]) -> list[Row]:
 
 def with_cost(row: Row, progress: Callable[[str], None] = lambda _: None) -> Row:
     """``row`` with its multiply-adds and what is left when norms are folded."""
+    import torch
+
+    from slabformer.measure.cost import cost_of
+
     progress(f"counting {row.model}")
     model = _without_memory(row.model)
     cost = cost_of(model, torch.empty(1, *model.pretrained_cfg["input_size"], device="meta"))
@@ -163,6 +164,8 @@ def _millions(count: int | None) -> str:
 
 
 def _names(model: str) -> tuple[str, ...]:
+    from slabformer.models.weights.published import BY_MODEL
+
     return (model, BY_MODEL[model].config) if model in BY_MODEL else (model,)
 
 
@@ -175,6 +178,10 @@ def _wanted(row: Row, config: Namespace) -> bool:
 
 
 def _row(model: str) -> Row:
+    from slabformer.measure.timing import count_parameters
+    from slabformer.models.registry import baseline_of
+    from slabformer.models.weights.published import BY_MODEL
+
     published = BY_MODEL.get(model)
     family = require("timm", extra="vision").model_entrypoint(model).__module__.rpartition(".")[2]
     if published is None:
@@ -201,10 +208,16 @@ def _row(model: str) -> Row:
 
 def _attention(model: nn.Module) -> str:
     """The plan of a model with stages; of a plain one, what its attentions are."""
+    from slabformer.nn.attention import SimplifiedLinearAttention
+
     linear = any(isinstance(module, SimplifiedLinearAttention) for module in model.modules())
     return str(getattr(model, "attention", "L" if linear else "S"))
 
 
 def _without_memory(model: str) -> Any:
+    import torch
+
+    from slabformer.tasks.saved_model import create_model
+
     with torch.device("meta"):
         return create_model(model)

@@ -1,8 +1,9 @@
 """`slab`: picks the verb, parses its options, and turns errors into one line and an exit code.
 
-Nothing but the standard library is imported before a verb is chosen, so that `slab --help` answers at once. A verb is
-one row of :data:`VERBS` and one file with ``parser() -> jsonargparse.ArgumentParser`` and ``run(config) -> None``; a
-group of verbs is one row of :data:`GROUPS` and one package with ``VERBS`` of its own.
+Nothing but the standard library is imported before a verb is chosen, and nothing heavy before its options are checked,
+so that help and mistakes are told at once. A verb is one row of :data:`VERBS` and one file with ``parser() ->
+jsonargparse.ArgumentParser`` and ``run(config) -> None``; a group of verbs is one row of :data:`GROUPS` and one package
+with ``VERBS`` of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+
+from slabformer.cli.suggest import did_you_mean
 
 #: verb -> (module, what it does)
 VERBS = {
@@ -61,8 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print(usage(command, verbs), code=0 if arguments else USAGE)
     verb, *options = arguments
     if verb not in verbs:
-        from slabformer.cli.suggest import did_you_mean  # not before: importing the package imports torch
-
         near = did_you_mean(verb, [*verbs, *GROUPS] if verbs is VERBS else verbs)
         return _complain(f"unknown command {verb!r}{near or ';'} `{command} --help` lists all", USAGE)
     return _guarded(f"{command} {verb}", verbs[verb][0], options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
@@ -17,8 +18,9 @@ from slabformer.cli.data import (
     write_json,
 )
 from slabformer.settings import JsonToWrite, NonEmptyStr, PositiveInt
-from slabformer.tasks.classification.predict import Prediction, predict
-from slabformer.tasks.images import expand_paths
+
+if TYPE_CHECKING:
+    from slabformer.tasks.classification.predict import Prediction
 
 logger = logging.getLogger(__name__)
 EXAMPLES = """examples:
@@ -53,6 +55,9 @@ def run(config: Namespace) -> None:
     Raises:
         RuntimeError: If an image could not be read, after all others are done.
     """
+    from slabformer.tasks.classification.predict import predict
+    from slabformer.tasks.images import expand_paths
+
     model, info = load_trained(config)
     paths = expand_paths(config.images)
     predictions: list[Prediction] = []

@@ -5,20 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from jsonargparse import ArgumentParser, Namespace
-from torch import nn
 
 from slabformer.cli.common import add_model_options, console, example_images, is_file
 from slabformer.cli.data import ExamplesFormatter, load_trained
-from slabformer.measure.timing import count_macs
-from slabformer.models.weights.hub import upload
-from slabformer.models.weights.published import BY_MODEL
 from slabformer.settings import ExistingFile, FolderToWrite, NonEmptyStr, Where
 from slabformer.tasks.engine.documents import read_json
-from slabformer.tasks.publish import save_folder
-from slabformer.tasks.saved_model import ModelInfo
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slabformer.tasks.saved_model import ModelInfo
 
 Repository = Annotated[
     str, Where("a repository of the hub, user/name", lambda name: re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None)
@@ -60,6 +59,9 @@ def run(config: Namespace) -> None:
     Raises:
         ValueError: If neither folder nor repository is given, or the file with figures holds none.
     """
+    from slabformer.models.weights.hub import upload
+    from slabformer.tasks.publish import save_folder
+
     if config.folder is None and config.repo is None:
         raise ValueError("nowhere to push to; give --folder DIR, --repo user/name, or both")
     config.device = "cpu"
@@ -77,6 +79,8 @@ def run(config: Namespace) -> None:
 
 def _published(config: Namespace) -> dict[str, str]:
     """Of released weights: what was published about them."""
+    from slabformer.models.weights.published import BY_MODEL
+
     row = None if is_file(config.model) or config.checkpoint is not None else BY_MODEL.get(config.model)
     if row is None or row.top1 is None:
         return {}
@@ -97,4 +101,6 @@ def _measured(path: Path | None) -> dict[str, str]:
 
 
 def _cost(model: nn.Module, info: ModelInfo) -> dict[str, str]:
+    from slabformer.measure.timing import count_macs
+
     return {"Multiply-adds": f"{count_macs(model, (example_images(info, batch_size=1),)) / 1e9:.3f} G"}

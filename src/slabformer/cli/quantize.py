@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
-from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer.cli.common import add_model_options, console, example_images, writable
 from slabformer.cli.data import ExamplesFormatter, add_data_options, data_of, load_trained, progress_bar
-from slabformer.measure.timing import Machine, num_threads, quantile, ratio, time_interleaved
-from slabformer.nn.controls import repbn_modules
-from slabformer.quantize.openvino import quantize, to_openvino
 from slabformer.settings import OutputFile, PositiveInt, Seconds, Threads
-from slabformer.tasks.classification.augment import AugmentConfig
-from slabformer.tasks.classification.data import Loader, create_loader
-from slabformer.tasks.classification.evaluate import EvalResult, evaluate
-from slabformer.tasks.classification.sources import Split
-from slabformer.tasks.saved_model import ModelInfo
+from slabformer.tasks.classification.config import AugmentConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from slabformer.measure.timing import Machine
+    from slabformer.tasks.classification.data import Loader
+    from slabformer.tasks.classification.evaluate import EvalResult
+    from slabformer.tasks.classification.sources import Split
+    from slabformer.tasks.saved_model import ModelInfo
 
 EXAMPLES = """examples:
   slab quantize runs/digits/model.safetensors --data digits --output digits-int8.xml
@@ -58,6 +58,11 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Fold, quantise, compare, write."""
+    import torch
+
+    from slabformer.nn.controls import repbn_modules
+    from slabformer.quantize.openvino import quantize, to_openvino
+
     output = writable(config.output)
     config.device = "cpu"
     model, info = load_trained(config)
@@ -79,6 +84,8 @@ def run(config: Namespace) -> None:
 
 
 def _loader(config: Namespace, info: ModelInfo, split: Split) -> Loader:
+    from slabformer.tasks.classification.data import create_loader
+
     return create_loader(
         data_of(config, info, split),
         AugmentConfig(policy="none"),
@@ -91,6 +98,8 @@ def _loader(config: Namespace, info: ModelInfo, split: Split) -> Loader:
 
 
 def _evaluated(config: Namespace, info: ModelInfo, forms: dict[str, nn.Module]) -> Iterator[tuple[str, EvalResult]]:
+    from slabformer.tasks.classification.evaluate import evaluate
+
     for name, form in forms.items():
         loader = _loader(config, info, "validation")
         with progress_bar(f"evaluate {name}", len(loader)) as advance:
@@ -99,6 +108,8 @@ def _evaluated(config: Namespace, info: ModelInfo, forms: dict[str, nn.Module]) 
 
 def _agreement(config: Namespace, info: ModelInfo, forms: dict[str, nn.Module]) -> float:
     """Share of validation images that both forms call the same."""
+    import torch
+
     same: list[Tensor] = []
     for images, _ in _loader(config, info, "validation"):
         one, other = (form(images).argmax(1) for form in forms.values())
@@ -108,6 +119,8 @@ def _agreement(config: Namespace, info: ModelInfo, forms: dict[str, nn.Module]) 
 
 def _speeds(forms: dict[str, nn.Module], images: Tensor, config: Namespace) -> tuple[dict[str, float], float, Machine]:
     """Median milliseconds of a batch of up to 8, how much faster integers are, and where."""
+    from slabformer.measure.timing import Machine, num_threads, quantile, ratio, time_interleaved
+
     batch = images[:8]
     with num_threads(config.threads):
         calls = {name: (lambda form=form: form(batch)) for name, form in forms.items()}

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -14,15 +14,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from slabformer.cli.options import add_settings
-from slabformer.quickstart.job import run_quickstart
-from slabformer.quickstart.result import QuickstartConfig, QuickstartResult
+from slabformer.quickstart.config import QuickstartConfig
 from slabformer.tasks.engine.observers import Observer, RunStart, StepReport
+
+if TYPE_CHECKING:
+    from slabformer.quickstart.result import QuickstartResult
 
 PLAIN_EVERY = 10
 
 
 def parser() -> ArgumentParser:
     """The job's settings as options."""
+
     made = ArgumentParser(
         prog="slab quickstart",
         description="Train a SLAB vision transformer and its LayerNorm baseline on scikit-learn's handwritten digits, "
@@ -34,6 +37,8 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Run the job and print its table."""
+    from slabformer.quickstart.job import run_quickstart
+
     logging.getLogger("slabformer").setLevel(logging.WARNING)  # the bars and the table say it all
     console = Console()
     settings = QuickstartConfig(**vars(config))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
-from torch import nn
 
 import slabformer as sf
 from slabformer.cli.common import add_model_options, console
@@ -17,11 +16,13 @@ from slabformer.cli.data import (
     load_trained,
     progress_bar,
 )
-from slabformer.nn.controls import repbn_modules
 from slabformer.settings import ModelToWrite, PositiveInt, Seed
-from slabformer.tasks.classification.augment import AugmentConfig
-from slabformer.tasks.classification.data import Loader, create_loader
-from slabformer.tasks.saved_model import save_model
+from slabformer.tasks.classification.config import AugmentConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slabformer.tasks.classification.data import Loader
 
 EXAMPLES = """examples:
   slab recalibrate runs/digits/model.safetensors --data digits --output recalibrated.safetensors
@@ -56,6 +57,9 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Recalibrate and save."""
+    from slabformer.nn.controls import repbn_modules
+    from slabformer.tasks.saved_model import save_model
+
     if config.num_batches is not None and config.num_batches < 1:
         raise ValueError(f"--num-batches must be at least 1, got {config.num_batches}")
     model, info = load_trained(config)
@@ -77,6 +81,8 @@ def run(config: Namespace) -> None:
 
 
 def _loader(config: Namespace, data: Any) -> Loader:
+    from slabformer.tasks.classification.data import create_loader
+
     return create_loader(
         data,
         AugmentConfig(policy="timm" if config.augment else "none"),

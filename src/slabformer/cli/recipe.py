@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
-import torch.distributed as dist
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
@@ -17,7 +16,6 @@ from slabformer.cli.options import add_settings
 from slabformer.settings import shown
 from slabformer.tasks.engine.documents import parse_yaml
 from slabformer.tasks.engine.files import read_text
-from slabformer.tasks.engine.signals import StoppedError
 
 C = TypeVar("C")
 
@@ -79,6 +77,10 @@ def ending_well() -> Iterator[None]:
     Raises:
         SystemExit: With 143 after SIGTERM, 130 after SIGINT.
     """
+    import torch.distributed as dist
+
+    from slabformer.tasks.engine.signals import StoppedError
+
     try:
         yield
     except StoppedError as stopped:

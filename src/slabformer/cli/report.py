@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 
 from slabformer.cli.common import console, writable_figure
 from slabformer.cli.data import ExamplesFormatter
-from slabformer.figures.comparison import Comparison, compare_files
-from slabformer.figures.comparison_picture import accuracy_over_speed
-from slabformer.figures.plots import save
 from slabformer.measure.rows import Mode
 from slabformer.settings import ExistingPath, FigureToWrite, NonEmptyStr, PositiveInt
+
+if TYPE_CHECKING:
+    from slabformer.figures.comparison import Comparison
 
 logger = logging.getLogger(__name__)
 EXAMPLES = """examples:
@@ -51,6 +52,10 @@ def run(config: Namespace) -> None:
     Raises:
         ValueError: If the files do not go together, or no model's accuracy is known.
     """
+    from slabformer.figures.comparison import compare_files
+    from slabformer.figures.comparison_picture import accuracy_over_speed
+    from slabformer.figures.plots import save
+
     path = writable_figure(config.output)
     comparison = compare_files(
         config.benchmarks,

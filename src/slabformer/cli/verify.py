@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
-from torch import Tensor
 
+from slabformer._defaults import RTOL
 from slabformer.cli.common import example_images
 from slabformer.settings import ExistingPath, PositiveInt, Tolerance
-from slabformer.surgery.verify import RTOL, verify
-from slabformer.tasks.classification.augment import eval_transform
-from slabformer.tasks.classification.predict import data_config
-from slabformer.tasks.images import expand_paths, read_image
-from slabformer.tasks.saved_model import ModelInfo, load_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slabformer.tasks.saved_model import ModelInfo
 
 
 def parser() -> ArgumentParser:
     """Options of `slab verify`."""
+
     made = ArgumentParser(
         prog="slab verify",
         description="Compare the outputs of two models; exit code 1 when they differ by more than --rtol, or 4 times "
@@ -44,6 +45,9 @@ def run(config: Namespace) -> None:
         VerificationError: If they are too large.
         ValueError: If the models take different images.
     """
+    from slabformer.surgery.verify import verify
+    from slabformer.tasks.saved_model import load_model
+
     (reference, info), (candidate, other) = load_model(config.reference), load_model(config.candidate)
     if info.input_size != other.input_size:
         raise ValueError(
@@ -63,6 +67,12 @@ def run(config: Namespace) -> None:
 
 def read_batches(paths: list[Path], info: ModelInfo, batch_size: int) -> list[Tensor]:
     """The images in ``paths``, files or folders, as the model ``info`` wants them."""
+    import torch
+
+    from slabformer.tasks.classification.augment import eval_transform
+    from slabformer.tasks.classification.predict import data_config
+    from slabformer.tasks.images import expand_paths, read_image
+
     transform = eval_transform(data_config(info))
     images = [transform(read_image(file)) for file in expand_paths(paths)]
     return [torch.stack(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]

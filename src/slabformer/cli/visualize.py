@@ -5,21 +5,19 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
-from PIL import Image
 
 from slabformer._extras import require
 from slabformer.cli.common import console, is_file, load, needs_weights, writable_figure
 from slabformer.cli.data import ExamplesFormatter
-from slabformer.figures.attention_maps import padded_size, pick, record
-from slabformer.figures.attention_picture import Panel, attention_figure
-from slabformer.figures.plots import save
 from slabformer.settings import ExistingFile, FigureToWrite, Fraction, NonEmptyStr, NonNegativeInt, Pixels
-from slabformer.tasks.classification.augment import eval_transform
-from slabformer.tasks.classification.predict import data_config
-from slabformer.tasks.images import UNREADABLE, read_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from slabformer.figures.attention_picture import Panel
 
 logger = logging.getLogger(__name__)
 EXAMPLES = """examples:
@@ -68,6 +66,9 @@ def run(config: Namespace) -> None:
     Raises:
         ValueError: If a layer cannot be shown, or the image cannot be read.
     """
+    from slabformer.figures.attention_picture import attention_figure
+    from slabformer.figures.plots import save
+
     path = writable_figure(config.output)
     image = _image(config.image)
     columns = [column for model in config.models for column in _columns(config, model, image)]
@@ -77,6 +78,10 @@ def run(config: Namespace) -> None:
 
 
 def _image(path: Path | None) -> Image.Image:
+    from PIL import Image
+
+    from slabformer.tasks.images import UNREADABLE, read_image
+
     if path is None:
         return Image.fromarray(require("sklearn.datasets", extra="train").load_sample_image("flower.jpg"))
     try:
@@ -89,6 +94,13 @@ def _image(path: Path | None) -> Image.Image:
 
 def _columns(config: Namespace, given: str, image: Image.Image) -> list[list[Panel]]:
     """The wanted layers of one model; then once more, if it is asked for, without their local branch."""
+    import torch
+
+    from slabformer.figures.attention_maps import padded_size, pick, record
+    from slabformer.figures.attention_picture import Panel
+    from slabformer.tasks.classification.augment import eval_transform
+    from slabformer.tasks.classification.predict import data_config
+
     name, _, checkpoint = given.partition("=")
     source = Namespace(
         model=name,

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from slabformer.deployment.steps import STEPS, Form, Inputs, Job, Step, place
 from slabformer.measure import allocator
 from slabformer.measure.timing import Machine, quantile, ratio, time_interleaved
-from slabformer.settings import Device, Seconds, checked
+from slabformer.nn.device import Device
+from slabformer.settings import Seconds, checked
 from slabformer.surgery.recalibrate import recalibrate_
 from slabformer.surgery.verify import VerifyResult
 

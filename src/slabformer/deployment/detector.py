@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from slabformer._defaults import PIXELS
 from slabformer.measure.detections import DetectionAgreement, agreement_of, agreement_over
 from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.surgery.fuse import FuseReport, fuse
@@ -16,8 +17,6 @@ Size = tuple[int, int]
 
 #: what the backbone is traced at: other sizes pad other maps, and folds hold for all
 TRACED: tuple[Size, ...] = ((224, 224), (192, 320))
-#: largest distance of a box's edge, in pixels, that passes
-PIXELS = 1e-3
 
 
 def fuse_detector(detector: Detector, sizes: Sequence[Size] = TRACED) -> tuple[Detector, FuseReport]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slabformer._torch import compile_error
 from slabformer.deployment.compiled import Compiled
 from slabformer.deployment.native import natively, runs_natively
-from slabformer.measure.equality import RUNTIME_RTOL
+from slabformer._defaults import RUNTIME_RTOL
 from slabformer.nn import PRepBN, RepBN
 from slabformer.surgery.fuse import fuse
 from slabformer.surgery.verify import VerifyResult, verify

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from slabformer._defaults import RUNTIME_RTOL
 from slabformer._extras import require
 from slabformer.export.model import quiet_exporter
-from slabformer.measure.equality import RUNTIME_RTOL, Runtime
+from slabformer.measure.equality import Runtime
 from slabformer.models.cache import cache_argument
 from slabformer.surgery.verify import verify
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slabformer._defaults import MAX_CANDIDATES, RUNTIME_PIXELS
 from slabformer._extras import require
 from slabformer.export.model import quiet_exporter
-from slabformer.export.static_detector import MAX_CANDIDATES, Size, StaticDetector
+from slabformer.export.static_detector import Size, StaticDetector
 from slabformer.measure.detections import Detection, DetectionAgreement, agreement_of, agreement_over
 from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.models.detection.paste import rescale_boxes
@@ -28,8 +29,6 @@ from slabformer.settings import Number, Pixels, check
 INPUTS, OUTPUTS = ("image", "size"), ("boxes", "labels", "scores", "masks")
 #: the first whose RoIAlign and GridSample are those of PyTorch
 OPSET = 20
-#: largest distance of a box's edge, in pixels, to PyTorch's: another runtime sums in another order
-RUNTIME_PIXELS = 0.05
 #: of the file's header: canvas and mean colour, beside what the caller puts there
 CANVAS = "slabformer.canvas"
 

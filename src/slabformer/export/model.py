@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from slabformer._defaults import RUNTIME_RTOL, Format
 from slabformer._extras import require
 from slabformer._process import alone, no_logs
-from slabformer.measure.equality import RUNTIME_RTOL, Runtime
+from slabformer.measure.equality import Runtime
 from slabformer.surgery.verify import verify
 
-Format = Literal["onnx", "pt2"]
 INPUT, OUTPUT = "images", "logits"
 
 

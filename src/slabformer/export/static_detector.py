@@ -14,6 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import nms, roi_align
 
+from slabformer._defaults import MAX_CANDIDATES
 from slabformer.models.detection.mask_rcnn import SIZE_DIVISIBLE, Detector
 from slabformer.models.detection.pooling import PyramidRoIAlign
 
@@ -23,8 +24,6 @@ Size = tuple[int, int]
 NOTHING = -1.0
 #: sides in pixels below which torchvision drops a proposal and a detection
 SMALLEST_PROPOSAL, SMALLEST_DETECTION = 1e-3, 1e-2
-#: boxes of all classes that the last suppression looks at
-MAX_CANDIDATES = 4096
 
 
 class StaticDetector(nn.Module):

@@ -7,9 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-#: compilers and other runtimes reorder sums and products; a wrong graph differs by far more
-RUNTIME_RTOL = 1e-3
-
 
 class Runtime(nn.Module):
     """Something that is not a module, an onnxruntime session for example, where :func:`slabformer.verify` wants one."""

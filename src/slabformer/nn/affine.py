@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from slabformer.settings import ChannelDim, Device, NonNegativeFloat, PositiveInt, checked
+from slabformer.nn.device import Device
+from slabformer.settings import ChannelDim, NonNegativeFloat, PositiveInt, checked
 
 
 class Affine(nn.Module):

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slabformer.nn.device import Device
 from slabformer.nn.resample import Grid, resample_table, resize_tokens, resolve_grid
 from slabformer.ops.depthwise import depthwise_tokens
 from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.fused import fused_linear_attention
 from slabformer.ops.linear_attention import composed_linear_attention, linear_attention, mask_tokens
 from slabformer.ops.native.linear_attention import NO_BIASES, Biases
-from slabformer.settings import Device, Fraction, PositiveInt, checked
+from slabformer.settings import Fraction, PositiveInt, checked
 
 
 class LinearAttentionCore(nn.Module):

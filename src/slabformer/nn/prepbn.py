@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from slabformer._torch import assert_async, version_of
 from slabformer.nn.affine import Affine
+from slabformer.nn.device import Device
 from slabformer.nn.float32 import KeepsFloat32
 from slabformer.nn.repbn import RepBN
 from slabformer.nn.sync import StatisticsSync
 from slabformer.ops.rep_norm import keep_in_graph
-from slabformer.settings import ChannelDim, Device, Fraction, NonNegativeFloat, Number, PositiveInt, checked
+from slabformer.settings import ChannelDim, Fraction, NonNegativeFloat, Number, PositiveInt, checked
 
 Phase = Literal["warm", "fading", "done"]
 

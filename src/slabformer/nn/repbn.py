@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slabformer._torch import BatchNorm, NormBase, in_backward
 from slabformer.nn.affine import Affine
+from slabformer.nn.device import Device
 from slabformer.nn.float32 import KeepsFloat32
 from slabformer.nn.statistics import check_statistics
 from slabformer.nn.sync import StatisticsSync
@@ -24,7 +25,7 @@ from slabformer.ops.moments import (
 )
 from slabformer.ops.precision import has_float64
 from slabformer.ops.rep_norm import rep_norm
-from slabformer.settings import ChannelDim, Device, Fraction, NonNegativeFloat, Number, PositiveInt, checked
+from slabformer.settings import ChannelDim, Fraction, NonNegativeFloat, Number, PositiveInt, checked
 
 logger = logging.getLogger(__name__)
 

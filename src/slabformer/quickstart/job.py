@@ -22,10 +22,8 @@ from slabformer.measure.timing import num_threads
 from slabformer.quickstart.beside import training_beside
 from slabformer.quickstart.report import write_report
 from slabformer.quickstart.result import QuickstartConfig, QuickstartResult
-from slabformer.tasks.classification.augment import AugmentConfig
-from slabformer.tasks.classification.config import ModelConfig, TrainConfig
+from slabformer.tasks.classification.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from slabformer.tasks.classification.data import create_loader
-from slabformer.tasks.classification.sources import DataConfig
 from slabformer.tasks.classification.train import TrainResult, train
 from slabformer.tasks.engine.config import LrConfig, OptimizerConfig
 from slabformer.tasks.engine.documents import parse_yaml, read_mapping

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slabformer._defaults import RTOL
 from slabformer._process import alone
 from slabformer.ops.precision import wide, widened
 from slabformer.settings import NonNegativeFloat, checked
@@ -16,8 +17,6 @@ from slabformer.surgery.batches import eval_mode
 from slabformer.surgery.fuse.tree.copies import Example, twin
 from slabformer.surgery.outputs import Plain, first_line, leaves, why_not_comparable
 
-#: largest difference that passes in any case, relative to the output's scale
-RTOL = 1e-5
 #: two computations of one function round apart: how many of its own distances to float64 they may lie apart
 OWN_ERRORS_ALLOWED = 4
 #: but never more than this share of the scale, or of the entries: so loose an agreement says nothing

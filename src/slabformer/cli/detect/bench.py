@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from rich.console import Console
-from torch import Tensor
 
-from slabformer.bench.detector import as_if_trained_, measure_latency
+from slabformer._detector import DetectorConfig
 from slabformer.cli.common import available_device, console, is_file
 from slabformer.cli.data import ExamplesFormatter
-from slabformer.measure.allocator import keep_memory
-from slabformer.models.detection.backbones import create_backbone
-from slabformer.models.detection.config import DetectorConfig
-from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, NonNegativeInt, Pixels, Seconds, Threads
-from slabformer.tasks.detection.saved import DetectorInfo, load_detector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slabformer.models.detection.mask_rcnn import Detector
+    from slabformer.tasks.detection.saved import DetectorInfo
 
 EXAMPLES = """examples:
   slab detect bench swin_tiny_prepbn --threads 1 --output benchmarks/results/detection/swin_tiny_prepbn
@@ -62,6 +61,11 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Measure, print, write."""
+    import torch
+
+    from slabformer.bench.detector import measure_latency
+    from slabformer.measure.allocator import keep_memory
+
     device = available_device(config.device)
     keep_memory()  # for all forms alike, as sf.deploy does
     image = torch.rand(3, *config.size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -85,6 +89,8 @@ def run(config: Namespace) -> None:
 
 def _info(config: Namespace) -> DetectorInfo:
     """What to build, with the options' switches."""
+    from slabformer.tasks.detection.saved import DetectorInfo, load_detector
+
     if is_file(config.model):
         _, info = load_detector(config.model)
     else:
@@ -99,6 +105,10 @@ def _info(config: Namespace) -> DetectorInfo:
 def _variants(info: DetectorInfo) -> dict[str, DetectorInfo]:
     """What to time, the baseline that speed-ups are over first."""
 
+    import torch
+
+    from slabformer.models.detection.backbones import create_backbone
+
     def baseline(**arguments: str) -> DetectorInfo:
         return replace(info, backbone_args=info.backbone_args | {"norm": "layernorm"} | arguments)
 
@@ -110,5 +120,9 @@ def _variants(info: DetectorInfo) -> dict[str, DetectorInfo]:
 
 
 def _build(info: DetectorInfo, image: Tensor) -> Detector:
+    import torch
+
+    from slabformer.bench.detector import as_if_trained_
+
     torch.manual_seed(0)
     return as_if_trained_(info.build().to(image.device), image)

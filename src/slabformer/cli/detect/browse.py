@@ -11,12 +11,12 @@ from jsonargparse import ArgumentParser, Namespace
 from slabformer.cli.common import writable
 from slabformer.cli.recipe import config_of, recipe_parser
 from slabformer.settings import NonNegativeInt, OutputFile, PositiveInt
-from slabformer.tasks.detection.config import TrainConfig
-from slabformer.tasks.detection.digits import Split
+from slabformer.tasks.detection.config import Split, TrainConfig
 
 
 def parser() -> ArgumentParser:
     """Options of `slab detect browse`: those of training, of which data and augmentation count."""
+
     made = recipe_parser("slab detect browse", "", "recipes/detection_slab_swin_tiny_1x.yaml", TrainConfig)
     made.description = "Draw the first images of an epoch as they are trained on, with boxes, masks and names."
     made.usage = "slab detect browse [--data PATH] [--config RECIPE] [--out FILE] [--num N] [any key of training]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.markup import escape
@@ -13,9 +14,10 @@ from slabformer.cli.common import console
 from slabformer.cli.data import STDOUT, progress_bar, write_json
 from slabformer.cli.recipe import config_of, recipe_parser
 from slabformer.settings import FolderToWrite, JsonToWrite
-from slabformer.tasks.detection.check import SPLITS, SplitReport, check_data, mend_data
-from slabformer.tasks.detection.config import TrainConfig
-from slabformer.tasks.detection.dataset import DetectionData, locate
+from slabformer.tasks.detection.config import DetectionData, TrainConfig
+
+if TYPE_CHECKING:
+    from slabformer.tasks.detection.check import SplitReport
 
 
 def parser() -> ArgumentParser:
@@ -48,6 +50,8 @@ def run(config: Namespace) -> None:
     Raises:
         ValueError: If training would refuse the data, after all was told.
     """
+    from slabformer.tasks.detection.check import check_data
+
     data = config_of(parser(), config, dict)["data"]
     with progress_bar("check", None) as advance:
         reports = check_data(data, decode=config.decode, progress=advance)
@@ -65,6 +69,9 @@ def run(config: Namespace) -> None:
 
 def _fixed(data: DetectionData, output: Path, decode: bool) -> tuple[DetectionData, list[SplitReport]]:
     """Mend the annotations of ``data``, say what became of them, and look at the result."""
+    from slabformer.tasks.detection.check import SPLITS, check_data, mend_data
+    from slabformer.tasks.detection.dataset import locate
+
     images = {split: str(locate(data, split)[0]) for split in SPLITS}
     written = {}
     for file in mend_data(data, output):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, islice
+from typing import TYPE_CHECKING
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
-from torch import Tensor
 
 from slabformer.settings import NonEmptyStr, PositiveInt
-from slabformer.tasks.detection.dataset import DetectionData
-from slabformer.tasks.detection.loader import create_loader
-from slabformer.tasks.detection.saved import DetectorInfo
-from slabformer.tasks.detection.transforms import DetectionAugment, keep_ratio
+from slabformer.tasks.detection.config import DetectionAugment, DetectionData
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slabformer.tasks.detection.saved import DetectorInfo
 
 #: shorter side of random pictures, at most: they are compared in float64, which takes its time
 SMALL = 256
@@ -38,6 +39,8 @@ def compared_pictures(config: Namespace, info: DetectorInfo) -> Iterator[Tensor]
         ValueError: If there are to be none.
         FileNotFoundError: If the data set is not where it should be.
     """
+    from slabformer.tasks.detection.loader import create_loader
+
     if config.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {config.num_images}")
     if config.data is None:
@@ -49,6 +52,10 @@ def compared_pictures(config: Namespace, info: DetectorInfo) -> Iterator[Tensor]
 
 
 def _random_pictures(count: int, short: int, long: int) -> Iterator[Tensor]:
+    import torch
+
+    from slabformer.tasks.detection.transforms import keep_ratio
+
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
         yield torch.rand(3, *keep_ratio(SHAPES[i % len(SHAPES)], short, long), generator=generator)

@@ -7,11 +7,12 @@ import sys
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer.settings import FolderToWrite, PositiveInt, Seed
-from slabformer.tasks.detection.digits import NUM_IMAGES, write_digits
+from slabformer.tasks.detection.config import NUM_IMAGES
 
 
 def parser() -> ArgumentParser:
     """Options of `slab detect digits`."""
+
     made = ArgumentParser(
         prog="slab detect digits",
         description="Write digits pasted on photographs with boxes and masks, in COCO's layout: "
@@ -28,5 +29,7 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Write and say where."""
+    from slabformer.tasks.detection.digits import write_digits
+
     write_digits(config.out, num_train=config.num_train, num_validation=config.num_validation, seed=config.seed)
     sys.stdout.write(f"{config.out}\n")

@@ -6,7 +6,7 @@ import csv
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
@@ -21,15 +21,14 @@ from slabformer.cli.data import (
     launched_accelerator,
     write_json,
 )
-from slabformer.deployment.detector import fuse_detector
 from slabformer.settings import ExistingFile, FileToWrite, InputPath, JsonToWrite, NonEmptyStr, PositiveInt, Workers
-from slabformer.tasks.detection.dataset import DetectionData
-from slabformer.tasks.detection.evaluate import collect
-from slabformer.tasks.detection.loader import DetectionLoader, create_loader
-from slabformer.tasks.detection.metrics import NAMES, ClassResult, DetectionResult, shown
-from slabformer.tasks.detection.saved import DetectorInfo, compare_classes, load_detector
-from slabformer.tasks.detection.transforms import DetectionAugment
+from slabformer.tasks.detection.config import DetectionAugment, DetectionData
 from slabformer.tasks.engine.files import replaced, write_text
+
+if TYPE_CHECKING:
+    from slabformer.tasks.detection.loader import DetectionLoader
+    from slabformer.tasks.detection.metrics import ClassResult, DetectionResult
+    from slabformer.tasks.detection.saved import DetectorInfo
 
 EXAMPLES = """examples:
   slab detect eval runs/detection_digits/model.safetensors --data digits
@@ -94,6 +93,10 @@ def run(config: Namespace) -> None:
 
 
 def _run(config: Namespace, accelerator: Any) -> None:
+    from slabformer.deployment.detector import fuse_detector
+    from slabformer.tasks.detection.evaluate import collect
+    from slabformer.tasks.detection.saved import compare_classes, load_detector
+
     detector, info = load_detector(config.model, device_called(config.device))
     loader = _loader(config, info, accelerator)
     compare_classes(info, loader.class_names)
@@ -114,6 +117,8 @@ def _run(config: Namespace, accelerator: Any) -> None:
 
 
 def _loader(config: Namespace, info: DetectorInfo, accelerator: Any) -> DetectionLoader:
+    from slabformer.tasks.detection.loader import create_loader
+
     if config.data is None and (config.images is None or config.annotations is None):
         raise ValueError("which images? give --data FOLDER, or both --images FOLDER and --annotations FILE")
     data = DetectionData(
@@ -147,6 +152,8 @@ def _tell(config: Namespace, results: dict[str, DetectionResult]) -> None:
 
 
 def _table(title: str, results: dict[str, DetectionResult]) -> Table:
+    from slabformer.tasks.detection.metrics import NAMES, shown
+
     table = Table(title=title)
     table.add_column("")
     for name in NAMES:
@@ -159,6 +166,8 @@ def _table(title: str, results: dict[str, DetectionResult]) -> Table:
 
 
 def _class_table(rows: list[ClassResult]) -> Table:
+    from slabformer.tasks.detection.metrics import shown
+
     table = Table(title="by class, %")
     table.add_column("class")
     for heading in ("objects", "box AP", "box AP50", "mask AP", "mask AP50"):

@@ -8,13 +8,11 @@ from typing import Annotated
 
 from jsonargparse import ArgumentParser, Namespace
 
+from slabformer._defaults import MAX_CANDIDATES, RUNTIME_PIXELS
 from slabformer.cli.common import writable
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
-from slabformer.export.detector import RUNTIME_PIXELS, export_detector
-from slabformer.export.static_detector import MAX_CANDIDATES
 from slabformer.settings import ExistingFile, NonNegativeFloat, OutputFile, Pixels, PositiveInt
-from slabformer.tasks.detection.saved import DetectorInfo, load_detector
 from slabformer.tasks.engine.files import replaced
 
 EXAMPLES = """examples:
@@ -25,6 +23,7 @@ EXAMPLES = """examples:
 
 def parser() -> ArgumentParser:
     """Options of `slab detect export`."""
+
     made = ArgumentParser(
         prog="slab detect export",
         description="Write a detector as ONNX for one image of up to a fixed size, compared with PyTorch on images. "
@@ -51,6 +50,9 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Export and compare; the file appears when it has passed."""
+    from slabformer.export.detector import export_detector
+    from slabformer.tasks.detection.saved import DetectorInfo, load_detector
+
     output = writable(config.output)
     detector, info = load_detector(config.model)
     images = compared_pictures(config, info)

@@ -6,19 +6,18 @@ import json
 from dataclasses import asdict
 
 from jsonargparse import ArgumentParser, Namespace
-from torch import nn
 
+from slabformer._defaults import PIXELS
 from slabformer.cli.common import console, writable
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
 from slabformer.cli.fuse import fuse_table
-from slabformer.deployment.detector import PIXELS, fuse_detector, verify_detections
 from slabformer.settings import ExistingFile, FileToWrite, ModelToWrite, NonNegativeFloat
-from slabformer.tasks.detection.saved import load_detector, save_detector
 from slabformer.tasks.engine.files import write_text
 
 
 def parser() -> ArgumentParser:
     """Options of `slab detect fuse`."""
+
     made = ArgumentParser(
         prog="slab detect fuse", description="Fold every norm of the backbone into its neighbours, verify, save."
     )
@@ -34,6 +33,11 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Fuse, compare, print, save; nothing is saved that detects something else."""
+    from torch import nn
+
+    from slabformer.deployment.detector import fuse_detector, verify_detections
+    from slabformer.tasks.detection.saved import load_detector, save_detector
+
     files = [writable(path) for path in (config.output, config.json) if path is not None]
     detector, info = load_detector(config.model)
     if info.fused:

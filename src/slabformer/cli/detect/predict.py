@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.markup import escape
@@ -20,11 +21,11 @@ from slabformer.cli.data import (
     progress_bar,
     write_json,
 )
-from slabformer.export.detector import OnnxDetector
 from slabformer.settings import ExistingFile, FolderToWrite, Fraction, JsonToWrite, NonEmptyStr
-from slabformer.tasks.detection.drawing import to_pil
-from slabformer.tasks.detection.predict import Detect, PicturePrediction, draw, on_device, picture_paths, predict
-from slabformer.tasks.detection.saved import DetectorInfo, load_detector
+
+if TYPE_CHECKING:
+    from slabformer.tasks.detection.predict import Detect, PicturePrediction
+    from slabformer.tasks.detection.saved import DetectorInfo
 
 logger = logging.getLogger(__name__)
 EXAMPLES = """examples:
@@ -63,6 +64,9 @@ def run(config: Namespace) -> None:
     Raises:
         RuntimeError: If a picture could not be read, after all others are done.
     """
+    from slabformer.tasks.detection.drawing import to_pil
+    from slabformer.tasks.detection.predict import draw, picture_paths, predict
+
     paths = picture_paths(config.images)
     detect, info = _load(config)
     if config.out is not None:
@@ -98,6 +102,10 @@ def picture_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _load(config: Namespace) -> tuple[Detect, DetectorInfo]:
+    from slabformer.export.detector import OnnxDetector
+    from slabformer.tasks.detection.predict import on_device
+    from slabformer.tasks.detection.saved import DetectorInfo, load_detector
+
     if config.model.suffix == ".onnx":
         exported = OnnxDetector(config.model)
         if DetectorInfo.KEY not in exported.metadata:

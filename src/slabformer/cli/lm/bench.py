@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 
@@ -15,11 +14,10 @@ from slabformer.cli.common import console
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.lm.common import available_accelerator, check_no_file, quiet_transformers
 from slabformer.measure.rows import Variant
-from slabformer.nn.affine import Folded
-from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, PositiveInt, Seconds, Threads
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 EXAMPLES = """examples:
@@ -59,6 +57,8 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Measure, print, write."""
+    import torch
+
     from slabformer.bench.decoding import compare_decoding
 
     quiet_transformers()
@@ -82,9 +82,11 @@ def run(config: Namespace) -> None:
         output.print("wrote", *map(str, report.write(config.output)), soft_wrap=True)
 
 
-@torch.no_grad()
 def _model(given: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder, or one with random weights, as large as a recipe says."""
+    from torch import nn
+
+    from slabformer.nn.controls import repbn_modules
     from slabformer.tasks.language.folders import load_model_folder
 
     if Path(given).suffix not in RECIPE:
@@ -105,15 +107,15 @@ def _model(given: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMo
     model: Any = SlabLlamaForCausalLM(config_of_model(recipe.model, vocab_size, norm_start="zeros"))
     model.to(device).eval()
     for norm in repbn_modules(model).values():
-        norm.weight.fill_(0.1)  # calm: gated MLPs square what grows from layer to layer
+        nn.init.constant_(norm.weight, 0.1)  # calm: gated MLPs square what grows from layer to layer
     sf.recalibrate_(model, [{"input_ids": tokens_for(model, 2, 32), "use_cache": False}])
     return model.to(dtype)
 
 
-@torch.no_grad()
 def _variants(model: PreTrainedModel) -> dict[Variant, PreTrainedModel]:
     """The forms to compare: of a model that has RMSNorms it is the baseline, and its converted copy "as given"."""
     from slabformer.bench.decoding import without_norms
+    from slabformer.nn.controls import prepbn_modules, repbn_modules
     from slabformer.tasks.language.fusing import fuse_language_model
 
     baseline = _baseline(model)
@@ -129,6 +131,8 @@ def _variants(model: PreTrainedModel) -> dict[Variant, PreTrainedModel]:
 
 def _baseline(model: PreTrainedModel) -> PreTrainedModel:
     from slabformer.models.llama import SlabLlamaConfig
+    from slabformer.nn.affine import Folded
+    from slabformer.nn.controls import repbn_modules
     from slabformer.tasks.language.foreign import fresh_model
 
     ours = isinstance(model.config, SlabLlamaConfig)

@@ -6,21 +6,23 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from slabformer._extras import require
+from slabformer._extras import check_installed
 from slabformer.settings import DeviceOrAuto, NonEmptyStr
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-transformers = require("transformers", extra="lm")
+check_installed("transformers", extra="lm")
 MODEL_HELP = "a folder that slab lm wrote, or any causal language model that transformers knows: a folder or hub name"
 
 
 def quiet_transformers() -> None:
     """Bars for shards of weights are not for our users."""
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("datasets").setLevel(logging.ERROR)
 
@@ -31,6 +33,8 @@ def available_accelerator(name: str) -> torch.device:
     Raises:
         ValueError: If there is none of that name.
     """
+    import torch
+
     from slabformer.cli.common import available_device
 
     if name == "auto":
@@ -65,6 +69,8 @@ def load_model(config: Namespace) -> PreTrainedModel:
     Raises:
         ValueError: If there is none, or its weights do not fit.
     """
+    import torch
+
     from slabformer.tasks.language.folders import load_model_folder
 
     quiet_transformers()

@@ -11,7 +11,6 @@ import slabformer as sf
 from slabformer.cli.common import console
 from slabformer.cli.data import STDOUT, ExamplesFormatter, progress_bar, write_json
 from slabformer.cli.lm.common import add_model_options, load
-from slabformer.nn.controls import prepbn_modules
 from slabformer.settings import JsonToWrite, NonEmptyStr, PositiveInt
 from slabformer.tasks.language.rows import Unit
 
@@ -81,6 +80,7 @@ def run(config: Namespace) -> None:
 def _perplexities(
     config: Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, float]]:
+    from slabformer.nn.controls import prepbn_modules
     from slabformer.tasks.language.evaluate import read_documents, sliding_perplexity
 
     documents = read_documents(

@@ -8,9 +8,9 @@ from typing import Annotated
 
 from jsonargparse import ArgumentParser, Namespace
 
+from slabformer._defaults import RUNTIME_RTOL
 from slabformer.cli.common import writable
 from slabformer.cli.lm.common import MODEL_HELP, quiet_transformers
-from slabformer.measure.equality import RUNTIME_RTOL
 from slabformer.settings import NonEmptyStr, OutputFile, Tolerance
 from slabformer.tasks.engine.files import replaced_with
 

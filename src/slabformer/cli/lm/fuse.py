@@ -10,7 +10,6 @@ from slabformer.cli.common import console
 from slabformer.cli.fuse import fuse_table
 from slabformer.cli.lm.common import add_model_options, folder_to_write, load_model
 from slabformer.settings import FolderToWrite
-from slabformer.surgery.verify import verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +45,7 @@ def run(config: Namespace) -> None:
 
 def fuse_verified(model: PreTrainedModel, *, untie: bool) -> PreTrainedModel:
     """``model`` without norms, held against it; prints where they went, and which had to stay."""
+    from slabformer.surgery.verify import verify
     from slabformer.tasks.language.fusing import LogitsOf, fuse_language_model, tokens_for, what_stays
 
     fused, report = fuse_language_model(model, untie=untie)

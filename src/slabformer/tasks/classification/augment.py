@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,86 +13,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from slabformer._extras import require
-from slabformer.settings import (
-    Fraction,
-    FractionBelowOne,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveFraction,
-    PositiveInt,
-    Range,
-    Settings,
-    Where,
-)
-from slabformer.tasks.classification.sources import DataConfig
+from slabformer.tasks.classification.config import AugmentConfig, DataConfig
 from slabformer.tasks.engine.order import Stream
 
 Transform = Callable[[Image.Image], Tensor]
-
-
-#: of a policy's name, behind its first word: a letter or word with its number, or a set of RandAugment's transforms
-SECTION = re.compile(r"[a-su-z][a-z]*\d+(\.\d+)?|t[a-z\d]*")
-
-
-def _is_policy(name: str) -> bool:
-    """Whether timm reads the whole name: it skips a section without a number, and asserts that it knows the others."""
-    if not all(map(SECTION.fullmatch, name.split("-")[1:])):
-        return False
-    policies = require("timm.data.auto_augment", extra="vision")
-    makers = {"rand": policies.rand_augment_transform, "augmix": policies.augment_and_mix_transform}
-    make = next((make for prefix, make in makers.items() if name.startswith(prefix)), policies.auto_augment_transform)
-    try:
-        return bool(make(name, {"translate_const": 100, "img_mean": (124, 116, 104)}))
-    except (AssertionError, ValueError, LookupError):
-        return False
-
-
-Policy = Annotated[
-    str, Where("a policy of timm's, such as rand-m9-mstd0.5-inc1, augmix-m5-w4, original or v0", _is_policy)
-]
-
-
-@dataclass(kw_only=True)
-class AugmentConfig(Settings):
-    """What training images go through. Defaults are the published ImageNet recipe."""
-
-    policy: Literal["timm", "light", "none"] = "timm"
-    """`timm`: random resized crop, flips and what the fields below say. `light`: small shifts and turns of images
-    held in memory, whole batches at once (for `digits`). `none`: as for validation."""
-    scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
-    """Share of the image's area that a random crop keeps (`timm`)."""
-    ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
-    """Aspect ratio of a random crop (`timm`)."""
-    hflip: Fraction = 0.5
-    """Probability of a horizontal flip (`timm`)."""
-    vflip: Fraction = 0.0
-    """Probability of a vertical flip (`timm`)."""
-    auto_augment: Policy | None = "rand-m9-mstd0.5-inc1"
-    """timm's name of an automatic policy (`timm`)."""
-    color_jitter: NonNegativeFloat = 0.4
-    """Strength of brightness, contrast, saturation jitter (`timm`); without effect under RandAugment, as published."""
-    re_prob: Fraction = 0.25
-    """Probability of random erasing (`timm`)."""
-    re_mode: Literal["const", "rand", "pixel"] = "pixel"
-    """What erases: zeros, one random colour, or random pixels (`timm`)."""
-    re_count: PositiveInt = 1
-    """Most regions erased in one image (`timm`)."""
-    light_shift: Fraction = 0.08
-    """Largest shift as a share of height and width (`light`)."""
-    light_rotate: Annotated[float, Range(ge=0, le=180)] = 10.0
-    """Largest turn in degrees (`light`)."""
-    light_scale: FractionBelowOne = 0.1
-    """Largest relative change of size (`light`)."""
-    mixup: NonNegativeFloat = 0.8
-    """Mixup alpha, 0 for none; applied by the trainer."""
-    cutmix: NonNegativeFloat = 1.0
-    """CutMix alpha, 0 for none; applied by the trainer."""
-    mixup_prob: Fraction = 1.0
-    """Probability that a batch is mixed at all."""
-    mixup_switch_prob: Fraction = 0.5
-    """Probability of CutMix where both are on."""
-    label_smoothing: FractionBelowOne = 0.1
-    """Share of the target spread over all classes."""
 
 
 def train_transform(data: DataConfig, augment: AugmentConfig) -> Transform:

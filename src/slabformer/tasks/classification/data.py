@@ -18,7 +18,8 @@ from slabformer.tasks.classification.augment import (
     light_draws,
     train_transform,
 )
-from slabformer.tasks.classification.sources import DataConfig, Source, Split, open_source
+from slabformer.tasks.classification.config import DataConfig
+from slabformer.tasks.classification.sources import Source, Split, open_source
 from slabformer.tasks.engine.order import BatchOrder, OrderedLoader, decoding_loader
 from slabformer.tasks.engine.seeds import draws_from
 from slabformer.tasks.images import Failure, Unreadable, candidates, first_readable, most_unreadable

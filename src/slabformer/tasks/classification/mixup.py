@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from slabformer._extras import require
-from slabformer.tasks.classification.augment import AugmentConfig
+from slabformer.tasks.classification.config import AugmentConfig
 from slabformer.tasks.classification.data import Batch
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slabformer._extras import require
 from slabformer.surgery.batches import eval_mode
 from slabformer.tasks.classification.augment import Transform, eval_transform
-from slabformer.tasks.classification.sources import DataConfig
+from slabformer.tasks.classification.config import DataConfig
 from slabformer.tasks.images import UNREADABLE, read_image, reason_of
 from slabformer.tasks.saved_model import ModelInfo
 

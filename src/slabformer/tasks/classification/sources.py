@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from slabformer._extras import require
 from slabformer._listing import files_below
-from slabformer.settings import (
-    Fraction,
-    NonEmptyStr,
-    Number,
-    Pixels,
-    PositiveFloat,
-    PositiveFraction,
-    Seed,
-    Settings,
-    ShareOrCount,
-)
+from slabformer.tasks.classification.config import DataConfig
 from slabformer.tasks.classification.digits import DigitsSource
 from slabformer.tasks.classification.folders import (
     SPLIT_WORDS,
@@ -38,42 +27,6 @@ from slabformer.tasks.classification.split import held_out
 from slabformer.tasks.images import is_image_name, read_image, to_rgb
 
 logger = logging.getLogger(__name__)
-Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos"]
-
-
-@dataclass(kw_only=True)
-class DataConfig(Settings):
-    """Which images, and how they become the model's input. Defaults are ImageNet's, as published."""
-
-    path: NonEmptyStr = "digits"
-    """A folder, `hfds/NAME`, `torch/NAME`, `wds/FOLDER`, or `digits` (1,797 images that scikit-learn brings).
-
-    A folder holds `train` and `val` (or `Training` and `Validation`, `training_set` and `test_set` ...) with a
-    sub-folder for each class, or just the classes."""
-    root: NonEmptyStr | None = None
-    """Where a named data set lies or is downloaded to; the libraries' own caches by default."""
-    download: bool = False
-    """Let torchvision download a `torch/` data set that is not there."""
-    train_split: NonEmptyStr | None = None
-    """Sub-folder, split or shard pattern to train on; found by its usual names by default."""
-    validation_split: NonEmptyStr | None = None
-    """Sub-folder, split or shard pattern to validate on; found by its usual names by default."""
-    validation_fraction: Fraction = 0.2
-    """Share held out when a folder holds classes but no splits; 1 validates on all of it."""
-    split_seed: Seed = 0
-    """Picks the images that `validation_fraction` holds out."""
-    image_size: Pixels = 224
-    """Height and width of the model's input."""
-    mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
-    """Subtracted from RGB in [0, 1]."""
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
-    """Divides what is left."""
-    interpolation: Interpolation = "bicubic"
-    """How images are resized."""
-    crop_pct: PositiveFraction = 0.875
-    """Centre crop of validation images over their resized shorter side: 224 of 256. 1 for small images."""
-    max_unreadable: ShareOrCount = 0.01
-    """Unreadable images that are put up with: a share of all below 1, a count from 1 on, 0 for none."""
 
 
 class Source(Protocol):

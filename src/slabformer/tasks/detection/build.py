@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import slabformer as sf
+from slabformer._detector import DetectorConfig
 from slabformer._files import check_readable
 from slabformer.models.detection.backbones import (
     Backbone,
@@ -18,7 +19,6 @@ from slabformer.models.detection.backbones import (
     create_backbone,
     freeze_norm_statistics_,
 )
-from slabformer.models.detection.config import DetectorConfig
 from slabformer.models.detection.mask_rcnn import Detector, build_detector
 from slabformer.models.detection.weights import load_backbone_weights
 from slabformer.models.registry import is_ours

@@ -19,8 +19,9 @@ from slabformer.tasks.detection.annotations import (
     has_mask,
     load_coco,
 )
-from slabformer.tasks.detection.dataset import DetectionData, locate
-from slabformer.tasks.detection.digits import Split, make_digits
+from slabformer.tasks.detection.config import DetectionData, Split
+from slabformer.tasks.detection.dataset import locate
+from slabformer.tasks.detection.digits import make_digits
 from slabformer.tasks.detection.schema import (
     PARTS,
     Dataset,
@@ -33,7 +34,7 @@ from slabformer.tasks.detection.schema import (
     without_nulls_,
 )
 from slabformer.tasks.engine.files import write_text
-from slabformer.tasks.images import UNREADABLE, read_image
+from slabformer.tasks.images import UNREADABLE, most_unreadable, read_image
 from slabformer.tasks.paths import path_inside
 
 MOST_EXAMPLES = 3
@@ -261,7 +262,7 @@ def _file_findings(
             damaged.append(image.file_name)
         if progress is not None:
             progress()
-    stops = len(missing) + len(damaged) + len(other) > data.limit(len(annotations.images))
+    stops = len(missing) + len(damaged) + len(other) > most_unreadable(data.max_unreadable, len(annotations.images))
     yield from _finding(f"images whose file_name leaves {folder}", outside, stops=bool(outside))
     yield from _finding(f"images that are not in {folder}", missing, stops)
     yield from _finding("images that cannot be read", damaged, stops)

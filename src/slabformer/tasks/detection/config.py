@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from slabformer._detector import DetectorConfig
 from slabformer._moved import RENAMED, current_name
-from slabformer.models.detection.config import DetectorConfig
-from slabformer.settings import Arguments, Epochs, NonEmptyStr, PositiveFloat, PositiveInt, Settings, Threads, Workers
-from slabformer.tasks.detection.dataset import DetectionData
-from slabformer.tasks.detection.rate import RateConfig
-from slabformer.tasks.detection.transforms import DetectionAugment
+from slabformer.settings import (
+    Arguments,
+    Epochs,
+    Fraction,
+    NonEmptyStr,
+    NonNegativeInt,
+    NotEmpty,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    ShareOrCount,
+    Threads,
+    Workers,
+)
 from slabformer.tasks.engine.config import HARMLESS, FadeConfig, OptimizerConfig, RecalibrateConfig, RunConfig
 
+Split = Literal["train", "validation"]
+#: of the embedded data set
+NUM_IMAGES = {"train": 500, "validation": 100}
 #: of the data set, which may have moved when a run goes on
 HARMLESS_DATA = tuple(
     f"data.{name}"
@@ -96,6 +110,67 @@ class ModelConfig(Settings):
 
 
 @dataclass(kw_only=True)
+class DetectionData(Settings):
+    """Which images and annotations."""
+
+    path: NonEmptyStr = "digits"
+    """A folder with `train2017`, `val2017` and `annotations/instances_{train,val}2017.json`, or `digits`: 600 images
+    made of what scikit-learn brings."""
+    train_images: NonEmptyStr | None = None
+    """Folder of the images to train on, if not the usual one."""
+    train_annotations: NonEmptyStr | None = None
+    """COCO file of the images to train on, if not the usual one."""
+    val_images: NonEmptyStr | None = None
+    """Folder of the images to evaluate on, if not the usual one."""
+    val_annotations: NonEmptyStr | None = None
+    """COCO file of the images to evaluate on, if not the usual one."""
+    orientation: Literal["exif", "stored"] = "exif"
+    """Which pictures were annotated: `exif` for those turned as their EXIF data says, as viewers show them, `stored`
+    for the pixels in the file, as tools show them that ignore EXIF."""
+    masks: bool = True
+    """Whether objects have masks; false for boxes alone."""
+    max_unreadable: ShareOrCount = 0.01
+    """Missing or unreadable images that are put up with: a share of all below 1, a count from 1 on, 0 for none."""
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the images are the digits; paths given by name are files in any case."""
+        given = (self.train_images, self.train_annotations, self.val_images, self.val_annotations)
+        return self.path == "digits" and not any(given)
+
+    @property
+    def upright(self) -> bool:
+        """Whether pictures are turned as their EXIF data says."""
+        return self.orientation == "exif"
+
+
+@dataclass(kw_only=True)
+class DetectionAugment(Settings):
+    """How images become the detector's input. Defaults are the published pipeline of the Swin detectors."""
+
+    policy: Literal["multiscale", "single", "none"] = "multiscale"
+    """`multiscale`: a flip, then one of many sizes, every second time of a random crop. `single`: one size and a flip,
+    as published for PVT. `none`: as for validation."""
+    size: Pixels = 800
+    """Shorter side in evaluation, in pixels; in training too for `single` and `none`."""
+    max_size: Pixels = 1333
+    """Largest longer side: where it would be more, the shorter side is less."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip (`multiscale`, `single`)."""
+    sizes: Annotated[tuple[Pixels, ...], NotEmpty()] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    """Shorter sides to draw from (`multiscale`)."""
+    crop_sizes: Annotated[tuple[Pixels, ...], NotEmpty()] = (400, 500, 600)
+    """Shorter sides to draw from before a crop (`multiscale`)."""
+    crop_range: tuple[Pixels, Pixels] = (384, 600)
+    """Least and largest height and width of a crop (`multiscale`); smaller images keep theirs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop_range[0] > self.crop_range[1]:
+            raise ValueError(f"crop_range must be the least side and the largest, got {self.crop_range}")
+
+
+@dataclass(kw_only=True)
 class DecayConfig(OptimizerConfig):
     """timm's optimizers by name, and what they decay."""
 
@@ -116,6 +191,27 @@ class DecayConfig(OptimizerConfig):
         super().__post_init__()
         if self.layer_decay is not None:
             raise ValueError("optimizer.layer_decay is for classifiers; leave it out")
+
+
+@dataclass(kw_only=True)
+class RateConfig(Settings):
+    """Learning rate by optimizer step."""
+
+    name: Literal["step", "cosine"] = "step"
+    """`step` falls after each of `milestones`, as published; `cosine` falls to 0 over the whole training."""
+    milestones: list[PositiveInt] = field(default_factory=lambda: [8, 11])
+    """Epochs after which it falls."""
+    decay: Fraction = 0.1
+    """Factor of each fall."""
+    warmup_steps: NonNegativeInt = 500
+    """Optimizer steps of linear warm-up."""
+    warmup_start: Fraction = 0.001
+    """Share of the full rate that it starts from."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.milestones != sorted(set(self.milestones)):
+            raise ValueError(f"lr_schedule.milestones must be rising epochs from 1 on, got {self.milestones}")
 
 
 @dataclass(kw_only=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from slabformer.settings import NonEmptyStr, Settings, ShareOrCount
 from slabformer.tasks.detection.annotations import (
     NOT_EVALUATED,
     SMALLEST_SIDE,
@@ -24,7 +22,8 @@ from slabformer.tasks.detection.annotations import (
     has_mask,
     read_coco,
 )
-from slabformer.tasks.detection.digits import LAYOUT, Split, make_digits
+from slabformer.tasks.detection.config import DetectionData, Split
+from slabformer.tasks.detection.digits import LAYOUT, make_digits
 from slabformer.tasks.detection.transforms import Example, Transform, as_example, drop_empty
 from slabformer.tasks.engine.seeds import draws_from
 from slabformer.tasks.images import Failure, candidates, first_readable, most_unreadable, read_image
@@ -32,45 +31,6 @@ from slabformer.tasks.paths import path_inside
 
 logger = logging.getLogger(__name__)
 CHECK = "`slab detect check-data` tells more"
-
-
-@dataclass(kw_only=True)
-class DetectionData(Settings):
-    """Which images and annotations."""
-
-    path: NonEmptyStr = "digits"
-    """A folder with `train2017`, `val2017` and `annotations/instances_{train,val}2017.json`, or `digits`: 600 images
-    made of what scikit-learn brings."""
-    train_images: NonEmptyStr | None = None
-    """Folder of the images to train on, if not the usual one."""
-    train_annotations: NonEmptyStr | None = None
-    """COCO file of the images to train on, if not the usual one."""
-    val_images: NonEmptyStr | None = None
-    """Folder of the images to evaluate on, if not the usual one."""
-    val_annotations: NonEmptyStr | None = None
-    """COCO file of the images to evaluate on, if not the usual one."""
-    orientation: Literal["exif", "stored"] = "exif"
-    """Which pictures were annotated: `exif` for those turned as their EXIF data says, as viewers show them, `stored`
-    for the pixels in the file, as tools show them that ignore EXIF."""
-    masks: bool = True
-    """Whether objects have masks; false for boxes alone."""
-    max_unreadable: ShareOrCount = 0.01
-    """Missing or unreadable images that are put up with: a share of all below 1, a count from 1 on, 0 for none."""
-
-    @property
-    def embedded(self) -> bool:
-        """Whether the images are the digits; paths given by name are files in any case."""
-        given = (self.train_images, self.train_annotations, self.val_images, self.val_annotations)
-        return self.path == "digits" and not any(given)
-
-    @property
-    def upright(self) -> bool:
-        """Whether pictures are turned as their EXIF data says."""
-        return self.orientation == "exif"
-
-    def limit(self, num_images: int) -> int:
-        """How many images may be unreadable."""
-        return most_unreadable(self.max_unreadable, num_images)
 
 
 class Source(NamedTuple):
@@ -124,10 +84,11 @@ def _open_files(data: DetectionData, split: Split) -> tuple[CocoAnnotations, Cal
         setting = "data.train_images" if split == "train" else "data.val_images"
         raise FileNotFoundError(f"no folder {str(folder)!r} with the images of {file}; name theirs as {setting}")
     missing = [image.file_name for image in annotations.images if not _path_of(folder, image, file).is_file()]
-    if len(missing) > data.limit(len(annotations.images)):
+    allowed = most_unreadable(data.max_unreadable, len(annotations.images))
+    if len(missing) > allowed:
         raise FileNotFoundError(
             f"{len(missing)} of {len(annotations.images)} images of {file} are not in {str(folder)!r} "
-            f"(first: {missing[0]}); data.max_unreadable allows {data.limit(len(annotations.images))}"
+            f"(first: {missing[0]}); data.max_unreadable allows {allowed}"
         )
     return annotations, partial(_read_sized, folder, data.upright)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,9 +13,8 @@ from slabformer._extras import require
 from slabformer._files import workspace
 from slabformer.tasks.classification.digits import CLASS_NAMES, DigitsSource
 from slabformer.tasks.detection.annotations import encode_mask
+from slabformer.tasks.detection.config import NUM_IMAGES, Split
 
-Split = Literal["train", "validation"]
-NUM_IMAGES = {"train": 500, "validation": 100}
 #: where COCO keeps images and annotations of a split, below a root folder
 LAYOUT = {
     "train": ("train2017", "annotations/instances_train2017.json"),

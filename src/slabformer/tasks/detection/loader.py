@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slabformer.tasks.detection.dataset import DetectionData, DetectionDataset, Sample, open_source
-from slabformer.tasks.detection.digits import Split
+from slabformer.tasks.detection.config import DetectionAugment, DetectionData, Split
+from slabformer.tasks.detection.dataset import DetectionDataset, Sample, open_source
 from slabformer.tasks.detection.grouping import AspectOrder
-from slabformer.tasks.detection.transforms import DetectionAugment, eval_transform, train_transform
+from slabformer.tasks.detection.transforms import eval_transform, train_transform
 from slabformer.tasks.engine.order import BatchOrder, OrderedLoader, decoding_loader
-from slabformer.tasks.images import Failure, Unreadable
+from slabformer.tasks.images import Failure, Unreadable, most_unreadable
 
 
 @dataclass
@@ -88,7 +88,7 @@ def create_loader(
         order = BatchOrder(len(source.images), **place, shuffle=False, drop_last=False)
         transform = eval_transform(augment)
     dataset = DetectionDataset(source, transform, seed, masks=data.masks, replace=train)
-    return DetectionLoader(dataset, order, num_workers, data.limit(len(dataset)))
+    return DetectionLoader(dataset, order, num_workers, most_unreadable(data.max_unreadable, len(dataset)))
 
 
 class DetectionLoader(OrderedLoader):

@@ -14,10 +14,11 @@ from torchvision.transforms.v2 import functional as F
 
 from slabformer._listing import matches
 from slabformer.tasks.detection.annotations import decode_runs, encode_mask
+from slabformer.tasks.detection.config import DetectionAugment
 from slabformer.tasks.detection.drawing import draw_objects
 from slabformer.tasks.detection.evaluate import Detection, Size, at_original_size
 from slabformer.tasks.detection.saved import DetectorInfo
-from slabformer.tasks.detection.transforms import DetectionAugment, as_example, eval_transform
+from slabformer.tasks.detection.transforms import as_example, eval_transform
 from slabformer.tasks.images import UNREADABLE, expand_paths, read_image, reason_of
 
 #: one image ``(3, H, W)`` in [0, 1] to what is on it, in its pixels, masks not pasted

@@ -3,33 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch.optim import Optimizer
 
-from slabformer.settings import Fraction, NonNegativeInt, PositiveInt, Settings
-
-
-@dataclass(kw_only=True)
-class RateConfig(Settings):
-    """Learning rate by optimizer step."""
-
-    name: Literal["step", "cosine"] = "step"
-    """`step` falls after each of `milestones`, as published; `cosine` falls to 0 over the whole training."""
-    milestones: list[PositiveInt] = field(default_factory=lambda: [8, 11])
-    """Epochs after which it falls."""
-    decay: Fraction = 0.1
-    """Factor of each fall."""
-    warmup_steps: NonNegativeInt = 500
-    """Optimizer steps of linear warm-up."""
-    warmup_start: Fraction = 0.001
-    """Share of the full rate that it starts from."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.milestones != sorted(set(self.milestones)):
-            raise ValueError(f"lr_schedule.milestones must be rising epochs from 1 on, got {self.milestones}")
+from slabformer.tasks.detection.config import RateConfig
 
 
 class RateSchedule:

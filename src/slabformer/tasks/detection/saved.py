@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from slabformer._detector import DetectorConfig
 from slabformer.models.detection.backbones import check_backbone_arguments, create_backbone
-from slabformer.models.detection.config import DetectorConfig
 from slabformer.models.detection.mask_rcnn import Detector, build_detector
 from slabformer.settings import Arguments, CategoryId, ClassNames, NonEmptyStr, Pixels
 from slabformer.tasks.saved_file import SavedInfo, load_with_info, save_with_info

@@ -18,9 +18,8 @@ from slabformer.tasks.detection.build import (
     decay_groups,
     live_norms,
 )
-from slabformer.tasks.detection.config import TrainConfig
+from slabformer.tasks.detection.config import Split, TrainConfig
 from slabformer.tasks.detection.cost import refuse_slow_cpu
-from slabformer.tasks.detection.digits import Split
 from slabformer.tasks.detection.evaluate import evaluate, flat
 from slabformer.tasks.detection.loader import DetectionBatch, DetectionLoader, create_loader
 from slabformer.tasks.detection.rate import RateSchedule

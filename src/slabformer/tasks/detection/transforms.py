@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,37 +11,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from slabformer.settings import Fraction, NotEmpty, Pixels, Settings
+from slabformer.tasks.detection.config import DetectionAugment
 
 #: an image and its "boxes", "labels" and "masks"
 Example = tuple[tv_tensors.Image, dict[str, Any]]
 Transform = Callable[[tv_tensors.Image, dict[str, Any]], Example]
-
-
-@dataclass(kw_only=True)
-class DetectionAugment(Settings):
-    """How images become the detector's input. Defaults are the published pipeline of the Swin detectors."""
-
-    policy: Literal["multiscale", "single", "none"] = "multiscale"
-    """`multiscale`: a flip, then one of many sizes, every second time of a random crop. `single`: one size and a flip,
-    as published for PVT. `none`: as for validation."""
-    size: Pixels = 800
-    """Shorter side in evaluation, in pixels; in training too for `single` and `none`."""
-    max_size: Pixels = 1333
-    """Largest longer side: where it would be more, the shorter side is less."""
-    flip: Fraction = 0.5
-    """Probability of a horizontal flip (`multiscale`, `single`)."""
-    sizes: Annotated[tuple[Pixels, ...], NotEmpty()] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    """Shorter sides to draw from (`multiscale`)."""
-    crop_sizes: Annotated[tuple[Pixels, ...], NotEmpty()] = (400, 500, 600)
-    """Shorter sides to draw from before a crop (`multiscale`)."""
-    crop_range: tuple[Pixels, Pixels] = (384, 600)
-    """Least and largest height and width of a crop (`multiscale`); smaller images keep theirs."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.crop_range[0] > self.crop_range[1]:
-            raise ValueError(f"crop_range must be the least side and the largest, got {self.crop_range}")
 
 
 class ResizeKeepRatio(v2.Transform):

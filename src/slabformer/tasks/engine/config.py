@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from slabformer._extras import require
-from slabformer.progressive import check_fractions
 from slabformer.settings import (
     Arguments,
     FractionBelowOne,
@@ -19,6 +18,7 @@ from slabformer.settings import (
     PositiveInt,
     Seed,
     Settings,
+    check_fractions,
 )
 
 #: may differ when a run goes on: nothing that is trained depends on it

@@ -19,7 +19,9 @@ from slabformer.settings import (
 )
 from slabformer.tasks.engine.config import HARMLESS, FadeConfig, RecalibrateConfig, RunConfig
 from slabformer.tasks.language.corpus import DataConfig
-from slabformer.tasks.language.tokens import TokenizerConfig
+
+#: all bytes, and the tokens that begin and end a text: what a byte-level vocabulary cannot do without
+SMALLEST_VOCABULARY = 258
 
 
 @dataclass(kw_only=True)
@@ -44,6 +46,18 @@ class ModelConfig(Settings):
     """Of RepBN's gain and skip: `zeros` as published, `ones` as in the vision models."""
     args: Arguments = field(default_factory=dict)
     """Further arguments of `SlabLlamaConfig`, e.g. `num_key_value_heads`, `tie_word_embeddings`, `bn_momentum`."""
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig(Settings):
+    """How text becomes tokens."""
+
+    path: NonEmptyStr | None = None
+    """A folder or a name on the hub; null trains a byte-level BPE on the training documents."""
+    vocab_size: Annotated[int, Range(ge=SMALLEST_VOCABULARY, le=MOST)] = 2048
+    """Of the one that is trained."""
+    documents: PositiveInt | None = None
+    """Documents it is trained on; null for all, which a stream does not allow."""
 
 
 @dataclass(kw_only=True)

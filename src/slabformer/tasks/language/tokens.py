@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from slabformer.settings import MOST, NonEmptyStr, PositiveInt, Range, Settings
+from slabformer.tasks.language.config import TokenizerConfig
 
 logger = logging.getLogger(__name__)
 
 #: one of them lies in every folder that holds a tokenizer
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 BOS, EOS = "<s>", "</s>"
-#: bytes and the two tokens above: what a byte-level vocabulary cannot do without
-SMALLEST_VOCABULARY = 258
 #: documents tokenized at once
 BATCH = 256
-
-
-@dataclass(kw_only=True)
-class TokenizerConfig(Settings):
-    """How text becomes tokens."""
-
-    path: NonEmptyStr | None = None
-    """A folder or a name on the hub; null trains a byte-level BPE on the training documents."""
-    vocab_size: Annotated[int, Range(ge=SMALLEST_VOCABULARY, le=MOST)] = 2048
-    """Of the one that is trained."""
-    documents: PositiveInt | None = None
-    """Documents it is trained on; null for all, which a stream does not allow."""
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
