@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slabformer.settings import ChannelDim, Device, PositiveFloat, PositiveInt, checked
+from slabformer.nn.device import Device
+from slabformer.settings import ChannelDim, PositiveFloat, PositiveInt, checked
 
 
 class DyT(nn.Module):

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from slabformer.nn.device import Device
 from slabformer.nn.repbn import RepBN
-from slabformer.settings import ChannelDim, Device, Fraction, NonNegativeFloat, PositiveInt, checked
+from slabformer.settings import ChannelDim, Fraction, NonNegativeFloat, PositiveInt, checked
 
 
 class TokenBatchNorm(RepBN):
