@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import slabformer as sf
+from slabformer._defaults import RUNTIME_RTOL
 from slabformer.deployment import deploy as deployment
 from slabformer.deployment.steps import HALF_EPSILONS, STEPS, Form, Job, Step
 from slabformer.measure import allocator
-from slabformer._defaults import RUNTIME_RTOL
 from slabformer.nn.controls import repbn_modules
 from small_models import images, trained_looking
 from tolerances import FLOAT32, assert_close

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slabformer._defaults import RUNTIME_RTOL
 from slabformer._torch import compile_error
 from slabformer.deployment.compiled import Compiled
 from slabformer.deployment.native import natively, runs_natively
-from slabformer._defaults import RUNTIME_RTOL
 from slabformer.nn import PRepBN, RepBN
 from slabformer.surgery.fuse import fuse
 from slabformer.surgery.verify import VerifyResult, verify
