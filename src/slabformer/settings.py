@@ -313,6 +313,13 @@ def is_default(value: Any, default: Any) -> bool:
     return type(value) is type(default) and bool(value == default)
 
 
+def asks_the_disk(hint: Any) -> bool:
+    """Whether a type's rules depend on which files are there: then a default may be wrong too."""
+    return any(
+        isinstance(part, (OutputFile, OutputFolder, InputPath)) or asks_the_disk(part) for part in get_args(hint)
+    )
+
+
 def from_mapping(kind: type, values: Any) -> dict[str, Any]:
     """``values``, read from a file, if they are what the dataclass ``kind`` can be made of.
 
@@ -382,11 +389,19 @@ def check_fractions(warmup: float, fade: float) -> None:
 
 @functools.cache
 def field_hints(kind: type) -> dict[str, Any]:
-    """Types of a dataclass's fields, with their rules; those that only a type checker can see are left out."""
+    """Types of a dataclass's fields, with their rules.
+
+    Raises:
+        NameError: If an annotation has a name that is not there at run time: its rule would not hold.
+    """
     found: dict[str, Any] = {}
+    package = kind.__module__.partition(".")[0]
     for base in reversed(kind.__mro__):
         own, names = inspect.get_annotations(base), vars(sys.modules[base.__module__])
-        found |= {name: _resolved(hint, names) for name, hint in own.items()}
+        if base.__module__.partition(".")[0] == package:
+            found |= {name: _resolved(hint, names, f"{base.__name__}.{name}") for name, hint in own.items()}
+        else:  # another library's fields carry no rules of ours
+            found |= dict.fromkeys(own, Any)
     return {f.name: found[f.name] for f in fields(kind) if f.name in found}
 
 
@@ -400,10 +415,14 @@ def nested_hints(kind: Any, prefix: str = "") -> dict[str, Any]:
 
 @functools.cache
 def parameter_hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Types of a function's parameters that carry rules."""
+    """Types of a function's parameters that carry rules.
+
+    Raises:
+        NameError: See :func:`field_hints`.
+    """
     function = inspect.unwrap(function)
     own = {
-        name: _resolved(parameter.annotation, function.__globals__)
+        name: _resolved(parameter.annotation, function.__globals__, f"{function.__qualname__}({name})")
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.annotation is not parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
@@ -558,11 +577,11 @@ def _first(refusals: Any) -> str | None:
     return next((refused for refused in refusals if refused is not None), None)
 
 
-def _resolved(hint: Any, names: Mapping[str, Any]) -> Any:
-    """A type as it was written, or ``Any`` where its names exist for a type checker alone."""
+def _resolved(hint: Any, names: Mapping[str, Any], setting: str) -> Any:
+    """A type as it was written."""
     if not isinstance(hint, str):
         return hint
     try:
         return eval(hint, dict(names))
-    except NameError:
-        return Any
+    except NameError as error:
+        raise NameError(f"{setting} cannot be checked: its annotation is {hint!r}, and {error} at run time") from error

@@ -148,9 +148,9 @@ def test_a_damaged_published_folder_is_refused(damage: Any, message: str, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1}, "temperature must be 0 or more, got -1"),
+        ({"temperature": -1}, "temperature must be at least 0, got -1"),
         ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
-        ({"top_k": -2}, "top_k must be 0"),
+        ({"top_k": -2}, "top_k must be at least 0, got -2"),
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from slabformer._extras import require
-from slabformer.cli.common import console, writable
+from slabformer.cli.common import console
 from slabformer.cli.fuse import fuse_table
 from slabformer.settings import FileToWrite, NonEmptyStr, Pixels, PositiveInt
 from slabformer.tasks.engine.documents import read_json
@@ -53,8 +53,6 @@ def run(config: Namespace) -> None:
 
     from slabformer.surgery.audit import audit, time_norms
 
-    if config.json is not None:
-        writable(config.json)
     with torch.device("meta") if config.meta else nullcontext():
         model, args, kwargs = build(config.model, config.input_size, config.batch_size)
     report = audit(model, args, kwargs, fixed_size=config.fixed_size, untie=config.untie)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 #: widths of tables go by the terminal; files and pipes get room for all columns
 PIPE_WIDTH = 160
-FIGURES = (".png", ".svg", ".pdf")
 MODEL_HELP = "a .safetensors file or folder that slab wrote, hf-hub:user/name, or a name that timm knows"
 
 
@@ -97,28 +96,6 @@ def available_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); use --device cpu") from error
     return torch.device(name)
-
-
-def writable(path: Path) -> Path:
-    """``path``, whose folder is there: asked before the work, not after it.
-
-    Raises:
-        FileNotFoundError: If its folder is missing.
-    """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {str(path.parent)!r} to write {path.name} into; create it first")
-    return path
-
-
-def writable_figure(path: Path) -> Path:
-    """:func:`writable` for what matplotlib draws.
-
-    Raises:
-        ValueError: If the suffix is of no format for figures.
-    """
-    if path.suffix not in FIGURES:
-        raise ValueError(f"cannot draw {path.name}; a figure is a {', '.join(FIGURES[:-1])} or {FIGURES[-1]}")
-    return writable(path)
 
 
 def _named(name: str, checkpoint: Path | None, pretrained: bool, input_size: int | None) -> tuple[nn.Module, ModelInfo]:

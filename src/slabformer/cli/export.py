@@ -8,7 +8,7 @@ from typing import get_args
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer._defaults import RUNTIME_RTOL, Format
-from slabformer.cli.common import add_model_options, example_images, load, writable
+from slabformer.cli.common import add_model_options, example_images, load
 from slabformer.settings import FileToWrite, PositiveInt, Tolerance
 from slabformer.tasks.engine.files import replaced
 
@@ -36,10 +36,9 @@ def run(config: Namespace) -> None:
     format = config.format or config.output.suffix.removeprefix(".")
     if format not in get_args(Format):
         raise ValueError(f"cannot tell a format from {config.output}; name it .onnx or .pt2, or give --format")
-    output = writable(config.output)
     model, info = load(config)
     metadata = {"slabformer": info.to_json()}
-    with replaced(output) as temporary:
+    with replaced(config.output) as temporary:
         result = export(
             model,
             example_images(info, batch_size=1),
@@ -51,6 +50,6 @@ def run(config: Namespace) -> None:
         )
     batches = ", ".join(map(str, result.batch_sizes))
     sys.stdout.write(
-        f"{output}: {output.stat().st_size / 1e6:.1f} MB, within {result.max_rel:.1e} of PyTorch's scale "
+        f"{config.output}: {config.output.stat().st_size / 1e6:.1f} MB, within {result.max_rel:.1e} of PyTorch's scale "
         f"at batch sizes {batches}\n"
     )

@@ -12,7 +12,7 @@ from rich.table import Table
 import slabformer as sf
 from slabformer._defaults import RTOL
 from slabformer._extras import require
-from slabformer.cli.common import add_model_options, console, example_images, load, writable
+from slabformer.cli.common import add_model_options, console, example_images, load
 from slabformer.settings import FileToWrite, ModelToWrite, NonEmptyStr, Tolerance
 from slabformer.tasks.engine.files import write_text
 
@@ -59,7 +59,7 @@ def run(config: Namespace) -> None:
     """Fuse, verify, print, save; nothing is saved that differs."""
     from slabformer.tasks.saved_model import save_model
 
-    files = [writable(path) for path in (config.output, config.json) if path is not None]
+    files = [path for path in (config.output, config.json) if path is not None]
     model, info = load(config)
     images = example_images(info, batch_size=2)
     fused, report = sf.fuse(

@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from slabformer.cli.suggest import did_you_mean
-from slabformer.settings import check, describe, is_default, nested_hints, shown
+from slabformer.settings import asks_the_disk, check, describe, is_default, nested_hints, shown
 
 MISTYPED = re.compile(
     r'.*Parser key "(?P<key>[\w.]+)"(?: element \d+)?: (?:Expected|Does not validate)'
@@ -56,7 +56,7 @@ def parse(parser: ArgumentParser, options: Sequence[str], command: str) -> Names
         if hint is None or action.dest not in config:
             continue
         value = config[action.dest]
-        if not is_default(value, action.default):
+        if asks_the_disk(hint) or not is_default(value, action.default):
             check(_shown_name(action), value, hint)
     return config
 

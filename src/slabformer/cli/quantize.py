@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 
 import slabformer as sf
-from slabformer.cli.common import add_model_options, console, example_images, writable
+from slabformer.cli.common import add_model_options, console, example_images
 from slabformer.cli.data import ExamplesFormatter, add_data_options, data_of, load_trained, progress_bar
 from slabformer.settings import OutputFile, PositiveInt, Seconds, Threads
 from slabformer.tasks.classification.config import AugmentConfig
@@ -63,7 +63,6 @@ def run(config: Namespace) -> None:
     from slabformer.nn.controls import repbn_modules
     from slabformer.quantize.openvino import quantize, to_openvino
 
-    output = writable(config.output)
     config.device = "cpu"
     model, info = load_trained(config)
     if repbn_modules(model):
@@ -78,7 +77,7 @@ def run(config: Namespace) -> None:
         results = dict(_evaluated(config, info, forms))
         agreement = _agreement(config, info, forms)
         table = _table(info.model, results, *_speeds(forms, batches[0], config), agreement)
-    files = integers.save(output)
+    files = integers.save(config.output)
     console().print(table)
     console().print("wrote", *map(str, files), soft_wrap=True)
 

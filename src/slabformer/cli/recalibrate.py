@@ -60,8 +60,6 @@ def run(config: Namespace) -> None:
     from slabformer.nn.controls import repbn_modules
     from slabformer.tasks.saved_model import save_model
 
-    if config.num_batches is not None and config.num_batches < 1:
-        raise ValueError(f"--num-batches must be at least 1, got {config.num_batches}")
     model, info = load_trained(config)
     if info.fused:
         raise ValueError(f"{config.model} is fused, its statistics are in the weights; recalibrate before fusing")

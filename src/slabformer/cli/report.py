@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 
-from slabformer.cli.common import console, writable_figure
+from slabformer.cli.common import console
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.measure.rows import Mode
 from slabformer.settings import ExistingPath, FigureToWrite, NonEmptyStr, PositiveInt
@@ -56,7 +56,6 @@ def run(config: Namespace) -> None:
     from slabformer.figures.comparison_picture import accuracy_over_speed
     from slabformer.figures.plots import save
 
-    path = writable_figure(config.output)
     comparison = compare_files(
         config.benchmarks,
         mode=config.mode,
@@ -71,8 +70,8 @@ def run(config: Namespace) -> None:
     output.print(_table(comparison))
     if left_out:
         logger.warning("no accuracy is known of %s: not drawn; --accuracy NAME=PERCENT gives one", ", ".join(left_out))
-    save(accuracy_over_speed(comparison), path)
-    output.print(f"wrote {path}", soft_wrap=True)
+    save(accuracy_over_speed(comparison), config.output)
+    output.print(f"wrote {config.output}", soft_wrap=True)
 
 
 def _accuracy(given: str) -> tuple[str, float]:

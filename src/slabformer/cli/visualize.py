@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer._extras import require
-from slabformer.cli.common import console, is_file, load, needs_weights, writable_figure
+from slabformer.cli.common import console, is_file, load, needs_weights
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.settings import ExistingFile, FigureToWrite, Fraction, NonEmptyStr, NonNegativeInt, Pixels
 
@@ -69,12 +69,11 @@ def run(config: Namespace) -> None:
     from slabformer.figures.attention_picture import attention_figure
     from slabformer.figures.plots import save
 
-    path = writable_figure(config.output)
     image = _image(config.image)
     columns = [column for model in config.models for column in _columns(config, model, image)]
     rows = list(zip(*columns, strict=True))
-    save(attention_figure(rows, at=(config.at[0], config.at[1]), heads=config.heads), path)
-    console().print(f"wrote {path}", soft_wrap=True)
+    save(attention_figure(rows, at=(config.at[0], config.at[1]), heads=config.heads), config.output)
+    console().print(f"wrote {config.output}", soft_wrap=True)
 
 
 def _image(path: Path | None) -> Image.Image:

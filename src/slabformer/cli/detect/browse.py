@@ -8,7 +8,6 @@ from typing import Annotated
 
 from jsonargparse import ArgumentParser, Namespace
 
-from slabformer.cli.common import writable
 from slabformer.cli.recipe import config_of, recipe_parser
 from slabformer.settings import NonNegativeInt, OutputFile, PositiveInt
 from slabformer.tasks.detection.config import Split, TrainConfig
@@ -39,7 +38,6 @@ def run(config: Namespace) -> None:
     from slabformer.tasks.detection.loader import create_loader
 
     settings = config_of(parser(), config, dict)
-    out = writable(config.out)
     loader = create_loader(settings["data"], settings["augment"], config.split, batch_size=4, seed=settings["seed"])
-    to_pil(browse(loader, config.num, epoch=config.epoch)).save(out)
-    sys.stdout.write(f"{out}\n")
+    to_pil(browse(loader, config.num, epoch=config.epoch)).save(config.out)
+    sys.stdout.write(f"{config.out}\n")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 
-from slabformer.cli.common import console, writable
+from slabformer.cli.common import console
 from slabformer.cli.data import (
     STDOUT,
     ExamplesFormatter,
@@ -85,9 +85,6 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> None:
     """Evaluate and print tables; under torchrun every process takes its share, and the first one prints."""
-    for path in (config.classes, config.results, config.json):
-        if path is not None and path != STDOUT:
-            writable(path)
     with launched_accelerator(config) as accelerator:
         _run(config, accelerator)
 

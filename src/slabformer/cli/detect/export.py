@@ -9,7 +9,6 @@ from typing import Annotated
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer._defaults import MAX_CANDIDATES, RUNTIME_PIXELS
-from slabformer.cli.common import writable
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
 from slabformer.settings import ExistingFile, NonNegativeFloat, OutputFile, Pixels, PositiveInt
@@ -53,10 +52,9 @@ def run(config: Namespace) -> None:
     from slabformer.export.detector import export_detector
     from slabformer.tasks.detection.saved import DetectorInfo, load_detector
 
-    output = writable(config.output)
     detector, info = load_detector(config.model)
     images = compared_pictures(config, info)
-    with replaced(output) as temporary:
+    with replaced(config.output) as temporary:
         agreement = export_detector(
             detector,
             images,
@@ -67,7 +65,7 @@ def run(config: Namespace) -> None:
             metadata={DetectorInfo.KEY: info.to_json()},
         )
     sys.stdout.write(
-        f"{output}: {output.stat().st_size / 1e6:.1f} MB; {agreement.num_detections} detections on "
+        f"{config.output}: {config.output.stat().st_size / 1e6:.1f} MB; {agreement.num_detections} detections on "
         f"{agreement.num_images} images agree with PyTorch: boxes to {agreement.max_pixels:.1e} pixels, scores to "
         f"{agreement.max_score:.1e}\n"
     )

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer._defaults import PIXELS
-from slabformer.cli.common import console, writable
+from slabformer.cli.common import console
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
 from slabformer.cli.fuse import fuse_table
 from slabformer.settings import ExistingFile, FileToWrite, ModelToWrite, NonNegativeFloat
@@ -38,7 +38,7 @@ def run(config: Namespace) -> None:
     from slabformer.deployment.detector import fuse_detector, verify_detections
     from slabformer.tasks.detection.saved import load_detector, save_detector
 
-    files = [writable(path) for path in (config.output, config.json) if path is not None]
+    files = [path for path in (config.output, config.json) if path is not None]
     detector, info = load_detector(config.model)
     if info.fused:
         raise ValueError(f"{config.model} is fused already")

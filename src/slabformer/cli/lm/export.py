@@ -9,7 +9,6 @@ from typing import Annotated
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer._defaults import RUNTIME_RTOL
-from slabformer.cli.common import writable
 from slabformer.cli.lm.common import MODEL_HELP, quiet_transformers
 from slabformer.settings import NonEmptyStr, OutputFile, Tolerance
 from slabformer.tasks.engine.files import replaced_with
@@ -39,15 +38,14 @@ def run(config: Namespace) -> None:
     from slabformer.tasks.language.fusing import fuse_language_model
 
     quiet_transformers()
-    output = writable(config.output)
     model = load_model_folder(config.model)
     if config.fused:
         model, _ = fuse_language_model(model)
-    with replaced_with(output, weights_file(output)) as temporary:
+    with replaced_with(config.output, weights_file(config.output)) as temporary:
         result = export_decoder(
             model, temporary, rtol=config.rtol, metadata={"slabformer": model.config.to_json_string()}
         )
-    files = [output] if result.weights is None else [output, weights_file(output)]
+    files = [config.output] if result.weights is None else [config.output, weights_file(config.output)]
     size = sum(file.stat().st_size for file in files)
     sys.stdout.write(
         f"{' and '.join(map(str, files))}: {size / 1e6:.1f} MB, within {result.max_rel:.1e} of PyTorch's scale, "

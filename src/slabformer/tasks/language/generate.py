@@ -6,23 +6,21 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from slabformer.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveFraction, PositiveInt, checked
 
+
+@checked
 def sampling(
-    temperature: float = 0.8, top_k: int = 0, top_p: float = 0.95, repetition_penalty: float = 1.0
+    temperature: NonNegativeFloat = 0.8,
+    top_k: NonNegativeInt = 0,
+    top_p: PositiveFraction = 0.95,
+    repetition_penalty: PositiveFloat = 1.0,
 ) -> dict[str, Any]:
     """Arguments for ``generate``; temperature 0 takes the likeliest token each time, and needs no other setting.
 
     Raises:
         ValueError: If one is out of range.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be 0 (all) or more, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if repetition_penalty <= 0:
-        raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}")
     if temperature == 0:
         return {"do_sample": False, "repetition_penalty": repetition_penalty}
     return {
@@ -34,17 +32,16 @@ def sampling(
     }
 
 
-def check_prompt(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
+@checked
+def check_prompt(model: PreTrainedModel, prompt_tokens: NonNegativeInt, max_new_tokens: PositiveInt) -> None:
     """Refuse a text that would outgrow the model's context.
 
     Raises:
-        ValueError: If it would, or there is nothing to generate.
+        ValueError: If it would.
     """
-    if new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {new_tokens}")
     context = model.config.max_position_embeddings
-    if prompt_tokens + new_tokens > context:
+    if prompt_tokens + max_new_tokens > context:
         raise ValueError(
-            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones do not fit the context of {context}; "
+            f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones do not fit the context of {context}; "
             "shorten the prompt, or lower max_new_tokens"
         )
