@@ -55,6 +55,17 @@ def train(model: nn.Module, steps: int = 6, mask: Tensor | None = None, **schedu
     return [*results, *(value.detach().clone() for _, value in named), *(p.grad for p in model.parameters())]
 
 
+def aligned_gradients(model: nn.Module) -> tuple[Tensor, list[Tensor | None]]:
+    """The alignment term of one step midway, and all gradients of the loss with it."""
+    schedule = ProgressiveSchedule(model, 10, fade=1.0, align=1.0)
+    schedule.step()
+    x = 1 + torch.randn(2, 5, C, generator=torch.Generator().manual_seed(0), dtype=next(model.parameters()).dtype)
+    loss = model(x).square().mean()
+    term = schedule.alignment()
+    (loss + term).backward()
+    return term.detach(), [parameter.grad for parameter in model.parameters()]
+
+
 def assert_all_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     """Hold each tensor against the one in its place."""
     for ours, theirs in zip(actual, expected, strict=True):

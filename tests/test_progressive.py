@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import json
 import math
 import pickle
 import weakref
@@ -132,7 +133,8 @@ def test_schedule_built_on_a_resumed_model_stands_at_the_right_step(total: int, 
     for _ in range(total * 2 // 5):
         schedule.step()
     other = ProgressiveSchedule(copy.deepcopy(model), total, warmup=0.2, fade=0.5, shape=shape)
-    assert other.state_dict() == schedule.state_dict()
+    seen = {"guard": None, "steps_done": 0}  # a new schedule has observed nothing
+    assert other.state_dict() | seen == schedule.state_dict() | seen
 
 
 def test_start_is_the_step_where_a_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -376,7 +378,7 @@ def test_state_dict_goes_on_exactly_where_it_stood(shape: str, at: int) -> None:
         assert norm.rep.warm_statistics == resumed.rep.warm_statistics
         schedule.step()
         other.step()
-    assert all(isinstance(value, (int, str)) for value in schedule.state_dict().values())
+    assert json.loads(json.dumps(schedule.state_dict())) == schedule.state_dict()
 
 
 def test_foreign_state_is_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounter
 
-from fading import MASKS, C, Net, assert_all_close, train
+from fading import MASKS, C, Net, aligned_gradients, assert_all_close, train
 from slabformer import ProgressiveSchedule, token_mask
 from slabformer.nn.controls import prepbn_modules
 from tolerances import FLOAT32, assert_close
@@ -24,10 +24,11 @@ def _fresh_compiler() -> Any:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("stagger", [0.0, 0.5], ids=["together", "staggered"])
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no_mask", "mask"])
-def test_compiles_once_a_phase(masked: bool) -> None:
+def test_compiles_once_a_phase(masked: bool, stagger: float) -> None:
     model, counter = Net(), CompileCounter()
-    schedule = ProgressiveSchedule(model, 9, warmup=1 / 3, fade=1 / 3)
+    schedule = ProgressiveSchedule(model, 9, warmup=1 / 3, fade=1 / 3, stagger=stagger)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     frames = []
     for step in range(9):
@@ -38,6 +39,16 @@ def test_compiles_once_a_phase(masked: bool) -> None:
         frames.append(counter.frame_count)
         assert model.blocks[0][0].rep.num_batches_tracked == step + 1
     assert frames == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+def test_alignment_in_compiled_training_is_that_of_eager() -> None:
+    compiled = Net()
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    (term, gradients), (expected_term, expected) = (aligned_gradients(model) for model in (compiled, Net()))
+    assert_close(term, expected_term, FLOAT32)
+    assert_all_close(gradients, expected, FLOAT32)
 
 
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)

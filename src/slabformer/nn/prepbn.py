@@ -82,6 +82,9 @@ class PRepBN(KeepsFloat32):
         self.rep.kept_by_parent = True
         self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device))
         self.blend_in_eval = False
+        #: whether training notes how far RepBN is from the norm that fades, for :meth:`take_alignment`
+        self.aligns = False
+        self._alignment: Tensor | None = None
         #: phase when gamma was last written by `set_gamma` or read; compiled code is guarded by it
         self.known_phase: Phase = "warm"
         #: gamma of 1 begins the fading, which its value does not say
@@ -102,12 +105,34 @@ class PRepBN(KeepsFloat32):
             assert_async(self.gamma == (1 if phase == "warm" else 0), _STALE)
         if phase == "done":
             return keep_in_graph(self.rep(x), *self.norm.parameters())
+        if self.aligns and self.training:
+            return self._forward_aligned(x)
         if phase == "warm":
             if self.rep.training and self.rep.observes_while_warm:  # in eval beside a norm that trains, it is frozen
                 self.rep.observe(x)
             return keep_in_graph(self.norm(x).to(x.dtype), *self.rep.parameters())
         gamma = self.gamma.to(x.dtype, copy=True)  # autograd keeps it, and the schedule or DDP may write in between
         return torch.addcmul(self.rep(x, 1 - self.gamma), self.norm(x).to(x.dtype), gamma)
+
+    def _forward_aligned(self, x: Tensor) -> Tensor:
+        """Both branches at their full size, so that they can be compared."""
+        rep, norm = self.rep(x), self.norm(x).to(x.dtype)
+        wanted, actual = norm.detach().float(), rep.float()
+        mask = self.rep.mask_of(x.movedim(self.rep.channel_dim, -1))
+        if mask is not None:
+            counts = mask.unsqueeze(-1).movedim(-1, self.rep.channel_dim)
+            wanted, actual = torch.where(counts, wanted, 0), torch.where(counts, actual, 0)
+        distance = (actual - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
+        self._alignment = distance if self._alignment is None else self._alignment + distance
+        return torch.lerp(rep, norm, self.gamma.to(x.dtype, copy=True))
+
+    def take_alignment(self) -> Tensor | None:
+        """Squared distance of RepBN from the norm that fades, over the norm's square, since it was last taken.
+
+        Of all calls in train mode while ``aligns`` is set, each over its valid tokens; None without any.
+        """
+        alignment, self._alignment = self._alignment, None
+        return alignment
 
     @property
     def phase(self) -> Phase:
@@ -195,7 +220,7 @@ class PRepBN(KeepsFloat32):
             self.known_phase, self._begins, self._read_from = phase_of(gamma), False, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_read_from": None}  # a copy has a buffer of its own
+        return {**self.__dict__, "_read_from": None, "_alignment": None}  # a copy has a buffer of its own
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As nn.Module's, but RepBN stays where ``SyncBatchNorm.convert_sync_batchnorm`` would replace it.
