@@ -12,6 +12,7 @@ from distributed import run_ranks
 from fading import C, Net
 from slabformer import PRepBN, ProgressiveSchedule, set_token_mask, sync_norms_, token_mask
 from slabformer.nn.controls import prepbn_modules
+from slabformer.progressive import Guard
 from tolerances import ALGEBRA, EXACT, assert_close
 
 STEPS = 6
@@ -74,6 +75,33 @@ def test_two_ranks_train_as_one_through_all_phases(
     for rank in ranks:
         for ours, theirs in zip(rank, expected, strict=True):
             assert_close(ours, theirs, ALGEBRA)
+
+
+def aligned_rank(rank: int, num_ranks: int) -> list[Any]:
+    """Own images on each rank, the norms staggered and aligned, activations of one rank exploding midway."""
+    net = Net()
+    sync_norms_(net)
+    wrapped = DistributedDataParallel(net, find_unused_parameters=False)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    guard = Guard(every=1)
+    schedule = ProgressiveSchedule(net, 12, fade=0.8, stagger=0.5, align=0.3, guard=guard, optimizer=optimizer)
+    generator = torch.Generator().manual_seed(rank)
+    for step in range(12):
+        x = torch.randn(2, 3, C, generator=generator, dtype=torch.float64) * (200 if (rank, step) == (1, 6) else 1)
+        optimizer.zero_grad()
+        loss = wrapped(x).square().mean()
+        (loss + schedule.alignment()).backward()
+        optimizer.step()
+        schedule.step()
+    state = schedule.state_dict()
+    return [torch.tensor(state["waited"]), torch.tensor(state["step"]), *net.state_dict().values()]
+
+
+def test_ranks_wait_and_align_together(tmp_path: Path) -> None:
+    first, second = run_ranks(aligned_rank, tmp_path)
+    assert first[0] > 0
+    for ours, theirs in zip(first, second, strict=True):
+        assert_close(ours, theirs, EXACT)
 
 
 def loaded_rank(rank: int, num_ranks: int) -> list[Any]:

@@ -106,6 +106,41 @@ def test_gamma_counts_optimizer_steps_whatever_is_accumulated(tmp_path: Path) ->
     assert logged == pytest.approx([max(0, 1 - step / 8) for step in range(1, STEPS + 1)])
 
 
+def test_the_alignment_of_norms_is_part_of_the_loss(tmp_path: Path) -> None:
+    losses = []
+    for align in (0.0, 1.0):
+        callback = ProgressiveCallback(warmup=0.5, fade=0.5, align=align)
+        trainer = trainer_of(converted_llama(), tmp_path, callback, steps=4)
+        trainer.train()
+        losses.append(next(row["loss"] for row in trainer.state.log_history if "loss" in row))
+    assert losses[1] > losses[0] + 0.01
+    pickle.dumps(callback)
+    trainer.model(input_ids=TOKENS[:2], labels=TOKENS[:2])  # the hook is gone
+
+
+def test_a_run_goes_on_while_gamma_waits(tmp_path: Path) -> None:
+    def spoil(callback: ProgressiveCallback) -> None:
+        assert callback.schedule is not None
+        for norm in callback.schedule._norms.values():
+            norm.rep.running_var.mul_(1e4)
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 59:
+                spoil(progressive)
+
+    progressive = ProgressiveCallback(fade=0.9)
+    saving = {"save_strategy": "steps", "save_steps": 65, "logging_steps": 1, "learning_rate": 1e-4}
+    trainer_of(converted_llama(), tmp_path, progressive, Spoil(), steps=80, **saving).train()
+    assert progressive.schedule is not None
+    assert progressive.schedule.state_dict()["waited"] > 0
+    again = ProgressiveCallback(fade=0.9)
+    trainer = trainer_of(converted_llama(), tmp_path, again, steps=80, **saving)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-65"))
+    assert again.schedule is not None
+    assert again.schedule.state_dict() == progressive.schedule.state_dict()
+
+
 def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     whole = converted_llama()
     trainer_of(whole, tmp_path / "whole", ProgressiveCallback()).train()

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from csv_files import csv_rows
+from slabformer import PRepBN, ProgressiveSchedule
+from slabformer.progressive import Guard
 from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.loop import Trainer
 from slabformer.tasks.engine.nonfinite import NonFiniteError, tensors_in
@@ -54,19 +57,23 @@ def two_losses(model: nn.Module, batch: Points) -> dict[str, Tensor]:
     return {"square": out.square().mean(), "mean": out.mean()}
 
 
-def make_trainer(observers: list[Observer], *, accumulate: int = 1, bad: bool = False) -> Trainer:
-    model = nn.Linear(3, 1)
-    nn.init.constant_(model.weight, 0.5)
-    nn.init.zeros_(model.bias)
+def make_trainer(observers: list[Observer], *, accumulate: int = 1, bad: bool = False, **parts: Any) -> Trainer:
+    model = parts.pop("model", nn.Linear(3, 1))
+    if isinstance(model, nn.Linear):
+        nn.init.constant_(model.weight, 0.5)
+        nn.init.zeros_(model.bias)
+    settings = {
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+        "step_fn": two_losses,
+        "config": LoopConfig(epochs=1, log_every=1, accumulate=accumulate),
+    }
     return Trainer(
         accelerator=create_accelerator(device="cpu"),
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
         loader=TwoBatches(bad),
-        step_fn=two_losses,
-        config=LoopConfig(epochs=1, log_every=1, accumulate=accumulate),
         batch_names=lambda index: [f"file {index}"],
         observers=observers,
+        **settings | parts,
     )
 
 
@@ -107,3 +114,34 @@ def test_a_batch_that_is_an_object_knows_its_length_and_shows_its_tensors() -> N
 def test_a_bad_batch_that_is_an_object_is_named() -> None:
     with pytest.raises(NonFiniteError, match="the batch itself is not finite, on file 1"):
         make_trainer([], bad=True).fit()
+
+
+def fading_trainer(accumulate: int, **settings: Any) -> tuple[Trainer, Reports]:
+    reports = Reports()
+    model = nn.Sequential(PRepBN(3), nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    schedule = ProgressiveSchedule(model, 100, optimizer=optimizer, **settings)
+    config = LoopConfig(epochs=40, log_every=1, accumulate=accumulate)
+    parts = {"model": model, "optimizer": optimizer, "gamma_schedule": schedule, "config": config}
+    return make_trainer([reports], step_fn=square, **parts), reports
+
+
+def square(model: nn.Module, batch: Points) -> Tensor:
+    return model(torch.stack(batch.rows).unsqueeze(1).expand(-1, 2, -1)).square().mean()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_alignment_of_fading_norms_is_a_part_of_the_loss(accumulate: int) -> None:
+    trainer, reports = fading_trainer(accumulate, align=0.5, guard=None)
+    trainer.fit()
+    first = reports.seen[0]
+    assert first.parts["alignment"] > 0
+    assert first.loss == pytest.approx(sum(first.parts.values()), rel=1e-5)
+
+
+def test_gradients_that_explode_let_gamma_wait() -> None:
+    trainer, _ = fading_trainer(2, guard=Guard(every=1))
+    trainer.step_fn = lambda model, batch: square(model, batch) * (1e3 if trainer.position.step == 20 else 1.0)
+    trainer.fit()
+    assert trainer.gamma_schedule is not None
+    assert trainer.gamma_schedule.state_dict()["waited"] == 1

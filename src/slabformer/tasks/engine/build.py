@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from slabformer._extras import require
 from slabformer.nn.controls import prepbn_modules
-from slabformer.progressive import ProgressiveSchedule
+from slabformer.progressive import Guard, ProgressiveSchedule
 from slabformer.tasks.engine.config import FadeConfig, LrConfig, OptimizerConfig, RunConfig
 from slabformer.tasks.engine.parts import LoopConfig
 
@@ -114,5 +114,8 @@ def build_gamma_schedule(
         fade=config.fade,
         shape=config.shape,
         warm_statistics=config.warm_statistics,
+        stagger=config.stagger,
+        align=config.align,
+        guard=None if config.guard is None else Guard(limit=config.guard),
         optimizer=optimizer,
     )

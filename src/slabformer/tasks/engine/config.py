@@ -16,6 +16,7 @@ from slabformer.settings import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    Range,
     Seed,
     Settings,
     check_fractions,
@@ -83,6 +84,12 @@ class FadeConfig(Settings):
     """Of gamma's way from 1 to 0; linear as published."""
     warm_statistics: bool = True
     """Let RepBN's statistics follow the data from the first step on; false is the published rule."""
+    stagger: FractionBelowOne = 0.0
+    """Share of the fade over which the norms begin one after the other, first to last; 0 fades them together."""
+    align: NonNegativeFloat = 0.0
+    """Weight of the distance between RepBN and the norm that it replaces, added to the loss while both are there."""
+    guard: Annotated[float, Range(gt=1)] | None = 10.0
+    """Times its running median above which an activation or the gradient lets gamma wait; null never waits."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

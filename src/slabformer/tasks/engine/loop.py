@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slabformer.tasks.engine.devices import first_of_ranks
 from slabformer.tasks.engine.diagnose import describe_nonfinite
@@ -35,6 +35,7 @@ class Trainer(Training):
 
     Raises:
         NonFiniteError: Out of :meth:`fit`, if the loss, a gradient or a weight is NaN or infinite.
+        DivergedError: Out of :meth:`fit`, if activations are far beyond what they were.
         StoppedError: Out of :meth:`fit`, after SIGTERM or SIGINT, when a checkpoint is written.
     """
 
@@ -54,7 +55,15 @@ class Trainer(Training):
             self.observers = ()
         self.signals, self._guard, self._saved_step = StopSignals(), NonFiniteGuard(device), 0
         self._check_every = 1 if device.type == "cpu" else self.config.log_every
-        self._update = Update(self.accelerator, self.model, self.optimizer, self.step_fn, self.config)
+        self._update = Update(self.accelerator, self.model, self.optimizer, self._losses, self.config)
+
+    def _losses(self, model: nn.Module, batch: Any) -> Tensor | dict[str, Tensor]:
+        """Of the task, with the alignment of fading norms beside them where the schedule weighs it."""
+        losses = self.step_fn(model, batch)
+        if self.gamma_schedule is None or self.gamma_schedule.align == 0:
+            return losses
+        parts = losses if isinstance(losses, dict) else {"task": losses}
+        return {**parts, "alignment": self.gamma_schedule.alignment()}
 
     def resume(self) -> Path | None:
         """Go on from the newest undamaged checkpoint; None if there is none.
@@ -154,7 +163,7 @@ class Trainer(Training):
         if self.lr_schedule is not None:
             self.lr_schedule.step_update(steps_done)
         if self.gamma_schedule is not None:
-            self.gamma_schedule.step()
+            self.gamma_schedule.step(self._update.grad_norm)
         if self.ema is not None:
             self.ema.update(self.model, steps_done)
 

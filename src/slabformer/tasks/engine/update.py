@@ -61,6 +61,8 @@ class Update:
             # gamma is the same on all ranks, RepBN shares its statistics itself, and the step averages what others hold
             self.train_step.broadcast_buffers = False
         self._stepper = accelerator.prepare_optimizer(optimizer)
+        #: of the last gradient, before it was clipped
+        self.grad_norm: Tensor | None = None
 
     def gradients(self, window: list[Any], step: int) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Gradients of the mean loss over all samples in ``window``, clipped.
@@ -81,7 +83,7 @@ class Update:
                 self.accelerator.backward(losses[TOTAL])
             parts.append({name: loss.detach() for name, loss in losses.items()})
         means = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
-        norm = self._clip()
+        norm = self.grad_norm = self._clip()
         # a loss scaler meets infinite gradients as a rule and skips the step
         return means, [means[TOTAL], norm] if self.accelerator.scaler is None else [means[TOTAL]]
 

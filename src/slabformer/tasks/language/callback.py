@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from slabformer.models.llama import SlabLlamaPreTrainedModel
 from slabformer.models.padding import keep_padding_out_everywhere_
 from slabformer.nn.controls import norm_parameters, prepbn_modules
-from slabformer.progressive import ProgressiveSchedule, Shape
+from slabformer.progressive import Guard, ProgressiveSchedule, Shape
 from slabformer.tasks.language.foreign import note_norms_
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,10 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
         fade: Fraction of training over which gamma falls.
         shape: "linear" as published, or "cosine".
         warm_statistics: As :class:`slabformer.ProgressiveSchedule` has it.
+        stagger: Share of the fade over which the norms begin one after the other.
+        align: Weight of the distance between RepBN and the norm that it replaces; added to the ``loss`` that the model
+            returns.
+        guard: Times its running median above which an activation lets gamma wait; None never waits.
 
     Raises:
         ValueError: Out of ``trainer.train()``, as :class:`slabformer.ProgressiveSchedule` does, or if PEFT would save
@@ -55,15 +61,25 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self, warmup: float = 0.0, fade: float = 0.8, shape: Shape = "linear", warm_statistics: bool = True
+        self,
+        warmup: float = 0.0,
+        fade: float = 0.8,
+        shape: Shape = "linear",
+        warm_statistics: bool = True,
+        stagger: float = 0.0,
+        align: float = 0.0,
+        guard: float | None = 10.0,
     ) -> None:
         self.warmup, self.fade, self.shape, self.warm_statistics = warmup, fade, shape, warm_statistics
+        self.stagger, self.align, self.guard = stagger, align, guard
         self.schedule: ProgressiveSchedule | None = None
+        self._aligning: RemovableHandle | None = None
 
     def state(self) -> dict[str, Any]:
-        """Settings, which the Trainer writes into a checkpoint's ``trainer_state.json``."""
-        names = ("warmup", "fade", "shape", "warm_statistics")
-        return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
+        """Settings and the schedule's state, which the Trainer writes into a checkpoint's ``trainer_state.json``."""
+        names = ("warmup", "fade", "shape", "warm_statistics", "stagger", "align", "guard")
+        schedule = {} if self.schedule is None else {"schedule_state": self.schedule.state_dict()}
+        return {"args": {name: getattr(self, name) for name in names}, "attributes": schedule}
 
     @property
     def gamma(self) -> float:
@@ -90,9 +106,18 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
             fade=self.fade,
             shape=self.shape,
             warm_statistics=self.warm_statistics,
+            stagger=self.stagger,
+            align=self.align,
+            guard=None if self.guard is None else Guard(limit=self.guard),
             optimizer=optimizer,
             start=state.global_step,
         )
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__, {})
+        schedule_state = saved.get("attributes", {}).get("schedule_state") if isinstance(saved, dict) else None
+        if schedule_state is not None and schedule_state["steps_done"] == state.global_step:
+            self.schedule.load_state_dict(schedule_state)
+        if self.align:
+            self._aligning = model.register_forward_hook(self._add_alignment)
         self._forget_best(state)
         if isinstance(model, PreTrainedModel):
             note_norms_(model)
@@ -135,6 +160,9 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Warn if the old norm is still there, and how long it would have taken to be gone."""
         assert self.schedule is not None
+        if self._aligning is not None:
+            self._aligning.remove()
+            self._aligning = None
         if not self.schedule.finished:
             logger.warning(
                 "training ended with gamma %.3g: the old norm is still in use and the model cannot be fused; "
@@ -153,6 +181,12 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
                 "loaded into it; load those of a step at gamma 0",
                 held,
             )
+
+    def _add_alignment(self, model: nn.Module, args: Any, output: Any) -> Any:
+        assert self.schedule is not None
+        if model.training and isinstance(output, dict) and output.get("loss") is not None:
+            output["loss"] = output["loss"] + self.schedule.alignment()
+        return output
 
     def _forget_best(self, state: TrainerState) -> None:
         if self.gamma:
@@ -181,7 +215,7 @@ def _check_adapters(model: nn.Module) -> None:
 def steps_missing(schedule: ProgressiveSchedule) -> int:
     """Optimizer steps until gamma is 0."""
     state = schedule.state_dict()
-    return max(0, state["warmup_steps"] + state["fade_steps"] - state["step"])
+    return max(0, math.ceil(state["warmup_steps"] + state["fade_steps"] - state["step"]))
 
 
 def _warn_of_decay(model: nn.Module, optimizer: Optimizer | None) -> None:
