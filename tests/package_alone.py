@@ -42,11 +42,12 @@ def main() -> None:
     assert not missing, f"the package lacks {missing}"
 
     torch.manual_seed(0)
-    model = sf.testing.randomize_norms_(timm.create_model("slab_deit_micro", num_classes=5))
+    sizes = {"num_classes": 5}
+    model = sf.testing.randomize_norms_(timm.create_model("slab_deit_micro", **sizes))
     for norm in prepbn_modules(model).values():
         norm.set_gamma(0.0)
     with tempfile.TemporaryDirectory() as folder:
-        info = ModelInfo(model="slab_deit_micro", class_names=list("abcde"), input_size=(3, 32, 32))
+        info = ModelInfo(model="slab_deit_micro", model_args=sizes, class_names=list("abcde"), input_size=(3, 32, 32))
         save_model(model, Path(folder) / "model.safetensors", info)
         slab("fuse", Path(folder) / "model.safetensors", "--output", Path(folder) / "fused.safetensors")
         fused, _ = load_model(Path(folder) / "fused.safetensors")

@@ -6,6 +6,7 @@ import ast
 import graphlib
 import importlib
 import importlib.metadata
+import importlib.util
 import re
 import subprocess
 import sys
@@ -151,6 +152,26 @@ def test_every_room_has_a_row_of_arrows() -> None:
 
 def test_imports_point_down() -> None:
     assert offenders(lambda path, tree: misplaced_arrows(room_of(path), tree)) == {}
+
+
+def imports_between_rooms() -> dict[str, set[str]]:
+    """Room -> the rooms that its files import from."""
+    found: dict[str, set[str]] = {}
+    for path, tree in TREES.items():
+        found.setdefault(room_of(path), set()).update(rooms_imported(tree))
+    return {room: targets - {room} for room, targets in found.items()}
+
+
+def test_the_picture_shows_the_rooms_and_their_imports() -> None:
+    spec = importlib.util.spec_from_file_location("house", ROOT / "tools" / "docs" / "house.py")
+    assert spec is not None
+    assert spec.loader is not None
+    house = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(house)
+    drawn = house.draw(house.grouped(imports_between_rooms(), GROUND, FOREIGN))
+    assert house.PICTURE.read_text(encoding="utf-8") == drawn, "run `python tools/docs/house.py`"
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [room for room in ARROWS if room not in GROUND | FOREIGN and f"`{room}" not in page] == []
 
 
 def files_imported(tree: ast.Module, names: set[str]) -> set[str]:
