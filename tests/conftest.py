@@ -7,12 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from slabformer.measure import allocator
 from slabformer.ops.native import build
 
 # tests that import onnxruntime themselves leave no identifiers behind either
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+# a busy machine takes longer for an example, which says nothing about the code
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

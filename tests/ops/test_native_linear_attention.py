@@ -56,7 +56,7 @@ def test_outputs_equal_the_reference(sizes, dtype):
     assert_close(out, case.expected(), TOLERANCE[dtype])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.tuples(*[st.integers(1, 20)] * 2),
     st.integers(1, 3),

@@ -388,7 +388,7 @@ FORMS, PLACES, AFTER = (
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(st.sampled_from(FORMS), st.booleans(), st.sampled_from(PLACES), st.sampled_from(AFTER), st.integers(0, 9))
 def test_norms_of_any_form_start_as_what_they_compute(
     form: str, centre: bool, place: str, after: str, seed: int

@@ -26,7 +26,6 @@ def run(chunk: int, max_examples: int) -> None:
     """``max_examples`` graphs, the same ones for the same ``chunk``."""
     options = {
         "max_examples": max_examples,
-        "deadline": None,
         "database": None,
         "phases": [Phase.generate],  # shrinking takes minutes; a failing graph is small already
         "suppress_health_check": list(HealthCheck),

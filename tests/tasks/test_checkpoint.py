@@ -39,7 +39,7 @@ def test_what_is_written_is_read(written: Path) -> None:
     assert state["position"] == {"step": 3}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(place=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
 def test_any_altered_byte_is_found(written: Path, place: float, mask: int) -> None:
     data = bytearray(written.read_bytes())
@@ -50,7 +50,7 @@ def test_any_altered_byte_is_found(written: Path, place: float, mask: int) -> No
         read_checkpoint(damaged)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_any_truncation_is_found(written: Path, share: float) -> None:
     data = written.read_bytes()

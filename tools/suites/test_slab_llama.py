@@ -40,7 +40,7 @@ class SlabLlamaModelTester:
             num_key_value_heads=self.num_key_value_heads,
             num_labels=self.num_labels,
             # In eval mode RepBN of a fresh model only scales: starting at 0, all outputs would be 0. Small weights make
-            # attention uniform wherever tokens are, wide ones let outputs grow; at 0.1 they are of size 1, as tests expect.
+            # attention uniform wherever tokens are, wide ones let outputs grow: 0.1 keeps them near 1, as tests expect.
             norm_start="ones",
             initializer_range=0.1,
             max_position_embeddings=512,
