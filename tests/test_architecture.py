@@ -26,6 +26,7 @@ GROUND = {
     "settings",
     "_files",
     "_listing",
+    "_locks",
     "_process",
     "_private",
     "_torch",
@@ -46,7 +47,7 @@ LEAVING = {"measure", "export", "quantize", "deployment", "figures", "bench"}
 ARROWS = {
     **{room: set() for room in GROUND},
     **{room: {"_private"} for room in FOREIGN},
-    "_files": {"_listing"},
+    "_files": {"_listing", "_locks"},
     "_torch": {"_private"},
     "_detector": {"settings"},
     "ops": GROUND,

@@ -1,98 +1,168 @@
-"""Files that are complete or absent, and locks that end with their process, whatever ends it."""
+"""Files that are complete or absent: the one way in which this library writes."""
 
 from __future__ import annotations
 
+import csv
 import errno
+import json
 import os
 import re
 import secrets
 import shutil
 import socket
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from slabformer._listing import check_regular
+from slabformer._locks import FileLock, acquire
 
-if sys.platform == "win32":
-    import msvcrt
-
-    #: a byte far behind the contents: others may read the file while it is locked
-    LOCKED_BYTE = 1 << 30
-
-    def _lock(descriptor: int) -> None:
-        os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-
-    def _unlock(descriptor: int) -> None:
-        os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
-else:
-    import fcntl
-
-    def _lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def _unlock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-HELD_BY_OTHERS = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 #: what :func:`workspace` makes
 WORKSPACE = re.compile(r"\.slabformer-[0-9a-f]{16}\.part")
 OWNER = "owner.lock"
 #: after which a workspace of another host is abandoned
 PATIENCE_SECONDS = 3600.0
-_held: set[int] = set()
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+#: how libraries in Rust and C++ spell an error of the operating system
+OS_ERROR = re.compile(r"os error (\d+)|Os \{ code: (\d+)")
+TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
 
 
-class FileLock:
-    """An exclusive lock of this process on a file. The operating system drops it when the process ends, also by a kill.
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A path to write to; what is there when the block ends takes ``path``'s place, and nothing does if it fails.
 
-    Made by :func:`acquire`.
-    """
-
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self._descriptor, self._process = path, descriptor, os.getpid()
-        _held.add(descriptor)
-
-    def write(self, text: str) -> None:
-        """Replace the contents of the file, for whoever finds it locked."""
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
-        os.truncate(self._descriptor, 0)
-        os.write(self._descriptor, text.encode())
-
-    def release(self, *, delete: bool = False) -> None:
-        """Let go, and ``delete`` the file; a forked child, which never held the lock, does nothing."""
-        if self._process != os.getpid() or self._descriptor not in _held:
-            return
-        if delete and os.name != "nt":  # while it is ours; Windows deletes no open file
-            self.path.unlink(missing_ok=True)
-        _unlock(self._descriptor)  # at once, also if a child that was just forked has not let go
-        _close(self._descriptor)
-        if delete and os.name == "nt":
-            _unlink_if_free(self.path)
-
-
-def acquire(path: Path) -> FileLock | None:
-    """Lock ``path``, which is created if need be, or return None if another process, or this one, holds it.
+    The file is on the disk before it is renamed, the rename before the block is left: a crash at any moment leaves
+    the old file or the new one, and what else it leaves is deleted when a file is next written to the folder.
 
     Raises:
-        OSError: If the file cannot be opened, or its file system has no locks.
+        OSError: If the file cannot be written, naming ``path``; also for what other libraries call such a failure.
     """
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _lock(descriptor)
-            if _is_at(descriptor, path):
-                return FileLock(path, descriptor)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno in HELD_BY_OTHERS:
-                return None
+    with errors_of(path), workspace(path.parent) as folder:
+        temporary = folder / path.name
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # some writers put a file of their own there that nobody else may read
+        sync_file(temporary)
+        os.replace(temporary, path)  # noqa: PTH105 - the one call that is atomic on every platform
+    sync_folder(path.parent)
+
+
+@contextmanager
+def replaced_with(path: Path, companion: Path) -> Iterator[Path]:
+    """:func:`replaced` for a file that may come with another one, which it names, as ONNX names its weights.
+
+    What the block writes into the folder of the path that it gets, under the two files' own names, takes their places.
+    The two never stand beside each other unless they belong together: ``path`` is away while ``companion`` moves.
+    """
+    with errors_of(path), workspace(path.parent) as folder:
+        temporary = folder / path.name
+        yield temporary
+        beside = temporary.with_name(companion.name)
+        for file in (temporary, beside):
+            if file.exists():
+                sync_file(file)
+        if beside.exists() or companion.exists():
+            path.unlink(missing_ok=True)
+            companion.unlink(missing_ok=True)
+        for source, target in ((beside, companion), (temporary, path)):
+            if source.exists():
+                os.replace(source, target)  # noqa: PTH105 - the one call that is atomic on every platform
+    sync_folder(path.parent)
+
+
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Tell a failure to write to a workspace, in whatever library, as an ``OSError`` about ``path``."""
+    try:
+        yield
+    except Exception as error:
+        code = _errno_of_write(error)
+        if code is None:
             raise
-        os.close(descriptor)  # its owner deleted it between the two calls; the next one is a new file
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def _errno_of_write(error: Exception) -> int | None:
+    """The operating system's number of what went wrong in writing; None if it was something else."""
+    # torch wraps the error of a Python file in a RuntimeError about its own format
+    cause = error if isinstance(error, OSError) else error.__context__
+    if isinstance(cause, OSError):
+        file = None if cause.filename is None else Path(str(cause.filename))
+        if file is None:
+            return cause.errno if cause.errno in WRITE_ERRORS else None
+        return cause.errno if any(WORKSPACE.fullmatch(part) for part in file.parts) else None
+    number = OS_ERROR.search(str(error))
+    if number is not None:
+        return int(number[1] or number[2])
+    return errno.EIO if TORCH_WRITER.search(str(error)) else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, all of it or nothing."""
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` to ``path`` as indented JSON, all of it or nothing."""
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """``value`` as indented JSON; what is no text in a name, such as bytes of another encoding, is escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write ``rows`` to ``path`` below a line of ``columns``, all of it or nothing; what a row lacks is empty."""
+    with replaced(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_text(path: Path) -> str:
+    """The text in ``path``, without its byte order mark.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If it is no regular file: a named pipe, a device.
+        ValueError: If it is no text.
+    """
+    check_regular(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def check_readable(path: str | os.PathLike[str], what: str = "file") -> Path:
+    """``path``, if it is a file that can be read; libraries in other languages say "no such file" of both.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        IsADirectoryError: If it is a folder.
+        PermissionError: If reading it is not allowed.
+        NotRegularError: If it is a named pipe or a device, which may block whoever opens it.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        check_regular(path)
+    try:
+        with path.open("rb"):
+            return path
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no {what} at {str(path)!r}: no such file") from error
+    except PermissionError as error:
+        if path.is_dir():  # what Windows calls opening a folder
+            raise IsADirectoryError(f"{str(path)!r} is a folder; give a file") from error
+        raise PermissionError(f"no permission to read {str(path)!r}") from error
+    except IsADirectoryError as error:
+        raise IsADirectoryError(f"{str(path)!r} is a folder; give a file") from error
 
 
 @contextmanager
@@ -185,55 +255,3 @@ def _seconds_since_change(place: Path) -> float:
         return (place / OWNER).stat().st_mtime - last
     except OSError:
         return 0.0
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _unlink_if_free(path: Path) -> None:
-    with suppress(OSError):  # the next owner has it open
-        path.unlink(missing_ok=True)
-
-
-def _close(descriptor: int) -> None:
-    _held.discard(descriptor)
-    os.close(descriptor)
-
-
-def _let_go_in_child() -> None:
-    """A forked child shares its parent's descriptors: left open, they would keep the locks of a parent that died."""
-    for descriptor in tuple(_held):
-        _close(descriptor)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_in_child)
-
-
-def check_readable(path: str | os.PathLike[str], what: str = "file") -> Path:
-    """``path``, if it is a file that can be read; libraries in other languages say "no such file" of both.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        IsADirectoryError: If it is a folder.
-        PermissionError: If reading it is not allowed.
-        NotRegularError: If it is a named pipe or a device, which may block whoever opens it.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        check_regular(path)
-    try:
-        with path.open("rb"):
-            return path
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no {what} at {str(path)!r}: no such file") from error
-    except PermissionError as error:
-        if path.is_dir():  # what Windows calls opening a folder
-            raise IsADirectoryError(f"{str(path)!r} is a folder; give a file") from error
-        raise PermissionError(f"no permission to read {str(path)!r}") from error
-    except IsADirectoryError as error:
-        raise IsADirectoryError(f"{str(path)!r} is a folder; give a file") from error

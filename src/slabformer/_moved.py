@@ -60,6 +60,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tasks.detection.twin": ("tasks.detection.baseline",),
     "nn.window_attention": ("nn.stripes",),
     "nn.windows": ("nn.shifted_windows",),
+    "tasks.engine.files": ("_files",),
 }
 
 #: what functions, arguments, attributes, columns, variants and files were called -> what they are called now

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from slabformer._files import read_text
 from slabformer.cli.main import main
 from slabformer.tasks.engine.documents import check_yaml, parse_json, parse_yaml, read_json
-from slabformer.tasks.engine.files import read_text
 
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

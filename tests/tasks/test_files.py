@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from slabformer.tasks.engine.files import replaced, replaced_with
+from slabformer._files import replaced, replaced_with
 
 
 def write(folder: Path, text: str, with_companion: bool, fail: bool = False) -> None:

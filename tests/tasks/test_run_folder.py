@@ -18,10 +18,10 @@ import yaml
 from safetensors.torch import save_file
 
 from slabformer import _files
-from slabformer._files import acquire, sweep, workspace
+from slabformer._files import sweep, workspace, write_text
+from slabformer._locks import acquire
 from slabformer.tasks.classification.train import train
 from slabformer.tasks.engine.checkpoint import CheckpointStore
-from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.engine.folder import FolderInUseError, RunFolder
 from tiny_training import tiny_config
 

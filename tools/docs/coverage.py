@@ -29,6 +29,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slabformer._files import write_text
 from slabformer.nn import RepBN
 from slabformer.nn.controls import prepbn_modules
 from slabformer.surgery.convert import convert_norms_
@@ -36,7 +37,6 @@ from slabformer.surgery.fuse import NormOutcome, fuse
 from slabformer.surgery.fuse.tree.norms import find_norms
 from slabformer.surgery.outputs import first_line, tensors_of
 from slabformer.surgery.verify import verify
-from slabformer.tasks.engine.files import write_text
 from slabformer.testing import randomize_norms_
 
 ROOT = Path(__file__).parent.parent.parent

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slabformer._extras import require
+from slabformer._files import write_csv, write_json, write_text
 from slabformer._moved import HasOldNames, current_name
 from slabformer.measure.rows import Mode, Variant
 from slabformer.measure.timing import Machine
@@ -140,10 +139,7 @@ class DecodeReport:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"decode.{suffix}" for suffix in ("csv", "json", "md")]
         rows = [{"model": self.model, "prompt_tokens": self.prompt_tokens, **asdict(row)} for row in self.rows]
-        with paths[0].open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        paths[1].write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        paths[2].write_text(self.markdown(), encoding="utf-8")
+        write_csv(paths[0], rows, list(rows[0]))
+        write_json(paths[1], self.to_dict())
+        write_text(paths[2], self.markdown())
         return paths

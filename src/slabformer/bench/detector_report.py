@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slabformer._extras import require
+from slabformer._files import write_csv, write_json, write_text
 from slabformer.measure.detections import DetectionAgreement
 from slabformer.measure.rows import Mode
 from slabformer.measure.timing import Machine
@@ -118,12 +117,9 @@ class LatencyReport:
         paths = [folder / f"latency.{suffix}" for suffix in ("csv", "md", "json")]
         where = {"model": self.model, "height": self.image_size[0], "width": self.image_size[1]}
         rows = [asdict(row) | where | self.machine.columns() for row in self.rows]
-        with paths[0].open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        paths[1].write_text(self.markdown(), encoding="utf-8")
-        paths[2].write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_csv(paths[0], rows, list(rows[0]))
+        write_text(paths[1], self.markdown())
+        write_json(paths[2], asdict(self))
         return paths
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from slabformer._extras import require
+from slabformer._files import write_csv, write_json
 from slabformer._moved import current_name
 from slabformer.figures.plots import save, speed_bars
 from slabformer.measure.rows import Measurement, Mode, Variant
@@ -89,9 +88,8 @@ class BenchReport:
         """Write ``bench.csv``, ``bench.json`` and ``bench.png`` into ``folder``; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "bench.csv", folder / "bench.json", folder / "bench.png"]
-        with paths[0].open("w", newline="") as file:
-            self._write_rows(file)
-        paths[1].write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_csv(paths[0], self.rows(), columns())
+        write_json(paths[1], self.to_dict())
         save(self.picture(), paths[2])
         return paths
 
@@ -99,11 +97,6 @@ class BenchReport:
         """The measurements as flat rows with the columns of :func:`columns`."""
         where = {"model": self.model, **self.machine.columns()}
         return [asdict(row) | where for row in self]
-
-    def _write_rows(self, file: TextIO) -> None:
-        writer = csv.DictWriter(file, fieldnames=columns())
-        writer.writeheader()
-        writer.writerows(self.rows())
 
 
 def columns() -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from slabformer._files import write_csv, write_text
 from slabformer._listing import check_regular
 from slabformer._moved import RENAMED, current_rows
 from slabformer.bench.report import BenchReport, columns
@@ -66,13 +67,8 @@ class ZooTable:
     def _put(self, model: str, rows: list[Row]) -> None:
         self.rows = [row for row in self.rows if row["model"] != model] + rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(f"{self.path.name}.part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=[*columns(), "settings", "error"], restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        part.replace(self.path)
-        self.markdown.write_text(to_markdown(self.rows), encoding="utf-8")
+        write_csv(self.path, self.rows, [*columns(), "settings", "error"])
+        write_text(self.markdown, to_markdown(self.rows))
 
 
 def to_markdown(rows: Sequence[Row]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from slabformer._extras import require
+from slabformer._files import write_json
 from slabformer.cli.common import console
 from slabformer.cli.fuse import fuse_table
 from slabformer.settings import FileToWrite, NonEmptyStr, Pixels, PositiveInt
 from slabformer.tasks.engine.documents import read_json
-from slabformer.tasks.engine.files import write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +67,7 @@ def run(config: Namespace) -> None:
             f"{torch.get_num_threads()} threads"
         )
     if config.json is not None:
-        write_text(config.json, json.dumps(found, indent=2) + "\n")
+        write_json(config.json, found)
 
 
 def build(model: str, input_size: int | None, batch_size: int) -> Built:

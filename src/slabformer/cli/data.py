@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,10 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import slabformer as sf
+from slabformer._files import as_json, write_text
 from slabformer.cli.common import load, needs_weights
 from slabformer.settings import DeviceOrAuto, NonEmptyStr, PositiveFraction, PositiveInt, ShareOrCount, Workers
 from slabformer.tasks.classification.config import DataConfig
-from slabformer.tasks.engine.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +148,7 @@ def write_json(path: Path | None, value: Any) -> None:
     """Write ``value`` to a file, or to standard output for ``-``."""
     if path is None:
         return
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = as_json(value)
     if path == STDOUT:
         sys.stdout.write(text)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 
 import slabformer as sf
+from slabformer._files import write_csv
 from slabformer.cli.common import add_model_options, console, example_images
 from slabformer.cli.data import (
     STDOUT,
@@ -26,7 +26,6 @@ from slabformer.cli.data import (
 )
 from slabformer.settings import ExistingFile, FileToWrite, JsonToWrite
 from slabformer.tasks.classification.config import AugmentConfig
-from slabformer.tasks.engine.files import replaced
 
 if TYPE_CHECKING:
     from slabformer.tasks.classification.data import Loader
@@ -155,7 +154,7 @@ def _table(title: str, results: dict[str, EvalResult]) -> Table:
 
 def write_classes(path: Path, rows: list[ClassResult]) -> None:
     """One line a class: name, images, top-1."""
-    with replaced(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["class", "images", "top1"])
-        writer.writerows([row.name, row.images, "" if row.top1 is None else f"{row.top1:.6f}"] for row in rows)
+    found = (
+        {"class": row.name, "images": row.images, "top1": "" if row.top1 is None else f"{row.top1:.6f}"} for row in rows
+    )
+    write_csv(path, found, ["class", "images", "top1"])

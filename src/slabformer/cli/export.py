@@ -8,9 +8,9 @@ from typing import get_args
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer._defaults import RUNTIME_RTOL, Format
+from slabformer._files import replaced
 from slabformer.cli.common import add_model_options, example_images, load
 from slabformer.settings import FileToWrite, PositiveInt, Tolerance
-from slabformer.tasks.engine.files import replaced
 
 
 def parser() -> ArgumentParser:

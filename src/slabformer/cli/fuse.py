@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,9 @@ from rich.table import Table
 import slabformer as sf
 from slabformer._defaults import RTOL
 from slabformer._extras import require
+from slabformer._files import write_json
 from slabformer.cli.common import add_model_options, console, example_images, load
 from slabformer.settings import FileToWrite, ModelToWrite, NonEmptyStr, Tolerance
-from slabformer.tasks.engine.files import write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,7 +76,7 @@ def run(config: Namespace) -> None:
     output.print(f"{report.summary()}\n{result}")
     save_model(fused, config.output, info)
     if config.json is not None:
-        write_text(config.json, json.dumps({**report.to_dict(), "verify": asdict(result)}, indent=2) + "\n")
+        write_json(config.json, {**report.to_dict(), "verify": asdict(result)})
     output.print("saved", *map(str, files), soft_wrap=True)
     if recipe:
         output.print(f"load it without slabformer: {recipe}", soft_wrap=True, markup=False)

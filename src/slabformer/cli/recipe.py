@@ -11,11 +11,10 @@ from typing import Any, TextIO, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from slabformer._files import check_readable
+from slabformer._files import check_readable, read_text
 from slabformer.cli.options import add_settings
 from slabformer.settings import shown
 from slabformer.tasks.engine.documents import parse_yaml
-from slabformer.tasks.engine.files import read_text
 
 C = TypeVar("C")
 

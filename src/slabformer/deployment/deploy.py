@@ -8,7 +8,6 @@ logits = deployed(images)
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slabformer._files import write_json
 from slabformer.deployment.steps import STEPS, Form, Inputs, Job, Step, place
 from slabformer.measure import allocator
 from slabformer.measure.timing import Machine, quantile, ratio, time_interleaved
@@ -84,7 +84,7 @@ class DeployReport:
         """Write ``deploy.json`` into ``folder``; returns its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "deploy.json"
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(path, self.to_dict())
         return path
 
 

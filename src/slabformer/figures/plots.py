@@ -17,6 +17,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from slabformer._extras import require
+from slabformer._files import replaced
 from slabformer.measure.rows import Measurement, Variant
 from slabformer.surgery.fuse.report import Action, NormOutcome
 
@@ -155,8 +156,8 @@ def _speed_panel(axes: Axes, rows: Sequence[Measurement]) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write ``figure`` in the format of the path's suffix."""
-    with require("matplotlib", extra="train").rc_context(STYLE):
-        figure.savefig(path, dpi=150, facecolor="white")
+    with require("matplotlib", extra="train").rc_context(STYLE), replaced(path) as temporary:
+        figure.savefig(temporary, dpi=150, facecolor="white")
 
 
 def to_svg(figure: Figure) -> str:

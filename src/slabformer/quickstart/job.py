@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import time
@@ -16,6 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 import slabformer as sf
+from slabformer._files import replaced, write_csv, write_json, write_text
 from slabformer._moved import RENAMED
 from slabformer.bench.compare import compare
 from slabformer.measure.timing import num_threads
@@ -27,7 +27,6 @@ from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.train import TrainResult, train
 from slabformer.tasks.engine.config import LrConfig, OptimizerConfig
 from slabformer.tasks.engine.documents import parse_yaml, read_mapping
-from slabformer.tasks.engine.files import replaced, write_text
 from slabformer.tasks.engine.manifest import Manifest
 from slabformer.tasks.engine.observers import Observer
 from slabformer.tasks.saved_model import load_model, save_model
@@ -133,7 +132,7 @@ def _write(output: Path, result: QuickstartResult) -> None:
     result.bench.write(output)
     _write_metrics(output, result)
     write_report(result, output / "report.html")
-    write_text(output / "summary.json", json.dumps(result.summary(), indent=2) + "\n")
+    write_json(output / "summary.json", result.summary())
 
 
 def _silent(title: str) -> AbstractContextManager[Callable[[str], None]]:
@@ -173,7 +172,8 @@ def _test_images(config: TrainConfig) -> tuple[Tensor, Tensor]:
 
 def _write_models(output: Path, fused: nn.Module) -> None:
     for name, source in (("model", SLAB), ("baseline", BASELINE)):
-        shutil.copyfile(output / source / "model.safetensors", output / f"{name}.safetensors")
+        with replaced(output / f"{name}.safetensors") as temporary:
+            shutil.copyfile(output / source / "model.safetensors", temporary)
     _, info = load_model(output / "model.safetensors")
     save_model(fused, output / "fused.safetensors", info)
 
@@ -182,10 +182,7 @@ def _write_metrics(output: Path, result: QuickstartResult) -> None:
     """Both histories in one file, and the resolved settings of both runs in another."""
     rows = [{"model": name, **row} for name, run in _runs(result).items() for row in run.history]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with replaced(output / "metrics.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(output / "metrics.csv", rows, columns)
     settings = {"quickstart": asdict(result.config)}
     settings |= {name: recipe(name, result.config).to_dict() for name in (SLAB, BASELINE)}
     write_text(output / "config.yaml", yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False))

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 import slabformer as sf
+from slabformer._files import write_text
 from slabformer.figures.plots import curves, gamma_over_time, norm_map, to_svg
 from slabformer.measure.rows import Measurement
 from slabformer.quickstart.result import QuickstartResult
-from slabformer.tasks.engine.files import write_text
 
 MOST_MISTAKES = 24
 #: of a benchmark's table: up to the share of the ceiling, without memory and size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from slabformer._extras import require
+from slabformer._files import write_json, write_text
 from slabformer.models.weights.hub import CARD, CONFIG, FOLDER, HUB, WEIGHTS
 from slabformer.nn import PRepBN, RepBN
 from slabformer.tasks.engine.documents import read_json
-from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.saved_model import ModelInfo, save_model
 
 PAPER = "https://arxiv.org/abs/2405.11582"
@@ -135,4 +134,4 @@ def _write_config(model: nn.Module, path: Path, info: ModelInfo) -> None:
         config = read_json(path)
         how = "fused" if info.fused else "converted"
         config["architecture"] = f"{info.model} ({how}: load it with slabformer)"
-        write_text(path, json.dumps(config, indent=2) + "\n")
+        write_json(path, config)

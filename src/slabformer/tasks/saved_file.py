@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer._extras import require
-from slabformer._files import check_readable
+from slabformer._files import check_readable, replaced
 from slabformer.nn.affine import Affine, Folded
 from slabformer.settings import NonEmptyStr, check, check_fields, from_mapping
 from slabformer.tasks.conversion import Conversion, convert_as_described_, converted_norms, describe
 from slabformer.tasks.engine.documents import parse_json
-from slabformer.tasks.engine.files import replaced
 
 #: files that PyTorch pickles, as published weights are
 CHECKPOINTS = (".pth", ".pt", ".bin")

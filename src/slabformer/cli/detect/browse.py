@@ -8,6 +8,7 @@ from typing import Annotated
 
 from jsonargparse import ArgumentParser, Namespace
 
+from slabformer._files import replaced
 from slabformer.cli.recipe import config_of, recipe_parser
 from slabformer.settings import NonNegativeInt, OutputFile, PositiveInt
 from slabformer.tasks.detection.config import Split, TrainConfig
@@ -39,5 +40,6 @@ def run(config: Namespace) -> None:
 
     settings = config_of(parser(), config, dict)
     loader = create_loader(settings["data"], settings["augment"], config.split, batch_size=4, seed=settings["seed"])
-    to_pil(browse(loader, config.num, epoch=config.epoch)).save(config.out)
+    with replaced(config.out) as temporary:
+        to_pil(browse(loader, config.num, epoch=config.epoch)).save(temporary)
     sys.stdout.write(f"{config.out}\n")

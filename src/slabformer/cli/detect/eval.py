@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 
+from slabformer._files import write_csv, write_text
 from slabformer.cli.common import console
 from slabformer.cli.data import (
     STDOUT,
@@ -23,7 +23,6 @@ from slabformer.cli.data import (
 )
 from slabformer.settings import ExistingFile, FileToWrite, InputPath, JsonToWrite, NonEmptyStr, PositiveInt, Workers
 from slabformer.tasks.detection.config import DetectionAugment, DetectionData
-from slabformer.tasks.engine.files import replaced, write_text
 
 if TYPE_CHECKING:
     from slabformer.tasks.detection.loader import DetectionLoader
@@ -178,9 +177,9 @@ def _class_table(rows: list[ClassResult]) -> Table:
 def write_classes(path: Path, rows: list[ClassResult]) -> None:
     """One line a class: name, objects, AP and AP50 of boxes and of masks, empty where there is none."""
     columns = ("name", "num_objects", "box_ap", "box_ap50", "mask_ap", "mask_ap50")
-    with replaced(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for row in rows:
-            values = [getattr(row, column) for column in columns]
-            writer.writerow([f"{value:.4f}" if isinstance(value, float) else value for value in values])
+    values = ({column: getattr(row, column) for column in columns} for row in rows)
+    write_csv(path, ({column: _figure(value) for column, value in row.items()} for row in values), columns)
+
+
+def _figure(value: Any) -> Any:
+    return f"{value:.4f}" if isinstance(value, float) else value

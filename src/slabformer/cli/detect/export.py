@@ -9,10 +9,10 @@ from typing import Annotated
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer._defaults import MAX_CANDIDATES, RUNTIME_PIXELS
+from slabformer._files import replaced
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
 from slabformer.settings import ExistingFile, NonNegativeFloat, OutputFile, Pixels, PositiveInt
-from slabformer.tasks.engine.files import replaced
 
 EXAMPLES = """examples:
   slab detect export fused.safetensors --output detector.onnx --data digits

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer._defaults import PIXELS
+from slabformer._files import write_json
 from slabformer.cli.common import console
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
 from slabformer.cli.fuse import fuse_table
 from slabformer.settings import ExistingFile, FileToWrite, ModelToWrite, NonNegativeFloat
-from slabformer.tasks.engine.files import write_text
 
 
 def parser() -> ArgumentParser:
@@ -60,5 +59,5 @@ def run(config: Namespace) -> None:
         output.print(f"{layernorms} LayerNorms stay; trained with --model.output_norm prepbn, output norms fold too")
     save_detector(fused, config.output, info)
     if config.json is not None:
-        write_text(config.json, json.dumps({**report.to_dict(), "agreement": asdict(agreement)}, indent=2) + "\n")
+        write_json(config.json, {**report.to_dict(), "agreement": asdict(agreement)})
     output.print("saved", *map(str, files), soft_wrap=True)

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.markup import escape
 from rich.table import Table
 
+from slabformer._files import replaced
 from slabformer.cli.common import console
 from slabformer.cli.data import (
     STDOUT,
@@ -80,7 +81,8 @@ def run(config: Namespace) -> None:
             if prediction.error is not None:
                 logger.warning("cannot read %s: %s", prediction.path, prediction.error)
             elif config.out is not None:
-                to_pil(draw(prediction)).save(config.out / name)
+                with replaced(config.out / name) as temporary:
+                    to_pil(draw(prediction)).save(temporary)
             predictions.append(prediction)
     if config.json != STDOUT:
         console().print(_table(predictions))

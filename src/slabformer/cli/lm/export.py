@@ -9,9 +9,9 @@ from typing import Annotated
 from jsonargparse import ArgumentParser, Namespace
 
 from slabformer._defaults import RUNTIME_RTOL
+from slabformer._files import replaced_with
 from slabformer.cli.lm.common import MODEL_HELP, quiet_transformers
 from slabformer.settings import NonEmptyStr, OutputFile, Tolerance
-from slabformer.tasks.engine.files import replaced_with
 
 
 def parser() -> ArgumentParser:

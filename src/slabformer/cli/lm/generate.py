@@ -7,6 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from slabformer._files import read_text
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.lm.common import add_model_options, load
 from slabformer.settings import (
@@ -18,7 +19,6 @@ from slabformer.settings import (
     PositiveInt,
     Seed,
 )
-from slabformer.tasks.engine.files import read_text
 
 EXAMPLES = """examples:
   slab lm generate runs/llama_micro_prepbn "The import statement"

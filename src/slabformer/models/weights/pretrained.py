@@ -11,6 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from slabformer._files import write_text
 from slabformer.models.weights.download import download
 from slabformer.models.weights.published import BY_MODEL
 from slabformer.nn.resample import Grid, resample_table
@@ -61,7 +62,7 @@ def _check_digest(path: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     record = path.with_name(f"{path.name}.sha256")
     if not record.exists():
-        record.write_text(f"{digest}  {path.name}\n")
+        write_text(record, f"{digest}  {path.name}\n")
     elif record.read_text().split()[0] != digest:
         raise OSError(f"{path} has changed since it was downloaded; delete it and {record.name} to download it again")
 

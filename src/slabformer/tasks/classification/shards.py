@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from slabformer._files import read_text
 from slabformer._listing import is_hidden, matches
 from slabformer.tasks.classification.folders import SPLIT_WORDS, Split
 from slabformer.tasks.engine.documents import read_json
-from slabformer.tasks.engine.files import read_text
 from slabformer.tasks.images import image_suffixes, read_image
 from slabformer.tasks.paths import path_inside
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
+from slabformer._files import write_text
 from slabformer._listing import check_regular
 from slabformer.tasks.detection.annotations import (
     NOT_EVALUATED,
@@ -33,7 +34,6 @@ from slabformer.tasks.detection.schema import (
     problems,
     without_nulls_,
 )
-from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.images import UNREADABLE, most_unreadable, read_image
 from slabformer.tasks.paths import path_inside
 

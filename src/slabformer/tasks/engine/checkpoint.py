@@ -22,9 +22,8 @@ from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 
 import torch
 
-from slabformer._files import sync_file, sync_folder, workspace
+from slabformer._files import errors_of, replaced, sync_file, sync_folder, workspace
 from slabformer._listing import check_regular
-from slabformer.tasks.engine.files import errors_of, replaced
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from slabformer.tasks.engine.files import read_text
+from slabformer._files import read_text
 
 #: of a YAML text: characters, values once aliases are written out, and how deep they lie in each other
 MAX_CHARACTERS, MAX_VALUES, MAX_DEPTH = 2**22, 100_000, 64

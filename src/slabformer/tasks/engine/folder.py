@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from slabformer._files import FileLock, acquire, sweep
+from slabformer._files import sweep, write_json, write_text
+from slabformer._locks import FileLock, acquire
 from slabformer.tasks.engine.checkpoint import CheckpointStore
 from slabformer.tasks.engine.documents import parse_json, parse_yaml, read_mapping
-from slabformer.tasks.engine.files import write_text
 from slabformer.tasks.engine.manifest import Manifest
 from slabformer.tasks.engine.observers import EVENTS
 
@@ -150,7 +150,7 @@ class RunFolder:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Note ``result``; from now on the run is finished."""
         self.record(self.RESULT)
-        write_text(self.result_path, json.dumps(result, indent=2) + "\n")
+        write_json(self.result_path, result)
 
     def result(self) -> dict[str, Any]:
         """What :meth:`finish` noted.

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from slabformer._files import write_text
 from slabformer.tasks.engine.documents import parse_json, read_mapping
-from slabformer.tasks.engine.files import write_text
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"

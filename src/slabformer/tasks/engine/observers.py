@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slabformer._extras import require
-from slabformer.tasks.engine.files import errors_of, read_text, write_text
+from slabformer._files import errors_of, read_text, write_text
 
 #: files of TensorBoard
 EVENTS = "events.out.tfevents.*"

@@ -17,13 +17,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import slabformer.models.llama  # noqa: F401 (registers ours)
-from slabformer._files import sync_file, sync_folder, workspace
+from slabformer._files import errors_of, sync_file, sync_folder, workspace
 from slabformer.models.weights.hub import check_on_hub, is_hub_name
 from slabformer.models.weights.official import unpickle, why_unreadable
 from slabformer.settings import shown
 from slabformer.tasks.engine.checkpoint import CheckpointFolders
 from slabformer.tasks.engine.documents import read_json
-from slabformer.tasks.engine.files import errors_of
 from slabformer.tasks.engine.folder import Found, RunFolder
 from slabformer.tasks.language.foreign import CONFIG, FUSED_WEIGHTS, is_foreign, load_foreign, save_foreign
 from slabformer.tasks.language.trainer import latest_checkpoint

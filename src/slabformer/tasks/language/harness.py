@@ -17,8 +17,8 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slabformer._extras import require
+from slabformer._files import read_text
 from slabformer.tasks.engine.documents import check_yaml, parse_json
-from slabformer.tasks.engine.files import read_text
 
 #: task in the harness -> its name in the paper, and percent right there with RMSNorm and with PRepBN
 PUBLISHED = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._extras import require
-from slabformer._files import check_readable, workspace
+from slabformer._files import check_readable, replaced
 from slabformer._torch import Conv
 from slabformer.nn import PadTokens
 from slabformer.nn.affine import Affine, Folded
@@ -72,10 +72,8 @@ def save_fused(model: nn.Module, path: str | os.PathLike[str], metadata: dict[st
         raise ValueError(f"{type(model).__name__} is not fused; call slabformer.fuse(model, example_inputs) first")
     tensors, changes["tied"] = _untie(model.state_dict())
     target = Path(path)
-    with workspace(target.parent) as folder:
-        beside = folder / target.name
-        safetensors.save_file(tensors, beside, metadata={**(metadata or {}), HEADER: json.dumps(changes)})
-        beside.replace(target)
+    with replaced(target) as temporary:
+        safetensors.save_file(tensors, temporary, metadata={**(metadata or {}), HEADER: json.dumps(changes)})
 
 
 def _changes(model: nn.Module) -> dict[str, Any]:
