@@ -135,8 +135,9 @@ def test_debug_shows_the_traceback(probe: Callable[..., None], monkeypatch: pyte
         (lambda: None + 1, "TypeError: unsupported operand"),  # type: ignore[operator]
         (lambda: {}["missing"], "KeyError: 'missing'"),
         (lambda: importlib.import_module("slabformer.moved"), "No module named 'slabformer.moved'"),
+        (lambda: exec("from slabformer._files import moved"), "cannot import name 'moved' from 'slabformer._files'"),
     ],
-    ids=["operation", "key", "own-module"],
+    ids=["operation", "key", "own-module", "own-name"],
 )
 def test_a_fault_of_ours_shows_its_traceback_and_asks_for_a_report(
     probe: Callable[..., None], capsys: pytest.CaptureFixture[str], fault: Callable[[], Any], line: str

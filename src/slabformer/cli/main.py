@@ -115,8 +115,8 @@ def _run(command: str, module: str, options: list[str]) -> None:
 
 def _is_ours(error: Exception) -> bool:
     """Whether ``error`` is a mistake in this library: of a kind that is never raised on purpose, or Python's own."""
-    if isinstance(error, ModuleNotFoundError):
-        return (error.name or "").partition(".")[0] == "slabformer"
+    if isinstance(error, ImportError) and error.name is not None:
+        return error.name.partition(".")[0] == "slabformer"
     if isinstance(error, TypeError):
         return not _raised_on_purpose(error)
     return not isinstance(error, (*USAGE_ERRORS, *FAILURES))
