@@ -34,6 +34,7 @@ GROUND = {
     "_registered",
     "_defaults",
     "_detector",
+    "_norm_names",
 }
 #: private names of packages other than torch
 FOREIGN = {"_timm", "_torchvision", "_transformers"}
@@ -50,6 +51,7 @@ ARROWS = {
     "_files": {"_listing", "_locks"},
     "_torch": {"_private"},
     "_detector": {"settings"},
+    "_norm_names": {"settings"},
     "ops": GROUND,
     "nn": GROUND | {"ops"},
     "progressive": GROUND | {"ops", "nn"},

@@ -28,9 +28,10 @@ def test_what_is_no_architecture_is_refused(name: str, model: str) -> None:
     [
         ("slab_deit_micro", {"embed_dim": 16, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1, "img_size": 32}),
         ("slab_swin_tiny", {"depths": [1, 1, 1, 1], "attention": ["softmax"] * 4, "norm": "prepbn", "window_size": 7}),
+        ("slab_pvt_v2_b0", {"num_classes": 3, "drop_rate": 0.1, "norm": "dyt"}),
         ("resnet18", {"num_classes": 3, "in_chans": 1, "block_args": {"attn_layer": "se"}, "norm_layer": None}),
     ],
-    ids=["deit", "swin", "resnet"],
+    ids=["deit", "swin", "pvt_v2", "resnet"],
 )
 def test_an_architecture_is_allowed(model: str, arguments: dict[str, Any]) -> None:
     check_arguments(model, arguments)

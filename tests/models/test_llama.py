@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import slabformer as sf
 from reference_files import description, published_state, reference
+from slabformer._norm_names import norm_names
 from slabformer.bench.decoding import cache_argument
 from slabformer.models.llama import (
     SlabLlamaConfig,
@@ -20,6 +21,9 @@ from slabformer.models.llama import (
 )
 from slabformer.models.weights.official import load_published, to_published
 from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.nn.norms import norm_types
+from slabformer.tasks.conversion import count_norms
+from slabformer.testing import randomize_norms_
 from tolerances import EXACT, FLOAT32, assert_close
 
 GOLDEN = "llama_prepbn_tiny"
@@ -48,6 +52,39 @@ def fading(**changes: Any) -> SlabLlamaForCausalLM:
 def logits_of(made: nn.Module, **inputs: Any) -> Tensor:
     with torch.no_grad():
         return made(**inputs).logits
+
+
+@pytest.mark.parametrize("norm", norm_names())
+def test_any_norm_of_the_table_trains_is_saved_and_folds(norm: str, tmp_path: Path) -> None:
+    made, row = model(norm=norm, norm_start="ones"), norm_types()[norm]
+    assert count_norms(made) == {row.title: 2 * 3 + 1}
+    made(input_ids=TOKENS, attention_mask=MASK, labels=TOKENS).loss.backward()
+    assert all(parameter.grad is not None for parameter in made.parameters())
+    for fading in prepbn_modules(made).values():
+        fading.set_gamma(0)
+    randomize_norms_(made).eval().save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_close(logits_of(again, input_ids=TOKENS), logits_of(made, input_ids=TOKENS), EXACT)
+    if row.scale_shift is None:
+        with pytest.raises(ValueError, match=f"to fuse in {type(made).__name__}"):
+            sf.fuse(made, (), {"input_ids": TOKENS})
+        return
+    _, report = sf.fuse(made, (), {"input_ids": TOKENS})
+    assert report.num_folded == 2 * 3 + 1
+
+
+def test_a_norm_that_there_is_not_is_answered_by_the_choices() -> None:
+    with pytest.raises(
+        ValueError, match=r"norm must be one of prepbn, .*dyt, folded, got 'rmsnrm'; did you mean 'rmsnorm'"
+    ):
+        SlabLlamaConfig(norm="rmsnrm")
+    with pytest.raises(ValueError, match="eta is for norms with a skip"):
+        SlabLlamaConfig(norm="rmsnorm", eta=0.0)
+
+
+def test_plain_batchnorm_starts_as_it_always_does_and_eta_as_it_is_given() -> None:
+    assert all(norm.weight.eq(1).all() for norm in repbn_modules(model(norm="batchnorm")).values())
+    assert all(norm.eta.item() == 0.25 for norm in repbn_modules(model(eta=0.25)).values())
 
 
 # --- published files -----------------------------------------------------------------------------------------------

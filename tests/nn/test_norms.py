@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import slabformer as sf
-from slabformer.nn.norms import norm_names, resolve_norm_layer, rows, type_of
+from slabformer._norm_names import norm_names
+from slabformer.nn.norms import resolve_norm_layer, rows, type_of
 from slabformer.surgery.recognise import NormForm, recognise
 from slabformer.testing import randomize_norms_
 from tolerances import EXACT, FLOAT32, assert_close
@@ -171,7 +172,7 @@ def test_a_name_that_is_taken_is_refused() -> None:
 
 
 def test_an_unknown_name_is_answered_by_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"unknown norm 'rmsnrm'; did you mean 'rmsnorm'\? choose from prepbn, batchn"):
+    with pytest.raises(ValueError, match=r"unknown norm 'rmsnrm'; did you mean 'rmsnorm'\? choose from prepbn, repbn"):
         resolve_norm_layer("rmsnrm")
     with pytest.raises(
         ValueError, match=r"norm must be one of prepbn, .*dyt, got 'layernrm'; did you mean 'layernorm'"
@@ -195,6 +196,10 @@ def test_what_others_call_a_norm_is_that_norm(row: sf.NormType, library: str, na
         assert_close(ours(x), module(x), FLOAT32)
     else:
         assert type_of(module) is row
+
+
+def test_names_and_rows_are_the_same() -> None:
+    assert set(norm_names()) == {name for name, row in sf.norm_types().items() if row.build is not None}
 
 
 def test_modules_match_the_row_that_builds_them() -> None:
@@ -280,3 +285,9 @@ def test_progressive_is_an_older_spelling() -> None:
     with pytest.warns(DeprecationWarning, match="progressive=False is now norm='repbn'"):
         sf.convert_norms_(model, progressive=False)
     assert isinstance(model[1], sf.RepBN)
+
+
+def test_parameters_of_all_norms_that_torch_does_not_bring_are_spared_from_decay() -> None:
+    model = nn.Sequential(sf.TokenBatchNorm(C), sf.DyT(C), nn.Linear(C, C), nn.LayerNorm(C))
+    names = ["0.weight", "0.bias", "1.alpha", "1.weight", "1.bias"]
+    assert list(sf.norm_parameters(model)) == names

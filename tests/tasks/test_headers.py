@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import slabformer as sf
 from saved_digits import INFO, digits_model, save_digits_model
 from slabformer.models.detection.config import DetectorConfig
-from slabformer.tasks.conversion import Conversion
+from slabformer.tasks.conversion import Conversion, as_written_now
 from slabformer.tasks.detection.saved import DetectorInfo
 from slabformer.tasks.saved_file import DIGEST, TIED, digest_of
 from slabformer.tasks.saved_model import ModelInfo, load_model, save_model
@@ -68,7 +68,7 @@ FIELDS = [
     ({"crop_pct": 0}, "crop_pct must be .*above 0"),
     ({"interpolation": "magic"}, "interpolation must be 'bicubic', .*got 'magic'"),
     ({"fused": "yes"}, "fused must be true or false, got 'yes'"),
-    ({"converted": [{"names": ["norm"]}]}, r"converted\[0\]: field 'progressive' is missing"),
+    ({"converted": [{"names": ["norm"]}]}, r"converted\[0\]: field 'norm' is missing"),
     ({"converted": 3}, "converted must be .*list"),
     ({"model_args": [1]}, "model_args must be a mapping"),
 ]
@@ -185,6 +185,13 @@ def test_a_detectors_fields_are_checked_too(change: dict[str, Any], message: str
 
 def test_a_conversion_is_checked_wherever_it_comes_from() -> None:
     with pytest.raises(ValueError, match="eps must be"):
-        Conversion(names=["norm"], progressive=True, eps=-1.0, momentum=None)
+        Conversion(names=["norm"], norm="prepbn", eps=-1.0, momentum=None)
     with pytest.raises(ValueError, match=r"names\[0\] must not be empty"):
-        Conversion(names=[""], progressive=True, eps=1e-5, momentum=None)
+        Conversion(names=[""], norm="prepbn", eps=1e-5, momentum=None)
+
+
+def test_conversions_of_the_first_version_are_read(saved: Path) -> None:
+    row = {"names": ["norm"], "eps": 1e-5, "momentum": 0.1}
+    assert as_written_now([row | {"progressive": False}]) == [row | {"norm": "repbn"}]
+    values = json.loads(load_model(saved)[1].to_json()) | {"converted": [row | {"progressive": True}]}
+    assert ModelInfo.from_json(json.dumps(values)).converted == [Conversion(**row, norm="prepbn")]

@@ -60,9 +60,13 @@ def logits(model: nn.Module) -> Tensor:
         ("deit_micro", lambda model: None),
         ("deit_micro", sf.convert_norms_),
         ("deit_micro", lambda model: sf.convert_norms_(model, norm="repbn")),
+        *(
+            ("deit_micro", lambda model, norm=norm: sf.convert_norms_(model, norm=norm))
+            for norm in ("batchnorm", "rmsnorm", "dyt")
+        ),
         ("deit_micro", lambda model: sf.convert_norms_(model, lambda m, name: "norm1" in name, eps=1e-3, momentum=0.2)),
     ],
-    ids=["ours", "layernorm", "converted", "converted-to-repbn", "converted-in-part"],
+    ids=["ours", "layernorm", "converted", "to-repbn", "to-batchnorm", "to-rmsnorm", "to-dyt", "in-part"],
 )
 def test_a_model_comes_back_as_it_was(tmp_path: Path, name: str, change: Callable[[nn.Module], object]) -> None:
     info = info_of(name, drop_path_rate=0.1)
@@ -88,7 +92,7 @@ def test_norms_converted_with_different_settings_come_back(tmp_path: Path) -> No
     save_model(model, tmp_path / "model.safetensors", info)
     loaded, description = load_model(tmp_path / "model.safetensors")
     assert torch.equal(logits(loaded), logits(model))
-    assert [(len(c.names), c.progressive, c.eps) for c in description.converted] == [(4, True, 1e-3), (4, False, 1e-5)]
+    assert [(len(c.names), c.norm, c.eps) for c in description.converted] == [(4, "prepbn", 1e-3), (4, "repbn", 1e-5)]
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.4, 0.0])

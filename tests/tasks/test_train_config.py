@@ -11,10 +11,13 @@ from torch import nn
 
 import slabformer as sf
 from recipes_of import load
+from slabformer._norm_names import norm_names
 from slabformer.cli.train import parser
+from slabformer.nn.norms import norm_types
 from slabformer.tasks.classification.build import build_model
 from slabformer.tasks.classification.config import AugmentConfig, ModelConfig, TrainConfig
 from slabformer.tasks.classification.mixup import MixedStep
+from slabformer.tasks.conversion import count_norms
 from slabformer.tasks.engine.build import build_gamma_schedule, build_lr_schedule, build_optimizer, rate_scale
 from slabformer.tasks.engine.config import LrConfig, OptimizerConfig
 
@@ -123,6 +126,33 @@ def test_convert_norms_works_on_any_timm_model() -> None:
     config = ModelConfig(name="vit_tiny_patch16_224", args={"depth": 1}, convert_norms=True)
     model, _ = build_model(config, 5, 32)
     assert sum(isinstance(module, sf.PRepBN) for module in model.modules()) == 3
+
+
+@pytest.mark.parametrize("norm", norm_names())
+@pytest.mark.parametrize("name", ["slab_deit_micro", "vit_tiny_patch16_224"], ids=["ours", "timm"])
+def test_any_norm_is_a_setting(name: str, norm: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "slabformer")
+    model, _ = build_model(ModelConfig(name=name, args={"depth": 1}, norm=norm), 5, 32)
+    title = norm_types()[norm].title
+    assert count_norms(model) == {title: 3}
+    assert f"norms of {name}: 3 {title}" in caplog.text
+
+
+def test_the_norm_that_is_converted_to_is_a_setting() -> None:
+    config = ModelConfig(name="vit_tiny_patch16_224", args={"depth": 1}, norm="repbn", eta=0.0, convert_norms=True)
+    model, _ = build_model(config, 5, 32)
+    assert [m.eta.item() for m in model.modules() if isinstance(m, sf.RepBN)] == [0.0] * 3
+
+
+def test_settings_of_norms_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^norm must be one of prepbn, .*got 'layernrm'; did you mean 'layernorm'"):
+        TrainConfig(model=ModelConfig(norm="layernrm"))
+    with pytest.raises(ValueError, match=r"give model.norm or model.args.norm, not both"):
+        ModelConfig(norm="repbn", args={"norm": "dyt"})
+    with pytest.raises(ValueError, match=r"model.eta is for PRepBN and RepBN; say with model.norm that vit_tiny"):
+        build_model(ModelConfig(name="vit_tiny_patch16_224", args={"depth": 1}, eta=0.0), 5, 32)
+    with pytest.raises(ValueError, match="eta is for norms with a skip"):
+        build_model(ModelConfig(norm="batchnorm", eta=0.0), 5, 32)
 
 
 def test_an_odd_batch_cannot_be_mixed() -> None:

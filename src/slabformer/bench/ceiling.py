@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
+from slabformer.nn.norms import type_of
 from slabformer.surgery.recognise import NormForm, recognise
 
 
@@ -79,7 +79,8 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    if isinstance(module, (PRepBN, RepBN, Affine, Folded, nn.LayerNorm, nn.RMSNorm)):
+    row = type_of(module)
+    if isinstance(module, (Affine, Folded)) or (row is not None and row.build is not None):
         return True
     return isinstance(recognise(module), NormForm)
 

@@ -32,8 +32,8 @@ from slabformer.measure.timing import (
     time_interleaved,
 )
 from slabformer.models.cache import cache_argument
-from slabformer.nn import PRepBN, RepBN
-from slabformer.nn.affine import Affine, Folded
+from slabformer.nn.affine import Folded
+from slabformer.nn.norms import type_of
 from slabformer.surgery.verify import verify
 
 logger = logging.getLogger(__name__)
@@ -91,9 +91,9 @@ def compare_decoding(
 def without_norms(model: PreTrainedModel) -> PreTrainedModel:
     """The ceiling: ``model`` with every norm deleted, a copy that shares the weights of all else."""
     ceiling = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    kinds = (PRepBN, RepBN, Affine, Folded, nn.LayerNorm, nn.RMSNorm)
     for name, module in list(ceiling.named_modules()):
-        if isinstance(module, kinds) or type(module).__name__.endswith("RMSNorm"):
+        is_norm = type_of(module) is not None or type(module).__name__.endswith("RMSNorm")
+        if is_norm or isinstance(module, Folded):
             ceiling.set_submodule(name, nn.Identity())
     return ceiling.eval()
 

@@ -82,7 +82,7 @@ def check_arguments(model: str, arguments: Mapping[str, Any]) -> None:
 
 @functools.cache
 def architecture_of(model: str) -> frozenset[str]:
-    """What the constructors in the model's own source file take.
+    """What the constructors in the model's own source file, and those of the classes behind them, take.
 
     Raises:
         ValueError: If timm does not know ``model``.
@@ -90,7 +90,8 @@ def architecture_of(model: str) -> frozenset[str]:
     check_model_name(model)
     family = vars(sys.modules[timm.model_entrypoint(model).__module__])
     classes = [value for value in family.values() if isinstance(value, type) and issubclass(value, nn.Module)]
-    signatures = [inspect.signature(kind.__init__) for kind in classes]
+    with_bases = {base for kind in classes for base in kind.__mro__ if issubclass(base, nn.Module)} - {nn.Module}
+    signatures = [inspect.signature(kind.__init__) for kind in with_bases]
     names = {
         parameter.name
         for signature in signatures

@@ -27,7 +27,7 @@ from slabformer.models.weights.official import PublishedLayout, State
 from slabformer.nn.norms import NormLayer, resolve_norm_layer
 from slabformer.nn.resample import Grid
 from slabformer.nn.stripes import StripeAttention, WindowLinearAttention
-from slabformer.settings import FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked
+from slabformer.settings import FractionBelowOne, ImageSize, Number, PositiveFloat, PositiveInt, checked
 
 NUM_STAGES = 4
 #: what published blocks hold, in their order
@@ -136,8 +136,10 @@ class CSWin(PyramidTransformer):
         in_chans: Channels of the images.
         mlp_ratio: Hidden channels of an MLP, as a multiple of its stage's.
         qkv_bias: Whether queries, keys and values have a bias.
-        norm: "prepbn", "repbn", "layernorm", or a constructor.
-        norm_eps: LayerNorm's epsilon.
+        norm: Name of a norm in the table (:mod:`slabformer.nn.norms`), such as "prepbn" or "layernorm"; or a
+            constructor.
+        norm_eps: LayerNorm's and RMSNorm's epsilon.
+        eta: Initial skip weight of PRepBN and RepBN; their own default where None.
         proj_drop_rate: Dropout after projections and in the MLPs.
         drop_path_rate: Stochastic depth of the last block, rising from 0.
         kwargs: As for :class:`PyramidTransformer`.
@@ -173,6 +175,7 @@ class CSWin(PyramidTransformer):
         qkv_bias: bool = True,
         norm: str | NormLayer = "prepbn",
         norm_eps: PositiveFloat = 1e-5,
+        eta: Number | None = None,
         proj_drop_rate: FractionBelowOne = 0.0,
         drop_path_rate: FractionBelowOne = 0.0,
         **kwargs: Any,
@@ -181,7 +184,7 @@ class CSWin(PyramidTransformer):
         for name, values in (("num_heads", num_heads), ("stripe_widths", stripe_widths)):
             if len(values) != len(depths):
                 raise ValueError(f"{name} needs one for each of {len(depths)} stages, got {tuple(values)}")
-        norm_layer = resolve_norm_layer(norm, norm_eps)
+        norm_layer = resolve_norm_layer(norm, norm_eps, eta)
         dims = [embed_dim * 2**i for i in range(len(depths))]
         check_heads(dims, num_heads)
         strides = [4 * 2**i for i in range(len(depths))]

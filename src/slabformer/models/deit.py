@@ -21,15 +21,17 @@ from slabformer.models.weights.pretrained import fit_head, fit_stem, fit_tables
 from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.nn.norms import NormLayer, resolve_norm_layer
 from slabformer.nn.resample import Grid
-from slabformer.settings import ImageSize, PositiveFloat, PositiveInt, checked
+from slabformer.settings import ImageSize, Number, PositiveFloat, PositiveInt, checked
 
 
 class DeiT(VisionTransformer):
     """timm's ``VisionTransformer`` whose norms have names.
 
     Args:
-        norm: "prepbn", "repbn", "layernorm", or a constructor.
-        norm_eps: LayerNorm's epsilon.
+        norm: Name of a norm in the table (:mod:`slabformer.nn.norms`), such as "prepbn" or "layernorm"; or a
+            constructor.
+        norm_eps: LayerNorm's and RMSNorm's epsilon.
+        eta: Initial skip weight of PRepBN and RepBN; their own default where None.
         img_size: Height and width of images, in pixels.
         patch_size: Height and width of patches, in pixels.
         embed_dim: Channels ``C`` of tokens.
@@ -48,6 +50,7 @@ class DeiT(VisionTransformer):
         norm: str | NormLayer = "prepbn",
         norm_eps: PositiveFloat = 1e-6,
         *,
+        eta: Number | None = None,
         img_size: ImageSize = 224,
         patch_size: ImageSize = 16,
         embed_dim: PositiveInt = 768,
@@ -62,7 +65,7 @@ class DeiT(VisionTransformer):
             raise ValueError(f"img_size must be at least patch_size ({patch_size}), got {img_size}")
         sizes: dict[str, Any] = {"img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim}
         kwargs |= sizes | {"depth": depth, "num_heads": num_heads}
-        super().__init__(norm_layer=resolve_norm_layer(norm, norm_eps), **kwargs)
+        super().__init__(norm_layer=resolve_norm_layer(norm, norm_eps, eta), **kwargs)
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
         """Load a published file, fitted to this model's head, input channels and image size; timm calls this."""

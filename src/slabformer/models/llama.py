@@ -8,9 +8,8 @@ Only norms differ: attention, cache, ``generate``, checkpointing, saving and loa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -20,14 +19,26 @@ from transformers import initialization as init
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel, LlamaRMSNorm
 
+from slabformer._norm_names import norm_names
 from slabformer._transformers import ModelHooks
 from slabformer.models.padding import keep_padding_out
 from slabformer.models.weights.official import PublishedLayout, State
-from slabformer.nn import PRepBN, RepBN
+from slabformer.nn import PRepBN, RepBN, TokenBatchNorm
 from slabformer.nn.affine import Folded
-from slabformer.settings import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt, check
+from slabformer.nn.norms import check_eta, norm_type, type_of
+from slabformer.settings import (
+    FractionBelowOne,
+    Known,
+    NonNegativeFloat,
+    Number,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    check,
+)
 
-LlamaNorm = Literal["prepbn", "repbn", "rmsnorm", "folded"]
+#: "folded" is none at all
+LlamaNorm = Annotated[str, Known(lambda: [*norm_names(), "folded"])]
 NormStart = Literal["zeros", "ones"]
 #: of the configuration's fields, transformers' own included, whose types say less
 RANGES: dict[str, Any] = {
@@ -40,6 +51,7 @@ RANGES: dict[str, Any] = {
     "bn_momentum": PositiveFraction,
     "norm": LlamaNorm,
     "norm_start": NormStart,
+    "eta": Number | None,
 }
 
 
@@ -48,13 +60,14 @@ class SlabLlamaConfig(LlamaConfig):
     """transformers' ``LlamaConfig``, and which norm.
 
     Args:
-        norm: "prepbn" (RMSNorm that fades into RepBN), "repbn", "rmsnorm" (the baseline), or "folded": none at all, as
-            :func:`slabformer.fuse` leaves a model whose norms all went into the projections behind them, which have
-            biases then.
+        norm: A norm of the table (:mod:`slabformer.nn.norms`) by name: "prepbn" (RMSNorm that fades into RepBN),
+            "rmsnorm" (the baseline), "repbn", "batchnorm" ...; or "folded": none at all, as :func:`slabformer.fuse`
+            leaves a model whose norms all went into the projections behind them, which have biases then.
         norm_start: Of RepBN's skip weight, gain and offset: "zeros" as published, so that it fades in from nothing;
-            "ones" for the start of the vision models.
-        bn_eps: RepBN's epsilon.
-        bn_momentum: RepBN's momentum.
+            "ones" for the start of the vision models. Other norms start as ever.
+        eta: RepBN's initial skip weight, where ``norm_start`` is not to say it.
+        bn_eps: BatchNorm's epsilon, inside RepBN too.
+        bn_momentum: BatchNorm's momentum, inside RepBN too.
 
     Raises:
         ValueError: If a size or a rate is outside of its range.
@@ -62,14 +75,18 @@ class SlabLlamaConfig(LlamaConfig):
 
     model_type = "slab_llama"
 
-    norm: LlamaNorm = "prepbn"
+    norm: str = "prepbn"
     norm_start: NormStart = "zeros"
+    eta: float | None = None
     bn_eps: float = 1e-6
     bn_momentum: float = 0.1
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, allowed in RANGES.items():
             check(name, getattr(self, name), allowed, none="None")
+        self.norm = self.norm.lower()
+        if self.eta is not None:
+            check_eta(norm_type(self.norm), self.eta)
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads:
             raise ValueError(f"num_attention_heads must divide hidden_size ({self.hidden_size}), got {heads}")
@@ -80,14 +97,13 @@ class SlabLlamaConfig(LlamaConfig):
 
 def norm_of(config: SlabLlamaConfig) -> nn.Module:
     """One norm as ``config`` describes it."""
-    C, bn_eps, momentum = config.hidden_size, config.bn_eps, config.bn_momentum
-    make: dict[str, Callable[[], nn.Module]] = {
-        "prepbn": lambda: PRepBN(C, norm=LlamaRMSNorm(C, config.rms_norm_eps), bn_eps=bn_eps, momentum=momentum),
-        "repbn": lambda: RepBN(C, eps=bn_eps, momentum=momentum),
-        "rmsnorm": lambda: LlamaRMSNorm(C, config.rms_norm_eps),
-        "folded": lambda: Folded(C, eps=bn_eps),
-    }
-    return make[config.norm]()
+    C = config.hidden_size
+    if config.norm == "folded":
+        return Folded(C, eps=config.bn_eps)
+    if config.norm == "rmsnorm":  # as transformers' own models have it, to the last digit
+        return LlamaRMSNorm(C, config.rms_norm_eps)
+    settings: dict[str, Any] = {"bn_eps": config.bn_eps, "momentum": config.bn_momentum, "eps": config.rms_norm_eps}
+    return norm_type(config.norm).layer(**settings, norm=LlamaRMSNorm(C, config.rms_norm_eps))(C)
 
 
 class SlabLlamaPreTrainedModel(ModelHooks, LlamaPreTrainedModel):
@@ -106,9 +122,11 @@ class SlabLlamaPreTrainedModel(ModelHooks, LlamaPreTrainedModel):
     def initialize(self, module: nn.Module) -> None:
         """See :class:`ModelHooks`."""
         if isinstance(module, RepBN):
-            start = 0.0 if self.config.norm_start == "zeros" else 1.0
+            plain = isinstance(module, TokenBatchNorm)
+            start = 0.0 if self.config.norm_start == "zeros" and not plain else 1.0
             init.constant_(module.weight, start)
-            init.constant_(module.eta, start)
+            skip = 0.0 if plain else start if self.config.eta is None else self.config.eta
+            init.constant_(module.eta, skip)
             init.zeros_(module.bias)
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
@@ -118,6 +136,8 @@ class SlabLlamaPreTrainedModel(ModelHooks, LlamaPreTrainedModel):
         elif isinstance(module, Folded):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif type_of(module) is not None and hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # transformers keeps torch's initialisers off what a file has filled
 
 
 class SlabLlamaModel(SlabLlamaPreTrainedModel, LlamaModel):

@@ -28,7 +28,7 @@ from slabformer.models.weights.official import PublishedLayout
 from slabformer.nn.attention_variants import PyramidAttention, PyramidLinearAttention, Resize
 from slabformer.nn.norms import NormLayer, resolve_norm_layer
 from slabformer.nn.resample import Grid
-from slabformer.settings import FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked
+from slabformer.settings import FractionBelowOne, ImageSize, Number, PositiveFloat, PositiveInt, checked
 
 
 class PVT(PyramidTransformer):
@@ -39,8 +39,10 @@ class PVT(PyramidTransformer):
 
     Args:
         attention: One letter a stage, S or L.
-        norm: "prepbn", "repbn", "layernorm", or a constructor.
-        norm_eps: LayerNorm's epsilon.
+        norm: Name of a norm in the table (:mod:`slabformer.nn.norms`), such as "prepbn" or "layernorm"; or a
+            constructor.
+        norm_eps: LayerNorm's and RMSNorm's epsilon.
+        eta: Initial skip weight of PRepBN and RepBN; their own default where None.
         img_size: That position tables are made for; others are resampled to.
         in_chans: Channels of the images.
         embed_dims: Channels of each stage.
@@ -81,6 +83,7 @@ class PVT(PyramidTransformer):
         norm: str | NormLayer = "prepbn",
         norm_eps: PositiveFloat = 1e-6,
         *,
+        eta: Number | None = None,
         img_size: ImageSize = 224,
         in_chans: PositiveInt = 3,
         embed_dims: Sequence[PositiveInt] = (64, 128, 320, 512),
@@ -106,7 +109,7 @@ class PVT(PyramidTransformer):
             linear_sr_ratios=linear_sr_ratios,
         )
         check_heads(embed_dims, num_heads)
-        norm_layer = resolve_norm_layer(norm, norm_eps)
+        norm_layer = resolve_norm_layer(norm, norm_eps, eta)
         reductions = [(sr_ratios if letter == "S" else linear_sr_ratios)[i] for i, letter in enumerate(attention)]
         strides = [4 * 2**i for i in range(len(depths))]
         pad_to = math.lcm(strides[-1], *(stride * r for stride, r in zip(strides, reductions, strict=True)))

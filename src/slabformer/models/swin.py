@@ -22,7 +22,7 @@ from slabformer.nn.shifted_windows import (
     relative_position_index,
     resample_bias_table,
 )
-from slabformer.settings import FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked
+from slabformer.settings import FractionBelowOne, ImageSize, Number, PositiveFloat, PositiveInt, checked
 
 BIAS_TABLE = "relative_position_bias_table"
 #: of the published models
@@ -88,8 +88,10 @@ class Swin(PyramidTransformer):
         in_chans: Channels of the images.
         mlp_ratio: Hidden channels of an MLP, as a multiple of its stage's.
         qkv_bias: Whether queries, keys and values have a bias.
-        norm: "prepbn", "repbn", "layernorm", or a constructor.
-        norm_eps: LayerNorm's epsilon.
+        norm: Name of a norm in the table (:mod:`slabformer.nn.norms`), such as "prepbn" or "layernorm"; or a
+            constructor.
+        norm_eps: LayerNorm's and RMSNorm's epsilon.
+        eta: Initial skip weight of PRepBN and RepBN; their own default where None.
         proj_drop_rate: Dropout after projections and in the MLPs.
         attn_drop_rate: Dropout of softmax weights.
         drop_path_rate: Stochastic depth of the last block, rising from 0.
@@ -126,6 +128,7 @@ class Swin(PyramidTransformer):
         qkv_bias: bool = True,
         norm: str | NormLayer = "prepbn",
         norm_eps: PositiveFloat = 1e-5,
+        eta: Number | None = None,
         proj_drop_rate: FractionBelowOne = 0.0,
         attn_drop_rate: FractionBelowOne = 0.0,
         drop_path_rate: FractionBelowOne = 0.0,
@@ -136,7 +139,7 @@ class Swin(PyramidTransformer):
             raise ValueError(f"num_heads needs a number for each of {len(depths)} stages, got {tuple(num_heads)}")
         if "S" not in attention:
             refuse_attn_drop(attn_drop_rate)
-        norm_layer = resolve_norm_layer(norm, norm_eps)
+        norm_layer = resolve_norm_layer(norm, norm_eps, eta)
         window = to_2tuple(window_size)
         dims, strides = ([first * 2**i for i in range(len(depths))] for first in (embed_dim, patch_size))
         check_heads(dims, num_heads)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from slabformer.nn.norms import is_from_here
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.repbn import RepBN
 from slabformer.nn.sync import StatisticsSync
@@ -145,15 +146,17 @@ def is_under(place: str, name: str) -> bool:
 
 
 def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of every RepBN and PRepBN by name, that of the norm that fades included: none of them should decay.
+    """Parameters by name of every norm that torch does not bring, that of the norm that fades included: none of them
+    should decay.
 
-    Weight decay pulls the gain and ``eta`` to 0. Libraries recognise norms by their names or their classes; this tells
-    which parameters are meant, whatever a norm is called::
+    Those are PRepBN, RepBN, TokenBatchNorm, DyT and registered ones. Weight decay pulls the gain and ``eta`` to 0.
+    Libraries recognise norms by their names or their classes; this tells which parameters are meant, whatever a norm is
+    called::
 
         spared = set(slabformer.norm_parameters(model))
         decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and name not in spared]
     """
-    norms = [name for name, module in model.named_modules() if isinstance(module, (PRepBN, RepBN))]
+    norms = [name for name, module in model.named_modules() if is_from_here(module)]
     return {
         f"{norm}.{leaf}" if norm else leaf: parameter
         for norm in norms

@@ -9,11 +9,12 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slabformer._norm_names import REGISTERED, norm_names
 from slabformer.nn.affine import Affine
 from slabformer.nn.dyt import DyT
 from slabformer.nn.foreign_norms import batch_norm_map, is_batch_norm, is_frozen_batch_norm, probed_map
@@ -21,7 +22,7 @@ from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.repbn import RepBN
 from slabformer.nn.token_batch_norm import TokenBatchNorm
 from slabformer.ops.precision import wide
-from slabformer.settings import Known, Number, check
+from slabformer.settings import Number, check
 
 ScaleShift = tuple[Tensor, Tensor]
 NormLayer = Callable[..., nn.Module]
@@ -39,7 +40,7 @@ def _channels_of(module: Any) -> int:
     return int(shape if isinstance(shape, int) else shape[0] if shape else len(module.weight))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class NormType:
     """One kind of norm: a row of the table, and all that the library knows about it.
 
@@ -234,6 +235,8 @@ class RegisteredNorm:
         """Take the row out of the table again; models that hold such norms stay as they are."""
         if _REGISTERED.get(self.row.name) is self.row:
             del _REGISTERED[self.row.name]
+            if self.row.build is not None:
+                REGISTERED.remove(self.row.name)
 
 
 def register_norm(row: NormType) -> RegisteredNorm:
@@ -251,6 +254,8 @@ def register_norm(row: NormType) -> RegisteredNorm:
     if row.name in norm_types():
         raise ValueError(f"there is a norm {row.name!r} already; choose another name, or remove() the other one")
     _REGISTERED[row.name] = row
+    if row.build is not None:
+        REGISTERED.append(row.name)
     return RegisteredNorm(row)
 
 
@@ -264,15 +269,6 @@ def norm_types() -> dict[str, NormType]:
     return {row.name: row for row in _BUILT_IN} | _REGISTERED
 
 
-def norm_names() -> list[str]:
-    """Names that models take as ``norm``."""
-    return [name for name, row in norm_types().items() if row.build is not None]
-
-
-#: of a kind of norm that can be built
-NormName = Annotated[str, Known(norm_names)]
-
-
 def norm_type(name: str) -> NormType:
     """The row of a norm that can be built, in upper or lower case.
 
@@ -280,6 +276,7 @@ def norm_type(name: str) -> NormType:
         ValueError: If the name is unknown.
     """
     names = norm_names()
+    check("norm", name, str)
     if name.lower() not in names:
         near = difflib.get_close_matches(name.lower(), names, n=1)
         suggestion = f"did you mean {near[0]!r}? " if near else ""
@@ -299,6 +296,12 @@ def norms_of(model: nn.Module) -> Iterator[tuple[str, NormType]]:
         if not name.startswith(inside) and (row := type_of(module)) is not None:
             inside += (f"{name}." if name else "",)
             yield name, row
+
+
+def is_from_here(module: nn.Module) -> bool:
+    """Whether it is a norm that models are built with by name and that torch does not bring."""
+    row = type_of(module)
+    return row is not None and row.build is not None and not type(module).__module__.startswith("torch.")
 
 
 def resolve_norm_layer(norm: str | NormLayer, eps: float | None = None, eta: float | None = None) -> NormLayer:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from slabformer._norm_names import NormName
 from slabformer.nn.affine import Folded
-from slabformer.nn.norms import NormName, NormType, check_eta, norm_type, type_of
+from slabformer.nn.norms import NormType, check_eta, norm_type, norm_types, norms_of, type_of
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.repbn import RepBN
 from slabformer.settings import Fraction, NonNegativeFloat, Number, checked
@@ -23,6 +24,8 @@ from slabformer.surgery.one_input import optional_arguments, take_one_input_
 from slabformer.surgery.recognise import HOOKS, Lookalike, NormForm, Verdict, recognise
 
 logger = logging.getLogger(__name__)
+#: attribute of a norm that was put in another one's place; a plain value survives copies, moves and pickling
+CONVERTED = "slabformer_converted"
 
 
 class LeftNorm(NamedTuple):
@@ -155,9 +158,15 @@ def replace_norms_(
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
     for old, new in converted.items():
+        setattr(new, CONVERTED, True)
         _move_hooks(old, new)
         take_one_input_(new, old)
     switch_off_fast_paths(model)
+
+
+def was_converted(module: nn.Module) -> bool:
+    """Whether :func:`convert_norms_` put it where it is."""
+    return CONVERTED in vars(module)
 
 
 def find_layer_norms(model: nn.Module) -> tuple[dict[str, NormForm], tuple[LeftNorm, ...]]:
@@ -186,6 +195,14 @@ def find_layer_norms(model: nn.Module) -> tuple[dict[str, NormForm], tuple[LeftN
         if not _holds_any(name, forms) and not any(_holds_any(other, [name]) for other in (*forms, *left))
     }
     return forms, tuple(LeftNorm(name, type(modules[name]).__name__, reason) for name, reason in left.items())
+
+
+def staying_norms(model: nn.Module) -> tuple[LeftNorm, ...]:
+    """Norms of ``model`` that :func:`slabformer.fuse` cannot fold whatever stands next to them, and why."""
+    forms, _ = find_layer_norms(model)
+    rows = {name: norm_types()[form.kind] for name, form in forms.items()}
+    rows |= {name: row for name, row in norms_of(model) if row.scale_shift is None}
+    return tuple(LeftNorm(name, type(model.get_submodule(name)).__name__, row.stays) for name, row in rows.items())
 
 
 def _needs_none(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from slabformer._extras import require
 from slabformer._files import write_json, write_text
 from slabformer.models.weights.hub import CARD, CONFIG, FOLDER, HUB, WEIGHTS
-from slabformer.nn import PRepBN, RepBN
+from slabformer.nn.norms import norms_of
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.saved_model import ModelInfo, save_model
 
@@ -118,8 +118,8 @@ def _description(model: nn.Module, info: ModelInfo) -> str:
 
 def _norms(model: nn.Module, info: ModelInfo) -> str:
     """Which of our norms there are; empty where there is none."""
-    kinds = {type(module) for module in model.modules()}
-    return "folded" if info.fused else "PRepBN" if PRepBN in kinds else "RepBN" if RepBN in kinds else ""
+    kinds = {row.title: row for _, row in norms_of(model) if row.build is not None and row.scale_shift is not None}
+    return "folded" if info.fused else ", ".join(kinds)
 
 
 def _write_config(model: nn.Module, path: Path, info: ModelInfo) -> None:

@@ -21,8 +21,9 @@ import slabformer as sf
 from slabformer._extras import require
 from slabformer._files import check_readable, replaced
 from slabformer.nn.affine import Affine, Folded
+from slabformer.nn.norms import type_of
 from slabformer.settings import NonEmptyStr, check, check_fields, from_mapping
-from slabformer.tasks.conversion import Conversion, convert_as_described_, converted_norms, describe
+from slabformer.tasks.conversion import Conversion, as_written_now, buildable_norms, convert_as_described_, describe
 from slabformer.tasks.engine.documents import parse_json
 
 #: files that PyTorch pickles, as published weights are
@@ -72,7 +73,10 @@ class SavedInfo(ABC):
         Raises:
             ValueError: If ``text`` is not JSON, lacks or adds a field, or one is out of its range.
         """
-        return cls(**cls.restore(from_mapping(cls, parse_json(text))))
+        values = parse_json(text)
+        if isinstance(values, dict) and "converted" in values:
+            values["converted"] = as_written_now(values["converted"])
+        return cls(**cls.restore(from_mapping(cls, values)))
 
     @abstractmethod
     def check_model(self, model: nn.Module) -> None:
@@ -148,8 +152,8 @@ def _conversions(model: nn.Module, info: SavedInfo) -> list[Conversion]:
     built = dict(_build(info).named_modules(remove_duplicate=False))
     others = {
         name: norm
-        for name, norm in converted_norms(model).items()
-        if name in built and not isinstance(built[name], type(norm))
+        for name, norm in buildable_norms(model)
+        if name in built and type_of(built[name]) is not type_of(norm)
     }
     return describe(others)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from rich.console import Console
 
 from slabformer._detector import DetectorConfig
+from slabformer._norm_names import OutputNormName
 from slabformer.cli.common import available_device, console, is_file
 from slabformer.cli.data import ExamplesFormatter
 from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, NonNegativeInt, Pixels, Seconds, Threads
@@ -43,7 +44,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--size", type=Pixels, nargs=2, default=[800, 1333], help="height and width of the image")
     made.add_argument(
         "--output-norm",
-        type=Literal["layernorm", "prepbn", "repbn", "none"] | None,
+        type=OutputNormName | None,
         help="of the backbone's maps: prepbn folds as well",
     )
     made.add_argument(

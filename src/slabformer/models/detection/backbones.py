@@ -19,8 +19,8 @@ from slabformer.models.pvt import PVT
 from slabformer.models.pyramid import PyramidTransformer
 from slabformer.models.registry import check_model_name
 from slabformer.models.weights.official import PublishedLayout
-from slabformer.nn import PRepBN, RepBN
-from slabformer.nn.norms import NormLayer, resolve_norm_layer
+from slabformer.nn import RepBN
+from slabformer.nn.norms import NormLayer, norms_of, resolve_norm_layer
 
 #: epsilon of output norms, as published
 NORM_EPS = 1e-5
@@ -143,9 +143,9 @@ def create_backbone(
     Args:
         name: A model of the zoo, or any other of timm's that takes ``features_only``. The levels of a plain transformer
             come from a :class:`TokenPyramid`.
-        output_norm: Of the maps: "layernorm", "prepbn" (then fusing leaves no norm at all), "repbn", "none" or a
-            constructor. By default as published: "none" for PVT and timm's own, "layernorm" for all others.
-        norm: Of a model of the zoo: "prepbn", "repbn", "layernorm" or a constructor; its own by default.
+        output_norm: Of the maps: a norm by name (with "prepbn" fusing leaves no norm at all), "none" or a constructor.
+            By default as published: "none" for PVT and timm's own, "layernorm" for all others.
+        norm: Of a model of the zoo: a norm by name or a constructor; its own by default.
         published: Swin as published: windows of linear attention are constants, padded and shifted at every image size.
             By default they are the whole map, which knows neither.
         args: As the model takes them, such as ``img_size`` (that tables are made for), ``drop_path_rate``, ``depths``.
@@ -226,8 +226,8 @@ def _create(name: str, **args: Any) -> nn.Module:
 
 
 def _norm_of(model: nn.Module) -> str:
-    kinds = {type(module) for module in model.modules()}
-    return "prepbn" if PRepBN in kinds else "repbn" if RepBN in kinds else "layernorm"
+    """The first kind of norm in ``model`` that others can be built of."""
+    return next((row.name for _, row in norms_of(model) if row.build is not None), "layernorm")
 
 
 def _from_tokens(body: nn.Module, norm: str | NormLayer, output_norm: str | NormLayer | None) -> TokenBackbone:
@@ -238,4 +238,5 @@ def _from_tokens(body: nn.Module, norm: str | NormLayer, output_norm: str | Norm
 
 
 def _output_norm(output_norm: str | NormLayer) -> NormLayer:
-    return nn.Identity if output_norm == "none" else resolve_norm_layer(output_norm, NORM_EPS)
+    named = output_norm.lower() if isinstance(output_norm, str) else output_norm
+    return nn.Identity if named == "none" else resolve_norm_layer(output_norm, NORM_EPS)

@@ -167,7 +167,8 @@ def published_names(model: nn.Module, norm_layout: NormLayout) -> dict[str, str 
 
 def _names_in_norm(norm: PRepBN | RepBN, norm_layout: NormLayout) -> dict[str, str | None]:
     own_prefix = "rep." if isinstance(norm, PRepBN) else ""
-    rep = {name: own_prefix + leaf for name, leaf in _REP.items()}
+    held = norm.state_dict().keys()  # a plain BatchNorm has no skip
+    rep = {name: own_prefix + leaf for name, leaf in _REP.items() if own_prefix + leaf in held}
     if norm_layout == "repbn":
         return {**rep}
     fading: dict[str, str | None] = dict.fromkeys(("norm1.weight", "norm1.bias"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slabformer.surgery.convert import staying_norms
 from slabformer.surgery.fuse.report import FuseReport, NormOutcome
 from slabformer.surgery.fuse.search.asked import OutputLike, check_keep, check_outputs, rehearse, watched_outputs
 from slabformer.surgery.fuse.search.check import (
@@ -150,7 +151,7 @@ def _fuse(
         note_untied_(model)
     if fixed_size:
         fix_size_(model, [sizes_of(example) for example in inputs])
-    report = FuseReport(outcomes(norms, plan), shapes_of(inputs), changed_methods=changed)
+    report = FuseReport(outcomes(norms, plan), shapes_of(inputs), staying_norms(model), changed)
     logger.debug("%s: %s", type(model).__name__, report.summary())
     return report
 

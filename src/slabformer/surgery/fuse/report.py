@@ -41,7 +41,8 @@ class FuseReport:
     Attributes:
         outcomes: One per norm.
         input_shapes: Shapes of the tensors of each example input that the model was traced on; the folds hold for them.
-        left: In an audit, what looks like a norm and cannot be converted; not among the outcomes.
+        left: Not among the outcomes: norms that are no scale and shift per channel in eval mode, such as LayerNorm and
+            DyT; in an audit, what looks like a norm and cannot be converted.
         changed_methods: Names of the model's usual methods and outputs beside its forward that compute something else
             now, such as "forward_features", "hidden_states" or "reset_classifier" (the features that a new head reads).
     """

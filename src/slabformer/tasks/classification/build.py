@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-import slabformer as sf
 from slabformer._extras import require
 from slabformer.models.arguments import check_arguments
 from slabformer.models.registry import is_ours
 from slabformer.models.weights.hub import weights_file
 from slabformer.tasks.classification.config import ModelConfig
+from slabformer.tasks.conversion import apply_norms_, norm_arguments
 from slabformer.tasks.saved_file import check_saved
 from slabformer.tasks.saved_model import ModelInfo, create_model, load_model
 
@@ -33,8 +33,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> tuple
     else:
         arguments = model_arguments(config, num_classes, image_size)
         model = create_model(config.name, pretrained=config.pretrained, **arguments)
-    if config.convert_norms:
-        logger.info("converted %d norms of %s", len(sf.convert_norms_(model)), config.name)
+    apply_norms_(model, config, arguments, config.name)
     return model, arguments
 
 
@@ -65,7 +64,7 @@ def model_arguments(config: ModelConfig, num_classes: int, image_size: int) -> d
     default = require("timm.models", extra="vision").get_pretrained_cfg(config.name)
     own = default.input_size[-1] if default is not None else None
     size = {} if image_size == own else {"img_size": image_size}
-    return {"num_classes": num_classes, **size, **config.args}
+    return {"num_classes": num_classes, **size, **config.args, **norm_arguments(config, is_ours(config.name))}
 
 
 def _load(config: ModelConfig, path: str, num_classes: int, image_size: int) -> tuple[nn.Module, dict[str, Any]]:

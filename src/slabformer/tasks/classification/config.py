@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from slabformer._extras import require
+from slabformer._norm_names import NormName
 from slabformer.settings import (
     Arguments,
     Epochs,
@@ -27,7 +28,15 @@ from slabformer.settings import (
     Where,
     Workers,
 )
-from slabformer.tasks.engine.config import HARMLESS, FadeConfig, LrConfig, OptimizerConfig, RecalibrateConfig, RunConfig
+from slabformer.tasks.engine.config import (
+    HARMLESS,
+    FadeConfig,
+    LrConfig,
+    OptimizerConfig,
+    RecalibrateConfig,
+    RunConfig,
+    refuse_two_norms,
+)
 
 #: of the data set, which may have moved when a run goes on
 HARMLESS_DATA = ("data.path", "data.root", "data.download", "data.max_unreadable")
@@ -69,8 +78,17 @@ class ModelConfig(Settings):
     weights: NonEmptyStr | None = None
     """Start from a `model.safetensors` of the same model, e.g. of its LayerNorm baseline, to convert it. A PRepBN model
     that has faded before is trained on without its norms."""
+    norm: NormName | None = None
+    """Which norm; the model's own by default. A model of ours is built with it; in any other one, in `weights` and with
+    `convert_norms` every LayerNorm and RMSNorm is converted to it, its weights kept."""
+    eta: Number | None = None
+    """Initial skip weight of PRepBN and RepBN; null for their own."""
     convert_norms: bool = False
-    """Turn every LayerNorm and RMSNorm into PRepBN before training, their weights kept."""
+    """Turn every LayerNorm and RMSNorm into `norm`, PRepBN by default, before training, their weights kept."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_two_norms(self.norm, self.eta, self.args)
 
 
 @dataclass(kw_only=True)

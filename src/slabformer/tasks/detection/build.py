@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-import slabformer as sf
 from slabformer._detector import DetectorConfig
 from slabformer._files import check_readable
 from slabformer.models.detection.backbones import (
@@ -24,6 +23,7 @@ from slabformer.models.detection.weights import load_backbone_weights
 from slabformer.models.registry import is_ours
 from slabformer.nn.controls import norm_parameters, prepbn_modules, repbn_modules
 from slabformer.progressive import ProgressiveSchedule
+from slabformer.tasks.conversion import apply_norms_, norm_arguments
 from slabformer.tasks.detection.config import DecayConfig, ModelConfig
 from slabformer.tasks.detection.saved import DetectorInfo, compare_classes, load_detector
 from slabformer.tasks.engine.build import build_gamma_schedule
@@ -47,8 +47,7 @@ def build_model(config: ModelConfig, settings: DetectorConfig, class_names: list
     fetched: dict[str, Any] = {"pretrained": True} if config.pretrained else {}
     detector = build_detector(create_backbone(config.backbone, **backbone_args(config), **fetched), settings)
     backbone = backbone_of(detector)
-    if config.convert_norms:
-        logger.info("converted %d norms of %s", len(sf.convert_norms_(backbone)), config.backbone)
+    apply_norms_(backbone, config, backbone_args(config), config.backbone)
     if config.backbone_weights is not None:
         _load_backbone(backbone, config.backbone_weights)
     if config.weights is not None:
@@ -86,7 +85,11 @@ def backbone_args(config: ModelConfig) -> dict[str, Any]:
         ValueError: If one of ``config.args`` is not of the backbone's architecture.
     """
     check_backbone_arguments(config.backbone, config.args)
-    switches = {"norm": config.norm, "output_norm": config.output_norm, "published": config.published or None}
+    switches = {
+        "output_norm": config.output_norm,
+        "published": config.published or None,
+        **norm_arguments(config, is_ours(config.backbone)),
+    }
     return {**config.args, **{name: value for name, value in switches.items() if value is not None}}
 
 

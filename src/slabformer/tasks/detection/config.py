@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from slabformer._detector import DetectorConfig
 from slabformer._moved import RENAMED, current_name
+from slabformer._norm_names import NormName, OutputNormName
 from slabformer.settings import (
     Arguments,
     Epochs,
@@ -14,6 +15,7 @@ from slabformer.settings import (
     NonEmptyStr,
     NonNegativeInt,
     NotEmpty,
+    Number,
     Pixels,
     PositiveFloat,
     PositiveInt,
@@ -22,7 +24,14 @@ from slabformer.settings import (
     Threads,
     Workers,
 )
-from slabformer.tasks.engine.config import HARMLESS, FadeConfig, OptimizerConfig, RecalibrateConfig, RunConfig
+from slabformer.tasks.engine.config import (
+    HARMLESS,
+    FadeConfig,
+    OptimizerConfig,
+    RecalibrateConfig,
+    RunConfig,
+    refuse_two_norms,
+)
 
 Split = Literal["train", "validation"]
 #: of the embedded data set
@@ -67,14 +76,17 @@ class ModelConfig(Settings):
     """A model of the zoo, or any of timm's that takes `features_only`."""
     args: Arguments = field(default_factory=lambda: dict(SMALL_BACKBONE))
     """Further arguments of the backbone, e.g. `drop_path_rate`."""
-    norm: Literal["prepbn", "repbn", "layernorm"] | None = None
-    """Of a model of the zoo; its own by default, `layernorm` for its baseline."""
-    output_norm: Literal["layernorm", "prepbn", "repbn", "none"] | None = None
+    norm: NormName | None = None
+    """Of the backbone; its own by default, `layernorm` for its baseline. A model of the zoo is built with it; in one of
+    timm's, and with `convert_norms`, every LayerNorm and RMSNorm is converted to it."""
+    eta: Number | None = None
+    """Initial skip weight of the backbone's PRepBN and RepBN; null for their own."""
+    output_norm: OutputNormName | None = None
     """Of the maps that the pyramid takes: as published by default; with `prepbn` no LayerNorm is left at all."""
     published: bool = False
     """Swin's windows of linear attention as published: constants, padded and shifted, instead of the whole map."""
     convert_norms: bool = False
-    """Turn every LayerNorm of a backbone of timm's into PRepBN before training."""
+    """Turn every LayerNorm of a backbone into `norm`, PRepBN by default, before training."""
     pretrained: bool = False
     """Start from the backbone's released weights: the published ones, or timm's of its own models."""
     backbone_weights: NonEmptyStr | None = None
@@ -96,6 +108,7 @@ class ModelConfig(Settings):
             raise ValueError(
                 "model.args.pretrained would fetch weights whenever the detector is loaded; say model.pretrained"
             )
+        refuse_two_norms(self.norm, self.eta, self.args)
         if (self.weights is not None) + (self.backbone_weights is not None) + self.pretrained > 1:
             raise ValueError("give one of model.weights, model.backbone_weights and model.pretrained")
         if self.new_predictors and self.weights is None:

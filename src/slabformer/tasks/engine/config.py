@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
@@ -70,6 +71,18 @@ class LrConfig(Settings):
     """Rate it ends at; scaled like `optimizer.lr`."""
     cooldown_epochs: NonNegativeInt = 0
     """Epochs at the lowest rate, after `epochs`."""
+
+
+def refuse_two_norms(norm: str | None, eta: float | None, arguments: Mapping[str, Any]) -> None:
+    """Refuse a norm, or its skip weight, that is given as a setting of its own and among a model's ``arguments``.
+
+    Raises:
+        ValueError: With the two names.
+    """
+    for name, value, others in (("norm", norm, ("norm", "norm_layer")), ("eta", eta, ("eta",))):
+        twice = [other for other in others if value is not None and other in arguments]
+        if twice:
+            raise ValueError(f"give model.{name} or model.args.{twice[0]}, not both")
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from slabformer._norm_names import NormName
 from slabformer.settings import (
     MOST,
     Arguments,
@@ -40,8 +41,8 @@ class ModelConfig(Settings):
     """Tokens of a training block, and the longest text it takes."""
     vocab_size: PositiveInt | None = None
     """Of its embedding; null for the tokenizer's."""
-    norm: Literal["prepbn", "repbn", "rmsnorm"] = "prepbn"
-    """`prepbn` fades RMSNorm out, `repbn` does without from the start, `rmsnorm` is the baseline."""
+    norm: NormName = "prepbn"
+    """`prepbn` fades RMSNorm out, `repbn` and `batchnorm` do without from the start, `rmsnorm` is the baseline."""
     norm_start: Literal["zeros", "ones"] = "zeros"
     """Of RepBN's gain and skip: `zeros` as published, `ones` as in the vision models."""
     args: Arguments = field(default_factory=dict)

@@ -22,7 +22,7 @@ from slabformer._files import check_readable
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.nn.affine import Affine, Folded
 from slabformer.settings import check
-from slabformer.tasks.conversion import Conversion, convert_as_described_, converted_norms, describe
+from slabformer.tasks.conversion import Conversion, as_written_now, convert_as_described_, converted_norms, describe
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.saved_file import load_strictly
 
@@ -112,7 +112,7 @@ def fresh_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 def _noted(folder: Path) -> list[Conversion]:
     try:
-        rows = read_json(folder / CONFIG).get(NOTE) or []
+        rows = as_written_now(read_json(folder / CONFIG).get(NOTE) or [])
     except (OSError, ValueError, AttributeError):
         return []  # whoever reads the folder next says what is wrong with it
     try:

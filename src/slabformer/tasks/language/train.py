@@ -97,6 +97,7 @@ def build_model(config: TrainConfig, text: TrainingText) -> SlabLlamaForCausalLM
         "use_cache": False,
     }
     model = SlabLlamaForCausalLM(config_of_model(config.model, len(tokenizer), **settings))
+    logger.info("norms: %s", config.model.norm)
     if config.checkpoint_activations:
         model.gradient_checkpointing_enable()
     return model

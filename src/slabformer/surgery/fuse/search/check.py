@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from slabformer._torch import is_compiled_in_place
 from slabformer.nn.affine import Folded
+from slabformer.nn.norms import norms_of
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.statistics import check_statistics
 from slabformer.surgery.fuse.tree.copies import Example
@@ -41,7 +43,7 @@ def check_model(model: nn.Module, allow_gamma: bool) -> list[Norm]:
     norms = find_norms(model)
     if not norms and not any(isinstance(module, Folded) for module in model.modules()):
         raise ValueError(
-            f"no RepBN, PRepBN, BatchNorm or Affine to fuse in {type(model).__name__}; "
+            f"no RepBN, PRepBN, BatchNorm or Affine to fuse in {type(model).__name__}{_other_norms(model)}; "
             "call convert_norms_(model) and train it first"
         )
     if norms and "" in norms[0].names:
@@ -49,6 +51,12 @@ def check_model(model: nn.Module, allow_gamma: bool) -> list[Norm]:
     if not allow_gamma:
         _check_gamma(model)
     return norms
+
+
+def _other_norms(model: nn.Module) -> str:
+    """Words about the first kind of norm that cannot be folded, if there is one."""
+    staying = Counter(row for _, row in norms_of(model) if row.scale_shift is None)
+    return next((f", but {count} {row.title} ({row.stays})" for row, count in staying.most_common(1)), "")
 
 
 def check_values(norms: Sequence[Norm]) -> None:
