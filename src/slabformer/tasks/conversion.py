@@ -91,9 +91,7 @@ def apply_norms_(model: nn.Module, settings: NormSettings, arguments: Mapping[st
     """
     norm = settings.norm or ("prepbn" if settings.convert_norms else None)
     if norm is None and settings.eta is not None and "eta" not in arguments:
-        raise ValueError(
-            f"model.eta is of norms that {title} does not have yet; give model.norm or model.convert_norms"
-        )
+        raise ValueError(f"model.eta is for PRepBN and RepBN; say with model.norm that {title} is to have them")
     if norm is not None and arguments.get("norm") != norm:
         row = norm_type(norm)
         if settings.eta is not None or set(count_norms(model)) != {row.title}:
