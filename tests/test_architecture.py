@@ -38,7 +38,7 @@ GROUND = {
 }
 #: private names of packages other than torch
 FOREIGN = {"_timm", "_torchvision", "_transformers"}
-CORE = GROUND | {"__init__", "ops", "nn", "progressive", "surgery", "distillation", "testing"}
+CORE = GROUND | {"__init__", "ops", "nn", "progressive", "surgery", "loss_weights", "distillation", "testing"}
 ON_CORE = CORE | {"models"}
 BELOW = ON_CORE - {"__init__"}
 #: from a trained model to what is shipped and shown
@@ -56,7 +56,8 @@ ARROWS = {
     "nn": GROUND | {"ops"},
     "progressive": GROUND | {"ops", "nn"},
     "surgery": GROUND | {"ops", "nn", "progressive"},
-    "distillation": GROUND | {"ops", "nn", "progressive", "surgery", "models"},
+    "loss_weights": GROUND,
+    "distillation": GROUND | {"ops", "nn", "progressive", "surgery", "models", "loss_weights"},
     "testing": GROUND | {"ops", "nn"},
     "models": GROUND | FOREIGN | {"ops", "nn"},
     "tasks": ON_CORE,

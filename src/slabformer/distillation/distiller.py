@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,30 +15,13 @@ from slabformer.distillation.captures import Capture, find_blocks
 from slabformer.distillation.losses import cosine_loss, feature_loss, logit_loss, pooled, similarity_loss
 from slabformer.distillation.outputs import Compared, Kind, attention_mask, check_alike, compared_outputs, mask_for
 from slabformer.distillation.teacher import Teacher, without_labels
+from slabformer.loss_weights import LossWeights
 from slabformer.models.padding import keep_padding_out_everywhere_
 from slabformer.nn.controls import prepbn_modules, repbn_modules
-from slabformer.settings import NonNegativeFloat, PositiveFloat, Settings, checked
+from slabformer.settings import NonNegativeFloat, PositiveFloat, checked
 from slabformer.surgery.batches import call_model, to_device
 
-
-@dataclass(kw_only=True)
-class LossWeights(Settings):
-    """Share of each loss in the sum; 0 computes nothing for it."""
-
-    logits: NonNegativeFloat = 1.0
-    """:func:`slabformer.distillation.logit_loss` of outputs that are logits."""
-    features: NonNegativeFloat = 1.0
-    """:func:`slabformer.distillation.feature_loss` of outputs that are features."""
-    cosine: NonNegativeFloat = 1.0
-    """:func:`slabformer.distillation.cosine_loss` of features; of tokens, one a token."""
-    pooled: NonNegativeFloat = 1.0
-    """The same of the mean over a sample's tokens."""
-    similarity: NonNegativeFloat = 1.0
-    """:func:`slabformer.distillation.similarity_loss` between the samples of a batch, tokens pooled."""
-    tokens: NonNegativeFloat = 0.0
-    """:func:`slabformer.distillation.similarity_loss` between the tokens of a sample."""
-    hidden: NonNegativeFloat = 1.0
-    """Mean of :func:`slabformer.distillation.feature_loss` over the outputs of the blocks."""
+logger = logging.getLogger(__name__)
 
 
 class Targets(NamedTuple):
@@ -81,7 +65,7 @@ class Distiller:
         weights: Of the losses by name, see :class:`LossWeights`; those not named keep their defaults.
         temperature: Of the logits.
         blocks: Modules whose outputs are compared too: "auto" for the repeated blocks of the student, if the teacher
-            has as many; names; or the student's names to the teacher's.
+            has as many of the same output; names; or the student's names to the teacher's.
         kind: Of the outputs: "logits" or "features"; by default told from their names and widths.
         forward: ``forward(model, batch)``, as for :func:`slabformer.recalibrate_`, of both.
 
@@ -96,14 +80,14 @@ class Distiller:
         student: nn.Module,
         teacher: nn.Module | Teacher | None = None,
         *,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, NonNegativeFloat] | None = None,
         temperature: PositiveFloat = 1.0,
         blocks: Literal["auto"] | Sequence[str] | Mapping[str, str] = "auto",
         kind: Kind | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         self.student, self.temperature, self.kind, self.forward = student, temperature, kind, forward
-        self.weights = _weights(weights or {})
+        self.weights, self._auto = _weights(weights or {}), blocks == "auto"
         self.teacher = _teacher_of(student, teacher)
         self.blocks = _pair_blocks(student, self.teacher.model, blocks) if self.weights.hidden else {}
         self._captures = Capture(student, self.blocks), Capture(self.teacher.model, self.blocks.values())
@@ -149,8 +133,12 @@ class Distiller:
         check_alike(outputs, targets.outputs)
         mask = attention_mask(batch)
         parts = self._output_parts(outputs, targets.outputs, mask)
+        hidden = capture.take()
+        if self._auto and not _are_alike(hidden, targets.blocks):
+            logger.info("blocks of the teacher return other shapes than the student's: they are not compared")
+            self.blocks, self._captures = {}, (Capture(self.student, ()), Capture(self.teacher.model, ()))
         if self.blocks:
-            parts["hidden"] = self._hidden_part(capture.take(), targets.blocks, mask)
+            parts["hidden"] = self._hidden_part(hidden, targets.blocks, mask)
         return Comparison(torch.stack([*parts.values()]).sum(), parts, output)
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,7 +147,7 @@ class Distiller:
             "teacher": self.teacher.digest(),
             "weights": asdict(self.weights),
             "temperature": self.temperature,
-            "blocks": dict(self.blocks),
+            "blocks": "auto" if self._auto else dict(self.blocks),
             "kind": self.kind,
         }
 
@@ -211,7 +199,7 @@ class Distiller:
                 if own.shape != target.shape:
                     raise ValueError(
                         f"{name} returns {tuple(own.shape)}, the teacher's {self.blocks[name]} {tuple(target.shape)}; "
-                        "they must be alike, or pass blocks=()"
+                        "leave it out of the blocks"
                     )
                 if torch.is_grad_enabled() and not own.requires_grad and self._captures[0].is_trained(name):
                     raise ValueError(
@@ -220,6 +208,11 @@ class Distiller:
                     )
                 losses.append(feature_loss(own, target, mask_for(own, mask)))
         return self.weights.hidden * torch.stack(losses).mean()
+
+
+def _are_alike(student: Mapping[str, list[Tensor]], teacher: Mapping[str, list[Tensor]]) -> bool:
+    shapes = [{name: [x.shape for x in outputs] for name, outputs in of.items()} for of in (student, teacher)]
+    return shapes[0] == shapes[1]
 
 
 def _weights(given: Mapping[str, float]) -> LossWeights:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from slabformer._extras import require
 from slabformer._norm_names import NormName
+from slabformer.loss_weights import LossWeights
 from slabformer.settings import (
     Arguments,
     Epochs,
@@ -110,6 +111,8 @@ class DataConfig(Settings):
     """Sub-folder, split or shard pattern to validate on; found by its usual names by default."""
     validation_fraction: Fraction = 0.2
     """Share held out when a folder holds classes but no splits; 1 validates on all of it."""
+    labels: bool = True
+    """False for images without classes, which a teacher makes enough: all that lie in the folder and below it."""
     split_seed: Seed = 0
     """Picks the images that `validation_fraction` holds out."""
     image_size: Pixels = 224
@@ -189,6 +192,18 @@ class EmaConfig(Settings):
 
 
 @dataclass(kw_only=True)
+class DistillConfig(Settings):
+    """What the teacher's word counts; without effect where there is no `teacher`."""
+
+    label_weight: NonNegativeFloat | None = None
+    """Share of the labels' own loss beside those below; by default 1 where there are labels."""
+    temperature: PositiveFloat = 1.0
+    """Of the logits of both."""
+    weights: LossWeights = field(default_factory=LossWeights)
+    """Of the losses against the teacher: of a classifier, `logits` and `hidden`."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig(RunConfig):
     """Everything about a training run. Defaults are the published ImageNet recipe where there is one."""
 
@@ -208,6 +223,12 @@ class TrainConfig(RunConfig):
     """Average of the weights."""
     recalibrate: RecalibrateConfig = field(default_factory=RecalibrateConfig)
     """Statistics at the end."""
+    teacher: NonEmptyStr | None = None
+    """What the model is held against: `self`, it with its norms as training finds it; `baseline`, the released
+    LayerNorm model that it replaces; a `.safetensors` file, or a name in timm, whose weights are fetched. Images need
+    no labels then."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """How."""
     epochs: Epochs = 300
     """Passes over the training data, warm-up included, cool-down not."""
     num_workers: Workers = field(default=4, metadata=HARMLESS)

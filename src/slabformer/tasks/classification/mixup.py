@@ -47,7 +47,14 @@ class MixedStep:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss of ``model`` over ``batch``, which is left as it is."""
+        images, targets = self.mix(batch)
+        return self.loss(model(images), targets)
+
+    def mix(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and targets as they are trained on."""
         images, targets = batch
-        if self._mixup is not None:
-            images, targets = self._mixup(images.clone(), targets)  # timm mixes in place
-        return self._loss(model(images), targets)
+        return (images, targets) if self._mixup is None else self._mixup(images.clone(), targets)  # timm mixes in place
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of ``logits`` against mixed targets."""
+        return self._loss(logits, targets)

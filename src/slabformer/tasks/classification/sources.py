@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from slabformer._extras import require
-from slabformer._listing import files_below
+from slabformer._listing import files_below, folders_in
 from slabformer.tasks.classification.config import DataConfig
 from slabformer.tasks.classification.digits import DigitsSource
 from slabformer.tasks.classification.folders import (
@@ -21,6 +21,7 @@ from slabformer.tasks.classification.folders import (
     class_folders,
     images_outside_classes,
     split_folder,
+    split_word,
 )
 from slabformer.tasks.classification.shards import ShardSource
 from slabformer.tasks.classification.split import held_out
@@ -56,16 +57,39 @@ def open_source(data: DataConfig, split: Split) -> Source:
     kind = data.path.split("/")[0].lower() if "/" in data.path and not Path(data.path).exists() else ""
     name = data.train_split if split == "train" else data.validation_split
     if data.path == "digits":
-        return DigitsSource(split)
+        return _labelled_or_not(data, DigitsSource(split))
     if kind in ("hfds", "torch"):
-        return TimmSource(data, name or split)
+        return _labelled_or_not(data, TimmSource(data, name or split))
     if kind == "wds":
-        return ShardSource(Path(data.root or data.path.split("/", 1)[1]), split, name)
+        return _labelled_or_not(data, ShardSource(Path(data.root or data.path.split("/", 1)[1]), split, name))
     if kind in ("hfids", "tfds"):
         raise ValueError(
             f"{data.path!r} is a stream without a fixed order, so no run on it can resume; use hfds/ or wds/"
         )
-    return _open_folder(data, split, name)
+    return _open_folder(data, split, name) if data.labels else _open_images(data, split, name)
+
+
+def _labelled_or_not(data: DataConfig, source: Source) -> Source:
+    return source if data.labels else WithoutLabels(source)
+
+
+class WithoutLabels:
+    """The images of another source, all of one class that has no name."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.class_names: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """See :class:`Source`."""
+        return self._source.read(index)[0], 0
+
+    def name(self, index: int) -> str:
+        """See :class:`Source`."""
+        return self._source.name(index)
 
 
 class FolderSource:
@@ -166,11 +190,36 @@ def _open_folder(data: DataConfig, split: Split, name: str | None) -> FolderSour
     return FolderSource(_list_images(folder, present, classes), classes)
 
 
+def holds_images_alone(data: DataConfig) -> bool:
+    """Whether ``data.path`` is a folder with images and no folders, so that there are no classes."""
+    root = Path(data.path)
+    return root.is_dir() and not folders_in(root) and images_outside_classes(root) > 0
+
+
+def _open_images(data: DataConfig, split: Split, name: str | None) -> FolderSource:
+    """All images below a folder, or below its sub-folder for ``split``."""
+    root = Path(data.path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no data at {data.path!r}: no such folder")
+    called = [folder for folder in folders_in(root) if split_word(folder.name) in SPLIT_WORDS[split]]
+    folder = root / name if name is not None else called[0] if len(called) == 1 else root
+    files = [(path, 0) for path in files_below(folder, is_image_name)] if folder.is_dir() else []
+    if not files:
+        raise ValueError(f"no images in {folder} (such as .jpg or .png)")
+    return FolderSource(files, []) if folder != root else _share(data, root, split, files, [])
+
+
 def _divide(data: DataConfig, root: Path, split: Split) -> FolderSource:
     """Split a folder of classes by ``validation_fraction``."""
     classes = class_folders(root)
     check_classes(root, classes)
-    files = _list_images(root, classes, classes)
+    return _share(data, root, split, _list_images(root, classes, classes), classes)
+
+
+def _share(
+    data: DataConfig, root: Path, split: Split, files: list[tuple[str, int]], classes: list[str]
+) -> FolderSource:
+    """Those of ``files`` that ``validation_fraction`` gives to ``split``."""
     chosen = held_out([label for _, label in files], data.validation_fraction, data.split_seed)
     chosen = chosen if split == "validation" else ~chosen
     if not chosen.any():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -11,10 +12,18 @@ import slabformer as sf
 from slabformer.nn.controls import repbn_modules
 from slabformer.tasks.classification.build import build_model, check_model, model_arguments
 from slabformer.tasks.classification.config import TrainConfig
-from slabformer.tasks.classification.data import Loader, create_loader
+from slabformer.tasks.classification.data import Batch, Loader, create_loader
 from slabformer.tasks.classification.evaluate import evaluate
 from slabformer.tasks.classification.mixup import MixedStep
 from slabformer.tasks.classification.result import COLUMNS, TrainResult, finished_before, read_history
+from slabformer.tasks.classification.sources import holds_images_alone
+from slabformer.tasks.classification.teaching import (
+    TaughtLabels,
+    TaughtStep,
+    classes_without_labels,
+    create_distiller,
+    load_teacher,
+)
 from slabformer.tasks.engine.build import (
     build_gamma_schedule,
     build_loop_config,
@@ -58,6 +67,8 @@ def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Seq
         StoppedError: After SIGTERM or SIGINT, once a checkpoint is written.
         OSError: If the disk is full or not writable.
     """
+    if config.teacher is not None and config.data.labels and holds_images_alone(config.data):
+        config = replace(config, data=replace(config.data, labels=False))
     folder, found = open_folder(config, RunFolder)
     if found == "finished":
         return finished_before(folder)
@@ -66,7 +77,7 @@ def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Seq
     if found == "new" and model is None:
         check_model(config.model, config.data.image_size)
     run = _Run(config, folder, model, fresh=found == "new")
-    return train_and_finish(run, CsvObserver(folder.path, COLUMNS), observers)
+    return train_and_finish(run, CsvObserver(folder.path, COLUMNS, run.step_parts), observers)
 
 
 class _Run:
@@ -75,17 +86,31 @@ class _Run:
     def __init__(self, config: TrainConfig, folder: RunFolder, model: nn.Module | None, *, fresh: bool) -> None:
         self.config, self.folder = config, folder
         self.accelerator = create_accelerator(config.precision, config.device)
+        teacher = load_teacher(config)
         self.train_loader, self.val_loader = self._loader("train"), self._loader("validation")
         check_accumulate(config.accumulate, len(self.train_loader))
         self.class_names = self.train_loader.class_names
+        self.num_classes = len(self.class_names)
+        if not config.data.labels:
+            self.num_classes, self.class_names = classes_without_labels(config, teacher)
         reseed(config.seed)
-        needed = (config.model, len(self.class_names), config.data.image_size)
+        needed = (config.model, self.num_classes, config.data.image_size)
         self.model, self.model_args = build_model(*needed) if model is None else (model, model_arguments(*needed))
         self.model.to(self.accelerator.device)
         if self.accelerator.num_processes > 1:
             sf.sync_norms_(self.model)
+        self.distiller = create_distiller(config, self.model, teacher) if config.teacher is not None else None
         if config.gamma.fit_batches and fresh:
             sf.fit_norms_(self.model, self.train_loader, config.gamma.fit_batches)
+        self.step_fn = self._step_fn()
+
+    def _step_fn(self) -> MixedStep | TaughtStep:
+        config = self.config
+        mixed = MixedStep(config.augment, self.num_classes, config.batch_size)
+        if self.distiller is None:
+            return mixed
+        weight = config.distill.label_weight
+        return TaughtStep(self.distiller, mixed, float(config.data.labels) if weight is None else weight)
 
     def _loader(self, split: str) -> Loader:
         config = self.config
@@ -99,6 +124,11 @@ class _Run:
             world_size=self.accelerator.num_processes,
             num_workers=config.num_workers,
         )
+
+    @property
+    def step_parts(self) -> list[str]:
+        """Names of what the loss is the sum of, where it is one."""
+        return self.step_fn.parts if isinstance(self.step_fn, TaughtStep) else []
 
     def trainer(self, observers: Sequence[Observer]) -> Trainer:
         """The loop with everything that this recipe gives it."""
@@ -118,7 +148,7 @@ class _Run:
             model=self.model,
             optimizer=optimizer,
             loader=self.train_loader,
-            step_fn=MixedStep(config.augment, len(self.class_names), config.batch_size),
+            step_fn=self.step_fn,
             config=build_loop_config(
                 config, epochs=epochs, clip_norm=config.optimizer.clip_norm, compile=config.compile
             ),
@@ -134,6 +164,7 @@ class _Run:
             fingerprint={
                 **fingerprint(config.to_dict(), config.harmless()),
                 "processes": self.accelerator.num_processes,
+                **({} if self.distiller is None else {"teacher weights": self.distiller.teacher.digest()}),
             },
         )
 
@@ -155,9 +186,16 @@ class _Run:
 
     def _metrics(self, trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, float]:
         progress = trainer.progress(f"{prefix}evaluate".replace("_", " "), len(self.val_loader))
-        result = evaluate(model, self.val_loader, accelerator=self.accelerator, progress=progress)
+        result = evaluate(model, self._judged(), accelerator=self.accelerator, progress=progress)
         values = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
         return {f"{prefix}{name}": value for name, value in values.items() if value is not None}
+
+    def _judged(self) -> Iterable[Batch]:
+        """Validation images with their labels, or with the teacher's where they have none."""
+        if self.config.data.labels:
+            return self.val_loader
+        assert self.distiller is not None
+        return TaughtLabels(self.val_loader, self.distiller.teacher, self.num_classes)
 
     def finish(self, trainer: Trainer) -> TrainResult:
         """Recalibrate, evaluate and save model and average."""

@@ -1,0 +1,27 @@
+"""What the losses of a distillation weigh; apart from them, so that reading a recipe needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slabformer.settings import NonNegativeFloat, Settings
+
+
+@dataclass(kw_only=True)
+class LossWeights(Settings):
+    """Share of each loss in the sum; 0 computes nothing for it."""
+
+    logits: NonNegativeFloat = 1.0
+    """:func:`slabformer.distillation.logit_loss` of outputs that are logits."""
+    features: NonNegativeFloat = 1.0
+    """:func:`slabformer.distillation.feature_loss` of outputs that are features."""
+    cosine: NonNegativeFloat = 1.0
+    """:func:`slabformer.distillation.cosine_loss` of features; of tokens, one a token."""
+    pooled: NonNegativeFloat = 1.0
+    """The same of the mean over a sample's tokens."""
+    similarity: NonNegativeFloat = 1.0
+    """:func:`slabformer.distillation.similarity_loss` between the samples of a batch, tokens pooled."""
+    tokens: NonNegativeFloat = 0.0
+    """:func:`slabformer.distillation.similarity_loss` between the tokens of a sample."""
+    hidden: NonNegativeFloat = 1.0
+    """Mean of :func:`slabformer.distillation.feature_loss` over the outputs of the blocks."""
