@@ -35,10 +35,11 @@ GROUND = {
     "_defaults",
     "_detector",
     "_norm_names",
+    "_loss_weights",
 }
 #: private names of packages other than torch
 FOREIGN = {"_timm", "_torchvision", "_transformers"}
-CORE = GROUND | {"__init__", "ops", "nn", "progressive", "surgery", "loss_weights", "distillation", "testing"}
+CORE = GROUND | {"__init__", "ops", "nn", "progressive", "surgery", "distillation", "testing"}
 ON_CORE = CORE | {"models"}
 BELOW = ON_CORE - {"__init__"}
 #: from a trained model to what is shipped and shown
@@ -52,12 +53,12 @@ ARROWS = {
     "_torch": {"_private"},
     "_detector": {"settings"},
     "_norm_names": {"settings"},
+    "_loss_weights": {"settings"},
     "ops": GROUND,
     "nn": GROUND | {"ops"},
     "progressive": GROUND | {"ops", "nn"},
     "surgery": GROUND | {"ops", "nn", "progressive"},
-    "loss_weights": GROUND,
-    "distillation": GROUND | {"ops", "nn", "progressive", "surgery", "models", "loss_weights"},
+    "distillation": GROUND | {"ops", "nn", "progressive", "surgery", "models"},
     "testing": GROUND | {"ops", "nn"},
     "models": GROUND | FOREIGN | {"ops", "nn"},
     "tasks": ON_CORE,

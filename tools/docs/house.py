@@ -30,7 +30,6 @@ CAPTIONS = {
     "surgery": "convert, fuse, verify",
     "testing": "redrawn norms",
     "models": "the zoo, its weights",
-    "loss_weights": "of a distillation",
     "distillation": "learn from the original",
     "measure": "time, cost, distance",
     "export": "files for runtimes",

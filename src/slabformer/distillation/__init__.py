@@ -1,9 +1,9 @@
 """Distillation: a model that loses its norms is held against what it computed with them."""
 
+from slabformer._loss_weights import LossWeights
 from slabformer.distillation.distiller import Comparison, Distiller
 from slabformer.distillation.losses import cosine_loss, feature_loss, logit_loss, pooled, similarity_loss
 from slabformer.distillation.teacher import Teacher
-from slabformer.loss_weights import LossWeights
 
 __all__ = [
     "Comparison",

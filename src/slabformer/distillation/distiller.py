@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from slabformer._loss_weights import LossWeights
 from slabformer.distillation.captures import Capture, find_blocks
 from slabformer.distillation.losses import cosine_loss, feature_loss, logit_loss, pooled, similarity_loss
 from slabformer.distillation.outputs import Compared, Kind, attention_mask, check_alike, compared_outputs, mask_for
 from slabformer.distillation.teacher import Teacher, without_labels
-from slabformer.loss_weights import LossWeights
 from slabformer.models.padding import keep_padding_out_everywhere_
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.settings import NonNegativeFloat, PositiveFloat, checked

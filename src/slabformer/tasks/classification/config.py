@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from slabformer._extras import require
+from slabformer._loss_weights import LossWeights
 from slabformer._norm_names import NormName
-from slabformer.loss_weights import LossWeights
 from slabformer.settings import (
     Arguments,
     Epochs,
