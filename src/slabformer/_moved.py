@@ -55,6 +55,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "models.hub": ("models.weights.hub",),
     "models.norms": ("nn.norms",),
     "models.official": ("models.weights.official",),
+    "models.padding": ("nn.attention_masks",),
     "models.pretrained": ("models.weights.pretrained",),
     "models.published": ("models.weights.published",),
     "tasks.detection.twin": ("tasks.detection.baseline",),

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import slabformer as sf
-from slabformer.models.padding import keep_padding_out_everywhere_
+from slabformer.nn.attention_masks import keep_padding_out_everywhere_
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.language.callback import ProgressiveCallback
 from slabformer.tasks.language.folders import load_model_folder

@@ -16,7 +16,7 @@ from slabformer.distillation.captures import Capture, find_blocks
 from slabformer.distillation.losses import cosine_loss, feature_loss, logit_loss, pooled, similarity_loss
 from slabformer.distillation.outputs import Compared, Kind, attention_mask, check_alike, compared_outputs, mask_for
 from slabformer.distillation.teacher import Teacher, without_labels
-from slabformer.models.padding import keep_padding_out_everywhere_
+from slabformer.nn.attention_masks import keep_padding_out_everywhere_
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.settings import NonNegativeFloat, PositiveFloat, checked
 from slabformer.surgery.batches import call_model, to_device

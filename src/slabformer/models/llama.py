@@ -21,10 +21,10 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 
 from slabformer._norm_names import norm_names
 from slabformer._transformers import ModelHooks
-from slabformer.models.padding import keep_padding_out
 from slabformer.models.weights.official import PublishedLayout, State
 from slabformer.nn import PRepBN, RepBN, TokenBatchNorm
 from slabformer.nn.affine import Folded
+from slabformer.nn.attention_masks import keep_padding_out
 from slabformer.nn.norms import check_eta, norm_type, type_of
 from slabformer.settings import (
     FractionBelowOne,

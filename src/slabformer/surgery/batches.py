@@ -27,13 +27,18 @@ def run_batches(
     Raises:
         TypeError: If a batch is none of these.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = model_device(model)
     count = 0
     with torch.no_grad():
         for batch in itertools.islice(batches, num_batches):
             (forward or call_model)(model, to_device(batch, device))
             count += 1
     return count
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where its first parameter is."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from slabformer.nn.attention_masks import padding_left_out
 from slabformer.nn.controls import repbn_modules
 from slabformer.nn.repbn import RepBN
 from slabformer.nn.statistics import check_statistics
@@ -36,7 +37,8 @@ def recalibrate_(
 
     Args:
         model: Edited in place, statistics only.
-        batches: Tensors, ``(inputs, labels)`` or mappings of keyword arguments; on several ranks, after
+        batches: Tensors, ``(inputs, labels)`` or mappings of keyword arguments, whose ``attention_mask`` says which
+            tokens count unless :func:`slabformer.token_mask` does; on several ranks, after
             :func:`slabformer.sync_norms_`, each brings its share, which may be empty.
         num_batches: Stop after so many; all by default.
         forward: ``forward(model, batch)``, where the model wants something else.
@@ -54,7 +56,7 @@ def recalibrate_(
     for norm in norms.values():
         norm.accumulator = MomentsAccumulator(norm.running_mean.numel(), norm.running_mean.device)
     try:
-        with eval_mode(model):
+        with eval_mode(model), padding_left_out(model):
             count = run_batches(model, _in_step(batches, list(norms.values())), num_batches, forward)
         _write_statistics(norms)
     finally:

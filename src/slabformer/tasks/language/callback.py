@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import ExportableState
 
 from slabformer.models.llama import SlabLlamaPreTrainedModel
-from slabformer.models.padding import keep_padding_out_everywhere_
+from slabformer.nn.attention_masks import keep_padding_out_everywhere_
 from slabformer.nn.controls import norm_parameters, prepbn_modules
 from slabformer.progressive import Guard, ProgressiveSchedule, Shape
 from slabformer.tasks.language.foreign import note_norms_

@@ -70,7 +70,7 @@ class Example:
         return [torch.ops.slabformer.watched(tensor, self.output.words) for tensor in tensors_of(output)] + seen
 
 
-def twin(model: nn.Module, share: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+def twin(model: nn.Module, share: Callable[[Tensor], Tensor] | None = None, needed_by: str = "fuse") -> nn.Module:
     """A copy of the module tree, hooks included; ``share`` says what stands for each of its tensors (None: a copy)."""
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -87,7 +87,7 @@ def twin(model: nn.Module, share: Callable[[Tensor], Tensor] | None = None) -> n
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        message = f"{type(model).__name__} cannot be copied, which fuse needs: {first_line(error)}"
+        message = f"{type(model).__name__} cannot be copied, which {needed_by} needs: {first_line(error)}"
         raise ValueError(message) from error
 
 

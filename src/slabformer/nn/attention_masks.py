@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from slabformer.nn.controls import repbn_modules, set_token_mask
 
@@ -33,18 +36,39 @@ def keep_padding_out_of_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: d
         keep_padding_out(tower, args, kwargs)
 
 
-def keep_padding_out_everywhere_(model: nn.Module) -> None:
-    """Hook ``model`` and every tower in it that takes data of its own, once.
+def keep_padding_out_everywhere_(model: nn.Module) -> list[RemovableHandle]:
+    """Hook ``model`` and every tower in it that takes data of its own, once; the handles take the hooks away again.
 
     An encoder, a decoder, a text and an image model each get the mask that they themselves are called with, or none. An
     embedding of tokens, which takes no mask, is a part of the tower around it.
     """
+    handles = []
     for module in model.modules():
         if not repbn_modules(module) or (module is not model and not _takes_data(module)):
             continue
         hook = keep_padding_out if module is model else keep_padding_out_of_tower
         if not {keep_padding_out, keep_padding_out_of_tower} & set(module._forward_pre_hooks.values()):
-            module.register_forward_pre_hook(hook, with_kwargs=True)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    return handles
+
+
+@contextmanager
+def padding_left_out(model: nn.Module) -> Iterator[None]:
+    """Norms leave out what the ``attention_mask`` of a call does, inside the block; masks that were set stay in force.
+
+    Only where the model takes an ``attention_mask``; ``model`` is as before afterwards.
+    """
+    before = {norm: norm.token_mask for norm in repbn_modules(model).values()}
+    takes_masks = any("attention_mask" in inspect.signature(module.forward).parameters for module in model.modules())
+    given = any(mask is not None for mask in before.values())
+    handles = keep_padding_out_everywhere_(model) if takes_masks and not given else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm, mask in before.items():
+            norm.token_mask = mask
 
 
 def _is_watching(model: nn.Module) -> bool:
