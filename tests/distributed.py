@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+#: imported once, by the server that ranks are forked from
+PRELOADED = ["torch", "torch.distributed", "timm", "slabformer.deployment.deploy"]
+
 
 def run_ranks(function: Callable[..., Any], folder: Path, *args: Any, num_ranks: int = 2) -> list[Any]:
     """``function(rank, num_ranks, *args)`` on each rank, results in the ranks' order; a rank's error is raised here.
@@ -21,7 +24,7 @@ def run_ranks(function: Callable[..., Any], folder: Path, *args: Any, num_ranks:
         num_ranks: How many.
     """
     # one server imports torch and is forked for every rank, so that a test takes a second instead of ten
-    mp.get_context("forkserver").set_forkserver_preload(["torch", "torch.distributed", "slabformer"])
+    mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
     mp.start_processes(_rank, (function, num_ranks, str(folder), args), nprocs=num_ranks, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(num_ranks)]
 

@@ -1,94 +1,93 @@
-"""Files are written in one way: complete or not at all."""
+"""Files that are complete or absent, alone and in pairs."""
 
 from __future__ import annotations
 
-import ast
-import json
-from collections.abc import Iterator
+import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from slabformer import _files
-from slabformer._files import as_json, write_csv, write_json
-
-SOURCE = Path(_files.__file__).parent
-#: blocks that put a file in its place when it is complete
-WHOLE = {"replaced", "replaced_with", "workspace"}
-#: what may write otherwise, and why
-OTHERWISE = {
-    "export/model.py": "the caller replaces the file when it has been compared with PyTorch",
-    "measure/timing.py": "a switch of the kernel in /proc",
-    "models/weights/download.py": "a download goes on where it broke off",
-    "tasks/detection/digits.py": "inside a folder that appears when it is complete",
-    "tasks/engine/checkpoint.py": "inside a folder that appears when it is complete",
-    "tasks/engine/observers.py": "rows that a run adds; half a line is left out when they are read",
-}
+from slabformer._files import replaced, replaced_with
 
 
-def writes(source: str) -> Iterator[ast.Call]:
-    """Calls that write a file outside the blocks that make it whole."""
-
-    def visit(node: ast.AST) -> Iterator[ast.Call]:
-        if isinstance(node, ast.With) and any(_name(item.context_expr) in WHOLE for item in node.items):
-            return
-        if isinstance(node, ast.Call) and (_name(node) in ("write_bytes", "savefig", "copyfile") or _opens(node)):
-            yield node
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "write_text":
-            yield node
-        for child in ast.iter_child_nodes(node):
-            yield from visit(child)
-
-    return visit(ast.parse(source))
+def write(folder: Path, text: str, with_companion: bool, fail: bool = False) -> None:
+    with replaced_with(folder / "model", folder / "model.data") as temporary:
+        temporary.write_text(text)
+        if with_companion:
+            temporary.with_name("model.data").write_text(text)
+        if fail:
+            raise RuntimeError("on the way")
 
 
-def _name(node: ast.AST) -> str:
-    if not isinstance(node, ast.Call):
-        return ""
-    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
 
 
-def _opens(call: ast.Call) -> bool:
-    modes = [each.value for each in ast.walk(call) if isinstance(each, ast.Constant) and isinstance(each.value, str)]
-    return _name(call) == "open" and any(set(mode) & set("wax") and set(mode) <= set("wax+bt") for mode in modes)
+def test_a_pair_appears_together_and_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+    write(tmp_path, "one", with_companion=True)
+    assert contents(tmp_path) == {"model": "one", "model.data": "one"}
+    write(tmp_path, "two", with_companion=False)
+    assert contents(tmp_path) == {"model": "two"}
+    write(tmp_path, "three", with_companion=True)
+    assert contents(tmp_path) == {"model": "three", "model.data": "three"}
 
 
-def test_no_module_writes_a_file_in_a_way_of_its_own() -> None:
-    found = {}
-    for path in SOURCE.rglob("*.py"):
-        calls = [ast.unparse(call) for call in writes(path.read_text())]
-        found[path.relative_to(SOURCE).as_posix()] = [call for call in calls if "(buffer" not in call]
-    assert {name for name, calls in found.items() if calls} == set(OTHERWISE), found
+def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    write(tmp_path, "one", with_companion=True)
+    with pytest.raises(RuntimeError, match="on the way"):
+        write(tmp_path, "two", with_companion=True, fail=True)
+    assert contents(tmp_path) == {"model": "one", "model.data": "one"}
 
 
-@pytest.mark.parametrize(
-    ("source", "count"),
-    [
-        ("path.write_text('x')", 1),
-        ("with path.open('w') as file: pass", 1),
-        ("open(path, mode='wb')", 1),
-        ("with replaced(path) as new, new.open('w') as file: pass", 0),
-        ("path.open()\nopen(path, 'rb')", 0),
-        ("write_text(path, 'x')", 0),
-    ],
-)
-def test_ways_to_write_are_seen(source: str, count: int) -> None:
-    assert len(list(writes(source))) == count
+def test_a_crash_between_the_two_leaves_no_pair_that_does_not_belong_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "one", with_companion=True)
+
+    def die(source: Path, target: Path) -> None:
+        raise OSError("no power")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", die)
+        with pytest.raises(OSError, match="no power"):
+            write(tmp_path, "two", with_companion=True)
+    assert "model" not in contents(tmp_path)
 
 
-def test_a_report_that_cannot_be_made_leaves_the_last_one(tmp_path: Path) -> None:
-    path = tmp_path / "bench.csv"
-    write_csv(path, [{"a": 1}], ["a", "b"])
-    assert path.read_text() == "a,b\n1,\n"
-    with pytest.raises(ValueError, match="fields not in fieldnames"):
-        write_csv(path, [{"a": 2}, {"c": 3}], ["a", "b"])
-    assert path.read_text() == "a,b\n1,\n"
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_full_disk_is_told_with_the_file_whoever_writes_it(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writers: dict[str, Callable[[Path], object]] = {
+        "python.txt": lambda path: path.write_text("x" * 10_000),
+        "torch.pt": lambda path: torch.save(torch.zeros(10_000), path),
+        "model.safetensors": lambda path: save_file({"weight": torch.zeros(10_000)}, path),
+    }
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        for name, write in writers.items():
+            (tmp_path / name).write_text("old")
+            with pytest.raises(OSError) as caught, replaced(tmp_path / name) as temporary:
+                write(temporary)
+            assert caught.value.filename == str(tmp_path / name)
+            assert caught.value.errno in (errno.EFBIG, errno.ENOSPC, errno.EIO)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path) == dict.fromkeys(writers, "old")
 
 
-def test_json_holds_names_that_are_no_text(tmp_path: Path) -> None:
-    name = b"gr\xfcn.jpg".decode(errors="surrogateescape")
-    write_json(tmp_path / "found.json", {"ä": name})
-    text = (tmp_path / "found.json").read_text(encoding="utf-8")
-    assert "ä" in text
-    assert json.loads(text) == {"ä": name} == json.loads(as_json({"ä": name}))
+def test_a_folder_that_is_missing_is_told_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, replaced(tmp_path / "missing" / "file.txt"):
+        pass
+    assert caught.value.filename == str(tmp_path / "missing" / "file.txt")
+
+
+def test_other_errors_in_writing_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, replaced(tmp_path / "file.txt"):
+        (tmp_path / "input.txt").read_text()
+    assert caught.value.filename == str(tmp_path / "input.txt")
+    with pytest.raises(ZeroDivisionError), replaced(tmp_path / "file.txt"):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())

@@ -154,6 +154,19 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
         assert_close(actual[name], value, EXACT)
 
 
+def test_a_run_that_goes_on_from_its_last_step_stays_as_it_is(tmp_path: Path) -> None:
+    model, saving = converted_llama(), {"save_strategy": "steps", "save_steps": 7, "steps": 7}
+    trainer_of(model, tmp_path, ProgressiveCallback(), **saving).train()
+    resumed, callback = converted_llama(), ProgressiveCallback()
+    trainer = trainer_of(resumed, tmp_path, callback, **saving)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert trainer.state.global_step == 7
+    assert callback.gamma == 0
+    expected, actual = state_of(model), state_of(resumed)
+    for name, value in expected.items():
+        assert_close(actual[name], value, EXACT)
+
+
 def test_ending_too_early_is_warned_about_with_the_steps_that_miss(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

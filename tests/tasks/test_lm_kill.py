@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -13,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +25,10 @@ from language_models import tiny_config
 from slabformer.tasks.engine.checkpoint import CheckpointFolders, DamagedCheckpointError
 from slabformer.tasks.engine.signals import StoppedError
 from slabformer.tasks.language.config import TrainConfig
+from slabformer.tasks.language.folders import LanguageRunFolder
 from slabformer.tasks.language.train import train
 from slabformer.tasks.language.trainer import LanguageTrainer
+from slabformer.tasks.language.watch import RecordCallback
 from tiny_training import assert_same, die, finish, rank_environments
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -226,3 +230,64 @@ def test_a_signal_after_the_last_step_stops_the_run_which_goes_on_the_same(
             train(config)
     assert caught.value.exit_code == 143
     assert_same_run(train(config).output, whole)
+
+
+def unable_to(write: str) -> None:
+    """Let the first rank's ``write`` fail as on a file system that is mounted read-only."""
+    owner = {"claim": LanguageRunFolder, "record": RecordCallback, "save": CheckpointFolders}[write]
+    name = {"claim": "claimed", "record": "on_log", "save": "keep_from"}[write]
+    original = getattr(owner, name)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        if write == "record":
+            args[0].steps.append = full
+            return original(*args, **kwargs)
+        full()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, fails)
+
+
+def full(*_: object) -> None:
+    """What a file system says that takes nothing more."""
+    if os.environ["RANK"] == "0":
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "run")
+
+
+def tell(write: str, config: TrainConfig, environment: dict[str, str]) -> None:
+    """Train where the first rank cannot ``write``, and note how it ended."""
+    torch.set_num_threads(1)
+    os.environ.update({"OMP_NUM_THREADS": "1", **environment})
+    unable_to(write)
+    try:
+        train(config)
+    except Exception as error:
+        Path(f"{config.output}-{environment['RANK']}").write_text(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", ["claim", "record", "save"])
+def test_a_rank_that_cannot_write_ends_all_with_its_reason(write: str, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", steps=6, save_every=3, log_every=2)
+    ranks = [
+        CONTEXT.Process(target=tell, args=(write, config, environment), daemon=True)
+        for environment in rank_environments()
+    ]
+    for rank in ranks:
+        rank.start()
+    assert finish(*ranks) == [0, 0]
+    told = [Path(f"{config.output}-{rank}").read_text() for rank in range(2)]
+    assert told[0].startswith("OSError: [Errno 30] Read-only file system")
+    assert told[1].startswith("OSError: [Errno 30] Read-only file system")
+    assert told[1].endswith("(rank 0)")
+
+
+def test_events_of_tensorboard_belong_to_the_run(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    config = tiny_config(tmp_path / "run", steps=3, tensorboard=True)
+    train(config)
+    (events,) = config_folder(config).glob("events.out.tfevents*")
+    assert events.name in json.loads((config_folder(config) / "manifest.json").read_text())["files"]
+    assert not [path for path in config_folder(config).iterdir() if path.is_dir() and path.name == "runs"]
+    train(replace(config, overwrite=True, seed=1))
+    assert not events.exists()

@@ -16,7 +16,7 @@ import re
 import shutil
 from abc import ABC
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 
@@ -175,8 +175,12 @@ class CheckpointFolders(Checkpoints):
         Raises:
             OSError: If the disk is full or the folder cannot be written to, naming the checkpoint of ``step``.
         """
-        with errors_of(self.folder / self.name(step)), workspace(self.folder) as place:
+        with self.errors_of(step), workspace(self.folder) as place:
             yield place
+
+    def errors_of(self, step: int) -> AbstractContextManager[None]:
+        """Around what writes the checkpoint of ``step``: failures name it."""
+        return errors_of(self.folder / self.name(step))
 
     def keep_from(self, place: Path, step: int) -> Path:
         """Make the folder of ``step`` inside ``place`` a checkpoint, then delete those that are too many.

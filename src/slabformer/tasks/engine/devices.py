@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,3 +74,20 @@ def first_of_ranks(found: str | None) -> str | None:
     answers = gather(found)
     rank, answer = next(((rank, answer) for rank, answer in enumerate(answers) if answer is not None), (0, None))
     return answer if answer is None or len(answers) == 1 else f"{answer} (rank {rank})"
+
+
+@contextmanager
+def told_to_all() -> Iterator[None]:
+    """A block that ends all ranks if it fails on one, which writes files for example; all must enter it.
+
+    Raises:
+        OSError: On the ranks where it did not fail, with what failed; the others raise their own error.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    told = first_of_ranks(None if failure is None else str(failure))
+    if told is not None:
+        raise failure or OSError(told)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slabformer.tasks.engine.devices import first_of_ranks
+from slabformer.tasks.engine.devices import first_of_ranks, told_to_all
 from slabformer.tasks.engine.diagnose import describe_nonfinite
 from slabformer.tasks.engine.folder import refuse_difference
 from slabformer.tasks.engine.nonfinite import (
@@ -107,15 +107,9 @@ class Trainer(Training):
         if lost is not None:
             raise NonFiniteError(f"{lost} is not finite after step {self.position.step}; nothing was saved")
         state = capture(self)
-        failure: OSError | None = None
-        if self.store is not None and self.accelerator.is_main_process:
-            try:
+        with told_to_all():
+            if self.store is not None and self.accelerator.is_main_process:
                 self.store.save(self.position.step, state)
-            except OSError as error:  # a full disk, say: the others must hear of it
-                failure = error
-        told = first_of_ranks(None if failure is None else str(failure))
-        if told is not None:
-            raise failure or OSError(told)
         self._saved_step = self.position.step
 
     def progress(self, name: str, total: int | None) -> Callable[..., None]:

@@ -152,6 +152,18 @@ class CsvObserver(Observer):
         self.epochs.append(row)
 
 
+def event_writer(folder: Path, record: Callable[[str], None], step: int) -> Any:
+    """A ``SummaryWriter`` of TensorBoard's whose new file in ``folder`` is told to ``record``; events after ``step``,
+    from which a run goes on, are hidden."""
+    require("tensorboard", extra="train")
+    writer = require("torch.utils.tensorboard", extra="train").SummaryWriter
+    before = set(folder.glob(EVENTS))
+    made = writer(str(folder), purge_step=step + 1 if step else None)
+    for path in set(folder.glob(EVENTS)) - before:
+        record(path.name)
+    return made
+
+
 class TensorBoardObserver(Observer):
     """TensorBoard events in a folder.
 
@@ -166,12 +178,7 @@ class TensorBoardObserver(Observer):
 
     def on_start(self, start: RunStart) -> None:
         """Open the events; those after the resumed step are hidden by TensorBoard."""
-        require("tensorboard", extra="train")
-        writer = require("torch.utils.tensorboard", extra="train").SummaryWriter
-        before = set(self.folder.glob(EVENTS))
-        self._writer = writer(str(self.folder), purge_step=start.step + 1 if start.step else None)
-        for path in set(self.folder.glob(EVENTS)) - before:
-            self._record(path.name)
+        self._writer = event_writer(self.folder, self._record, start.step)
 
     def on_step(self, report: StepReport) -> None:
         """Loss, gamma, rate and speed of a logged step."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from slabformer.surgery.recalibrate import recalibrate_
 from slabformer.tasks.engine.config import RecalibrateConfig, RunConfig
+from slabformer.tasks.engine.devices import told_to_all
 from slabformer.tasks.engine.folder import Found, RunFolder
 from slabformer.tasks.engine.loop import Trainer
 from slabformer.tasks.engine.observers import CsvObserver, Observer, TensorBoardObserver
@@ -81,12 +82,12 @@ def train_and_finish(run: Run[Result], csv: CsvObserver, observers: Sequence[Obs
         watchers.append(TensorBoardObserver(run.folder.path, run.folder.record))
     trainer = run.trainer(watchers)
     with ExitStack() as stack:
-        if run.accelerator.is_main_process:
-            stack.enter_context(run.folder.claimed(run.config.overwrite))
-            run.folder.record(csv.epochs.path.name, csv.steps.path.name)
-            for observer in watchers:
-                stack.callback(observer.on_end)
-        run.accelerator.wait_for_everyone()
+        with told_to_all():
+            if run.accelerator.is_main_process:
+                stack.enter_context(run.folder.claimed(run.config.overwrite))
+                run.folder.record(csv.epochs.path.name, csv.steps.path.name)
+                for observer in watchers:
+                    stack.callback(observer.on_end)
         checkpoint = trainer.resume()
         if checkpoint is not None and run.accelerator.is_main_process:
             logger.info("going on from %s", checkpoint)

@@ -9,11 +9,14 @@ deployed, report = slabformer.fuse(model.eval(), (), {"input_ids": tokens, "use_
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -74,6 +77,7 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
         self.stagger, self.align, self.guard = stagger, align, guard
         self.schedule: ProgressiveSchedule | None = None
         self._aligning: RemovableHandle | None = None
+        self._ended: list[Tensor] | None = None
 
     def state(self) -> dict[str, Any]:
         """Settings and the schedule's state, which the Trainer writes into a checkpoint's ``trainer_state.json``."""
@@ -119,6 +123,8 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
         if self.align:
             self._aligning = model.register_forward_hook(self._add_alignment)
         self._forget_best(state)
+        # a run that goes on from its last step: the Trainer takes one more before it looks
+        self._ended = [each.clone() for each in _tensors(model)] if state.global_step >= state.max_steps else None
         if isinstance(model, PreTrainedModel):
             note_norms_(model)
         if not isinstance(model, SlabLlamaPreTrainedModel):  # which keeps it out by itself
@@ -130,9 +136,25 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
         """Let no model with gamma above 0 be the best."""
         self._forget_best(state)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move on by one."""
+    @torch.no_grad()
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Move on by one; take back a step beyond the last."""
         assert self.schedule is not None
+        assert model is not None
+        if self._ended is not None:
+            for each, before in zip(_tensors(model), self._ended, strict=True):
+                each.copy_(before)
+            state.global_step -= 1
+            control.should_log = control.should_evaluate = control.should_save = False
+            control.should_training_stop = True
+            return
         self.schedule.step()
 
     def on_log(
@@ -191,6 +213,10 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
     def _forget_best(self, state: TrainerState) -> None:
         if self.gamma:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
 
 
 def _check_adapters(model: nn.Module) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 import slabformer as sf
 from slabformer.models.llama import SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.engine.build import check_accumulate
 from slabformer.tasks.engine.checkpoint import CheckpointFolders
+from slabformer.tasks.engine.devices import told_to_all
+from slabformer.tasks.engine.observers import event_writer
 from slabformer.tasks.engine.process import leaves_the_process_alone
 from slabformer.tasks.engine.seeds import reseed
 from slabformer.tasks.engine.session import open_folder
@@ -77,9 +79,11 @@ def train(config: TrainConfig) -> TrainResult:
     if isinstance(text.train, PackedBlocks):
         samples = config.batch_size * arguments.world_size
         check_accumulate(config.accumulate, -(-len(text.train) // samples))
-    with folder.claimed(config.overwrite) if arguments.process_index == 0 else nullcontext():
+    with ExitStack() as stack:
+        with told_to_all():
+            if arguments.process_index == 0:
+                stack.enter_context(folder.claimed(config.overwrite))
         if arguments.world_size > 1:
-            dist.barrier()
             sf.sync_norms_(model)
         return _run(config, folder, text, model, arguments, checkpoint)
 
@@ -131,7 +135,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         eval_steps=config.eval_every,
         save_steps=config.save_every,
         save_total_limit=config.keep,
-        report_to=["tensorboard"] if config.tensorboard else "none",
+        report_to="none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
@@ -153,6 +157,11 @@ def _run(
         # the first one: a run that was stopped has not ended with gamma above 0
         signals = stack.enter_context(StopSignals())
         callbacks: list[TrainerCallback] = [SignalCallback(signals), record]
+        if config.tensorboard and arguments.process_index == 0:
+            step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+            events = event_writer(folder.path, folder.record, step)
+            stack.callback(events.close)
+            callbacks.append(TensorBoardCallback(events))
         if prepbn_modules(model):
             callbacks.append(ProgressiveCallback(**vars(config.gamma)))
         trainer = LanguageTrainer(
@@ -166,8 +175,9 @@ def _run(
             record=folder.record,
         )
         trainer.remove_callback(PrinterCallback)
-        if trainer.is_world_process_zero():
-            folder.record(record.steps.path.name, record.metrics.path.name)
+        with told_to_all():
+            if trainer.is_world_process_zero():
+                folder.record(record.steps.path.name, record.metrics.path.name)
         began = time.perf_counter()
         trainer.train_to_end(checkpoint)
         seconds = time.perf_counter() - began
@@ -175,10 +185,11 @@ def _run(
             "seconds": round(seconds, 1),
             "resumed": checkpoint is not None,
         }
-    if trainer.is_world_process_zero():
-        model.config.use_cache = True
-        save_model_folder(model, text.tokenizer, folder.path, folder.record)
-        folder.finish(summary)
+    with told_to_all():
+        if trainer.is_world_process_zero():
+            model.config.use_cache = True
+            save_model_folder(model, text.tokenizer, folder.path, folder.record)
+            folder.finish(summary)
     return TrainResult(output=folder.path, summary=summary)
 
 

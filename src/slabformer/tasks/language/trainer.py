@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ import slabformer as sf
 from slabformer.nn.controls import prepbn_modules
 from slabformer.ops.precision import wide_device
 from slabformer.tasks.engine.checkpoint import LAST_FILE, CheckpointFolders
-from slabformer.tasks.engine.devices import broadcast, first_of_ranks
+from slabformer.tasks.engine.devices import broadcast, first_of_ranks, told_to_all
 from slabformer.tasks.engine.nonfinite import (
     NonFiniteError,
     NonFiniteGuard,
@@ -145,17 +145,20 @@ class LanguageTrainer(Trainer):
         name = first_of_ranks(first_nonfinite_tensor(self.net.state_dict()))
         if name is not None:
             raise NonFiniteError(f"{name} became non-finite by step {self.state.global_step}; {self._kept()}")
-        main = self.is_world_process_zero()
-        with self._checkpoints.writing(self.state.global_step) if main else nullcontext() as place:
+        step, place = self.state.global_step, None
+        with ExitStack() as stack:
+            with told_to_all():
+                if self.is_world_process_zero():
+                    place = stack.enter_context(self._checkpoints.writing(step))
             self._place = Path(broadcast(None if place is None else str(place)))
             try:
-                super()._save_checkpoint(model, trial)
+                with told_to_all(), self._checkpoints.errors_of(step):  # each rank writes the state of its generators
+                    super()._save_checkpoint(model, trial)
             finally:
                 self._place = None
-            if self.args.world_size > 1:
-                dist.barrier()  # each rank writes the state of its generators
-            if place is not None:
-                self._checkpoints.keep_from(place, self.state.global_step)
+            with told_to_all(), self._checkpoints.errors_of(step):
+                if place is not None:
+                    self._checkpoints.keep_from(place, step)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer puts a checkpoint's folder: out of sight while it is being written."""

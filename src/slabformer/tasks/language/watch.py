@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slabformer._extras import require
+from slabformer.tasks.engine.devices import told_to_all
 from slabformer.tasks.engine.observers import CsvFile
 from slabformer.tasks.engine.signals import StoppedError, StopSignals
 
@@ -43,10 +44,12 @@ class RecordCallback(TrainerCallback):
     ) -> None:
         """Drop the rows that will be written again, and open the bar."""
         self._last = (state.global_step, time.perf_counter())
+        with told_to_all():
+            if state.is_world_process_zero:
+                for file in (self.steps, self.metrics):
+                    file.cut("step", state.global_step + 1)
         if not state.is_world_process_zero:
             return
-        for file in (self.steps, self.metrics):
-            file.cut("step", state.global_step + 1)
         if state.global_step:
             self._console.print(f"going on from step {state.global_step} of {state.max_steps}")
         if self._console.is_terminal:
@@ -61,13 +64,17 @@ class RecordCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """A row and a line for a logged step."""
-        if not state.is_world_process_zero or "learning_rate" not in (logs or {}):
+        if "learning_rate" not in (logs or {}):
             return
         now, step = time.perf_counter(), state.global_step
         speed = (step - self._last[0]) * self.tokens_per_step / max(now - self._last[1], 1e-9)
         self._last = (step, now)
         row = {"step": step, "loss": logs["loss"], "lr": logs["learning_rate"], "tokens_per_second": speed}
-        self.steps.append(row | {name: logs[name] for name in ("gamma",) if name in logs})
+        with told_to_all():
+            if state.is_world_process_zero:
+                self.steps.append(row | {name: logs[name] for name in ("gamma",) if name in logs})
+        if not state.is_world_process_zero:
+            return
         gamma = f"  gamma {logs['gamma']:.3f}" if "gamma" in logs else ""
         line = f"loss {row['loss']:.4f}{gamma}  lr {row['lr']:.2e}  {speed:,.0f} tokens/s"
         if self._bar is not None:
@@ -80,9 +87,11 @@ class RecordCallback(TrainerCallback):
     ) -> None:
         """A row and a line for an evaluation, whose time does not count for the speed."""
         self._last = (state.global_step, time.perf_counter())
+        gamma = {name: state.log_history[-1][name] for name in ("gamma",) if name in state.log_history[-1]}
+        with told_to_all():
+            if state.is_world_process_zero:
+                self.metrics.append({"step": state.global_step, **gamma, **metrics})
         if state.is_world_process_zero:
-            gamma = {name: state.log_history[-1][name] for name in ("gamma",) if name in state.log_history[-1]}
-            self.metrics.append({"step": state.global_step, **gamma, **metrics})
             figures = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
             self._console.print(f"step {state.global_step}: {figures}", soft_wrap=True)
 
