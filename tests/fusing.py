@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer.nn import PRepBN, RepBN
-from slabformer.surgery.fuse import FuseReport, fuse
+from slabformer.surgery.fuse import FuseReport, NormOutcome, Reason, fuse
 from slabformer.surgery.outputs import tensors_of
 from slabformer.testing import randomize_norms_
 from tolerances import assert_close
@@ -85,7 +85,17 @@ def outcomes(model: nn.Module, example: Any = X, **options: Any) -> list[tuple[s
     return [(o.name, o.action, o.into, o.reason) for o in report]
 
 
-def reason(model: nn.Module, example: Any = X, name: str = "norm", **options: Any) -> str:
+def kept(model: nn.Module, example: Any = X, name: str = "norm", **options: Any) -> NormOutcome:
     _, report = fused(model, example, **options)
     assert report[name].action == "kept"
-    return report[name].reason
+    return report[name]
+
+
+def reason(model: nn.Module, example: Any = X, name: str = "norm", **options: Any) -> str:
+    """Why a norm stays, in words."""
+    return kept(model, example, name, **options).reason
+
+
+def codes(model: nn.Module, example: Any = X, name: str = "norm", **options: Any) -> tuple[Reason, ...]:
+    """Why a norm stays."""
+    return kept(model, example, name, **options).codes

@@ -102,3 +102,33 @@ def test_a_row_is_the_same_after_json(coverage: Any) -> None:
     )
     assert coverage.Row.of(json.loads(json.dumps(asdict(row)))) == row
     assert "| 3 | 2 | 0 | 1 | 2/3 |" in coverage.table_row(row)
+
+
+@pytest.mark.filterwarnings("ignore")  # other libraries' own
+def test_the_page_is_made_by_one_call_and_goes_on_where_it_stopped(
+    coverage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = "torch/TransformerEncoder, norm_first=True"
+    monkeypatch.setattr(coverage, "PAGE", tmp_path / "coverage.md")
+    monkeypatch.setattr(coverage, "STATE", tmp_path / "coverage.json")
+    coverage.main(["--only", f"^{subject}$"])
+    (row,) = (line for line in (tmp_path / "coverage.md").read_text().splitlines() if line.startswith("| torch |"))
+    assert counts(row)[3:] == ["5", "4", "0", "1"]
+    monkeypatch.setattr(coverage, "attempt", lambda *_: pytest.fail("measured again"))
+    coverage.main(["--only", f"^{subject}$"])
+
+
+def test_rows_are_measured_again_with_other_code(coverage: Any) -> None:
+    row = asdict(coverage.Row("timm", "vit", "vit", norms=1))
+    version = coverage.code_version()
+    assert coverage.is_done({"version": version, "row": row}, version, 0)
+    assert not coverage.is_done({"version": "older", "row": row}, version, 0)
+    assert len(version.split()) == 5
+
+
+def test_the_code_that_a_row_depends_on_is_all_there(coverage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    own = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or own(path))
+    coverage.code_version()
+    assert {"coverage_places.py", "decide.py", "affine.py", "prepbn.py"} <= set(read)

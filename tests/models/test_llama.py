@@ -22,6 +22,7 @@ from slabformer.models.llama import (
 from slabformer.models.weights.official import load_published, to_published
 from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.nn.norms import norm_types
+from slabformer.surgery.fuse import Reason
 from slabformer.tasks.conversion import count_norms
 from slabformer.testing import randomize_norms_
 from tolerances import EXACT, FLOAT32, assert_close
@@ -273,7 +274,7 @@ def test_a_tied_head_keeps_the_last_norm() -> None:
     for norm in prepbn_modules(made).values():
         norm.set_gamma(0.0)
     _, report = sf.fuse(made, (), {"input_ids": TOKENS})
-    assert [(o.name, "tied" in o.reason) for o in report if o.action == "kept"] == [("model.norm", True)]
+    assert [(o.name, Reason.TIED in o.codes) for o in report if o.action == "kept"] == [("model.norm", True)]
 
 
 def test_the_forward_says_which_inputs_it_takes() -> None:

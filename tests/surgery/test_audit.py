@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusing import Net, ready, tokens
 from slabformer.surgery.audit import audit, time_norms
 from slabformer.surgery.convert import convert_norms_
-from slabformer.surgery.fuse import fuse
+from slabformer.surgery.fuse import Reason, fuse
 
 X = tokens(2, 4, 6).float()
 
@@ -69,7 +69,7 @@ def test_a_model_that_cannot_be_traced_says_so() -> None:
         return m.head(y) if y.sum().item() > 0 else y
 
     report = audit(Net(branch, last=nn.LayerNorm(6), head=nn.Linear(6, 6)), X)
-    assert "torch.export cannot trace the model" in report["last"].reason
+    assert report["last"].codes == (Reason.NOT_TRACEABLE,)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -79,10 +79,12 @@ def test_what_looks_like_a_norm_and_stays_is_listed(device: str) -> None:
     report = audit(model, X.to(device))
     assert [o.action for o in report] == ["forward"]
     assert [(norm.name, norm.kind) for norm in report.left] == [("0", "LayerNorm")]
-    assert "several axes" in report.left[0].reason
+    assert report.left[0].code == Reason.SEVERAL_AXES
     assert "1 that look like norms left as they are" in report.summary()
     assert "0  left      LayerNorm: it normalises over several axes" in report.table()
-    assert report.to_dict()["left"] == [{"name": "0", "kind": "LayerNorm", "reason": report.left[0].reason}]
+    assert report.to_dict()["left"] == [
+        {"name": "0", "kind": "LayerNorm", "reason": report.left[0].reason, "code": "several-axes"}
+    ]
     alone = audit(model[:1], X.to(device))
     assert (len(alone), len(alone.left)) == (0, 1)
 
@@ -101,7 +103,7 @@ def test_norms_in_the_code_of_other_modules_are_listed(device: str) -> None:
         model = nn.Sequential(Attention(), nn.Linear(6, 6))
     report = audit(model, X.to(device))
     assert [o.name for o in report] == ["0.norm"]
-    assert report.left == (("0", "Attention", "its code calls rms_norm; a norm must be a module"),)
+    assert report.left == (("0", "Attention", "its code calls rms_norm; a norm must be a module", Reason.IN_CODE),)
 
 
 def test_a_model_without_norms_is_refused() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fusing import FUSED, Net, X, fused, net, norm, outcomes, ready, reason
 from slabformer.nn import Affine, PRepBN
-from slabformer.surgery.fuse import fuse, fuse_
+from slabformer.surgery.fuse import Reason, fuse, fuse_
 from tolerances import assert_close
 
 
@@ -35,7 +35,7 @@ def test_a_second_fuse_changes_nothing() -> None:
     )
     first, report = fused(model, X)
     second, again = fused(first, X)
-    assert [(o.name, o.action, o.reason) for o in again] == [(o.name, o.action, o.reason) for o in report if not o.into]
+    assert [(o.name, o.action, o.codes) for o in again] == [(o.name, o.action, o.codes) for o in report if not o.into]
     assert first.state_dict().keys() == second.state_dict().keys()
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
@@ -64,7 +64,7 @@ def test_hooks_survive_and_keep_what_they_look_at() -> None:
     model.norm.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
     model.linear.register_forward_hook(lambda module, args, output: output * 2)
     result, report = fused(model, X)
-    assert report["norm"].reason == "it has forward hooks, which see its output"
+    assert report["norm"].codes == (Reason.HOOKS,)
     seen.clear()
     model(X), result(X)
     assert_close(seen[1], seen[0], FUSED)
@@ -91,7 +91,7 @@ def test_a_model_that_cannot_be_traced_still_loses_its_norms() -> None:
     assert "y.sum().item() > 0" in report["norm"].reason
 
 
-def test_models_that_change_themselves_are_traced_on_a_twin() -> None:
+def test_models_that_change_themselves_are_traced_on_a_copy() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         m.calls += 1
         m.count += 1
@@ -142,5 +142,5 @@ def test_the_report_is_a_table_and_plain_data() -> None:
     assert str(report["two"]).startswith("two kept as Affine: its output feeds an add")
     assert report.table().splitlines()[0] == "one  forward   a"
     data = report.to_dict()
-    assert data["norms"][0] == {"name": "one", "action": "forward", "into": ["a"], "reason": ""}
+    assert data["norms"][0] == {"name": "one", "action": "forward", "into": ["a"], "reason": "", "codes": []}
     assert (data["num_folded"], data["input_shapes"]) == (1, [[[2, 4, 6]]])

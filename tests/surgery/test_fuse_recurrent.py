@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusing import X, fused, net, norm, reason
+from fusing import X, codes, fused, net, norm
+from slabformer.surgery.fuse import Reason
 
 LAYERS = {
     "lstm": lambda **options: nn.LSTM(6, 5, **options),
@@ -36,19 +37,19 @@ def test_a_norm_folds_into_the_input_weights_of_each_direction(build: Any, optio
 
 def test_a_recurrent_layer_in_front_of_a_norm_is_no_linear_that_could_take_it_over() -> None:
     model = net(lambda m, x: torch.tanh(m.norm(m.layer(x)[0])), layer=nn.LSTM(6, 5), norm=norm(5))
-    assert reason(model).endswith("its input comes from a lstm")
+    assert codes(model)[-1] == Reason.COMES_FROM_OPERATION
 
 
 def test_a_norm_that_is_the_state_of_a_recurrent_layer_is_kept() -> None:
     model = net(lambda m, x: m.layer(x.sin(), m.norm(x[:1]))[0], norm=norm(), layer=nn.GRU(6, 6))
-    assert reason(model).startswith("its output serves as a weight or state of a gru")
+    assert codes(model)[0] == Reason.FURTHER_ARGUMENT
 
 
 def test_a_recurrent_layer_without_biases_keeps_the_norm() -> None:
     model = net(read, norm=norm(), layer=nn.LSTM(6, 5, bias=False))
-    assert reason(model).startswith("layer.weight_ih_l0 has no bias to take the shift")
+    assert codes(model)[0] == Reason.NO_BIAS
 
 
 def test_a_recurrent_layer_that_also_reads_something_else_keeps_the_norm() -> None:
     model = net(lambda m, x: m.layer(m.norm(x))[0] + m.layer(x)[0], norm=norm(), layer=nn.LSTM(6, 5))
-    assert reason(model).startswith("layer.weight_ih_l0 is also used on another input by a lstm")
+    assert codes(model)[0] == Reason.SHARED_LAYER

@@ -7,23 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from fusing import fused, net, norm, tokens
-from slabformer.surgery.fuse.graph.labels import compress
-from slabformer.surgery.fuse.graph.rules import RULES, Rule
-from slabformer.surgery.fuse.graph.trace import trace
-from slabformer.surgery.fuse.tree.copies import Example, deployed_twin
+from slabformer.surgery.fuse.graph.rules import RULES, Rule, compress
+from slabformer.surgery.fuse.graph.trace import trace_model
+from slabformer.surgery.fuse.tree.copies import Example, deployed_copy
 from slabformer.surgery.fuse.tree.norms import find_norms
+from slabformer.surgery.reasons import Reason
 
 Step = Callable[[Tensor], Tensor]
 
-SEVERAL = "an output channel of linear meets several of its channels"
 #: examples that duplicate channels, or put others beside them: fine in front of a Linear, not behind one
 NOT_BACKWARD = {
-    "repeat.default": SEVERAL,
-    "repeat_interleave.self_int": SEVERAL,
-    "cat.default": "its input comes from a new_ones",
-    "pixel_shuffle.default": SEVERAL,
-    "unfold.default": SEVERAL,
-    "new_empty.default": "its input comes from a zeros_like",
+    "repeat.default": Reason.CHANNELS_MIXED,
+    "repeat_interleave.self_int": Reason.CHANNELS_MIXED,
+    "cat.default": Reason.COMES_FROM_OPERATION,
+    "pixel_shuffle.default": Reason.CHANNELS_MIXED,
+    "unfold.default": Reason.CHANNELS_MIXED,
+    "new_empty.default": Reason.COMES_FROM_OPERATION,
 }
 
 
@@ -53,15 +52,15 @@ def test_a_norm_folds_through(rule: Rule) -> None:
 def test_the_example_of_a_rule_holds_its_operation(rule: Rule) -> None:
     assert rule.example is not None
     model = between(rule.example)
-    graph = trace(deployed_twin(model), find_norms(model), Example((tokens(2, 4, 6),), {})).graph
+    graph = trace_model(deployed_copy(model), find_norms(model), Example((tokens(2, 4, 6),), {})).graph
     assert any(node.target in rule.ops for node in graph.nodes)
 
 
-@pytest.mark.parametrize(("step", "reason"), REFUSES)
-def test_a_norm_is_kept_before(step: Step, reason: str) -> None:
+@pytest.mark.parametrize(("step", "code"), REFUSES)
+def test_a_norm_is_kept_before(step: Step, code: Reason) -> None:
     _, report = fused(between(step), tokens(2, 4, 6))
     assert report.num_kept == 1
-    assert reason in report["norm"].reason
+    assert report["norm"].codes[0] == code
 
 
 @pytest.mark.parametrize("rule", PASSES)
@@ -72,8 +71,8 @@ def test_a_norm_folds_backward_through(rule: Rule) -> None:
     model = net(lambda m, x: torch.tanh(m.norm(step(m.linear(x)))), linear=nn.Linear(3, 6), norm=norm(width))
     _, report = fused(model, tokens(2, 4, 3))
     outcome = report["norm"]
-    assert (outcome.action, outcome.reason.rpartition("; ")[2]) == (
-        ("kept", NOT_BACKWARD[name_of(rule)]) if name_of(rule) in NOT_BACKWARD else ("backward", "")
+    assert (outcome.action, outcome.codes[1:]) == (
+        ("kept", (NOT_BACKWARD[name_of(rule)],)) if name_of(rule) in NOT_BACKWARD else ("backward", ())
     )
 
 

@@ -18,7 +18,7 @@ from fusing import assert_same_outputs, fused, ready, tokens
 from slabformer.nn import Folded
 from slabformer.surgery.convert import convert_norms_
 from slabformer.surgery.fuse import fuse
-from slabformer.surgery.fuse.tree.plain import plain_
+from slabformer.surgery.fuse.tree.files import plain_
 from tolerances import EXACT, assert_close
 
 NORMALISES = re.compile("norm|var|rsqrt", re.IGNORECASE)

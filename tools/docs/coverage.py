@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,9 @@ def code_version() -> str:
     """Changes when a row could come out differently."""
     digest = hashlib.sha256()
     rooms = [ROOT / "src" / "slabformer" / room for room in ("ops", "nn", "surgery")]
-    for path in sorted([*(path for room in rooms for path in room.rglob("*.py")), *ROOT.glob("docs/coverage*.py")]):
+    for path in sorted(
+        [*(path for room in rooms for path in room.rglob("*.py")), *Path(__file__).parent.glob("coverage*.py")]
+    ):
         digest.update(path.read_bytes())
     versions = (importlib.metadata.version(name) for name in ("torch", "timm", "transformers", "torchvision"))
     return f"{digest.hexdigest()[:12]} {' '.join(versions)}"
@@ -199,7 +201,7 @@ def code_version() -> str:
 # --- running -------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -207,7 +209,7 @@ def main() -> None:
     )
     parser.add_argument("--speed", default="^$", help="a regular expression of those whose speed is measured, slowly")
     parser.add_argument("--speed-limit", type=int, default=300, help="seconds after which that is given up")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     state: dict[str, Any] = json.loads(STATE.read_text()) if STATE.is_file() else {}

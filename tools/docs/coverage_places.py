@@ -8,12 +8,10 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from slabformer.surgery.fuse.graph.labels import unread
-from slabformer.surgery.fuse.graph.marks import NORM
-from slabformer.surgery.fuse.graph.rules import CHECKS, FOLLOW
-from slabformer.surgery.fuse.graph.sites import readers_of_input
-from slabformer.surgery.fuse.graph.trace import Trace, trace
-from slabformer.surgery.fuse.tree.copies import Example, deployed_twin
+from slabformer.surgery.fuse.consumers import readers_at
+from slabformer.surgery.fuse.graph.rules import CHECKS, FOLLOW, unread
+from slabformer.surgery.fuse.graph.trace import NORM, Trace, trace_model
+from slabformer.surgery.fuse.tree.copies import Example, deployed_copy
 from slabformer.surgery.fuse.tree.norms import find_norms
 
 
@@ -24,7 +22,7 @@ def pre_norms(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     passed, other norms too. So a norm in front of a Linear over tokens is one of them, although none can fold.
     """
     norms = find_norms(model)
-    traced = trace(deployed_twin(model), norms, Example(args, kwargs))
+    traced = trace_model(deployed_copy(model), norms, Example(args, kwargs))
     found = {norm.name: traced.calls.get(norm.index, []) for norm in norms}
     return {name for name, calls in found.items() if calls and all(_is_pre_norm(traced, call) for call in calls)}
 
@@ -35,7 +33,7 @@ def _is_pre_norm(traced: Trace, call: Node) -> bool:
     while pending:
         node = pending.pop()
         for user in node.users:
-            sites = readers_of_input(user)
+            sites = readers_at(user)
             if sites:
                 reaches_a_site = True
                 if any(site.padded or site.input is not node for site in sites):

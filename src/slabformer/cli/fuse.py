@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
+from rich.markup import escape
 from rich.table import Table
 
 import slabformer as sf
@@ -92,7 +93,7 @@ def plain_recipe(fused: nn.Module, info: ModelInfo, rtol: float) -> str:
 
     from slabformer.models.registry import baseline_of
     from slabformer.nn import Folded
-    from slabformer.surgery.fuse.tree.plain import plain_
+    from slabformer.surgery.fuse.tree.files import plain_
     from slabformer.tasks.saved_model import create_model
 
     timm, refusals = require("timm", extra="vision"), []
@@ -125,7 +126,7 @@ def fuse_table(report: FuseReport) -> Table:
     """Where each norm went."""
     table = Table("norm", "went", "into, or why not", title="norms")
     for outcome in report:
-        table.add_row(outcome.name, ACTIONS[outcome.action], ", ".join(outcome.into) or outcome.reason)
+        table.add_row(outcome.name, ACTIONS[outcome.action], escape(outcome.in_words()))
     for norm in report.left:
-        table.add_row(norm.name, "[red]left[/]", f"{norm.kind}: {norm.reason}")
+        table.add_row(norm.name, "[red]left[/]", escape(f"{norm.kind}: {norm.reason} [{norm.code}]"))
     return table

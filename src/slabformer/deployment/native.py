@@ -12,7 +12,7 @@ from slabformer.nn.attention import LinearAttentionCore
 from slabformer.ops.dispatch import NARROWEST, NATIVE_STEP, NATIVE_THRESHOLDS, WIDEST
 from slabformer.ops.native.build import BuildError
 from slabformer.ops.native.linear_attention import prepare
-from slabformer.surgery.fuse.tree.copies import twin
+from slabformer.surgery.fuse.tree.copies import copy_model
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def natively(model: Model, device: torch.device, notes: list[str] | None = None)
     """
     if not runs_natively(model, device):
         return model, 0
-    native = cast(Model, twin(model, lambda tensor: tensor))
+    native = cast(Model, copy_model(model, lambda tensor: tensor))
     try:
         return native, use_native_(native)
     except BuildError as error:

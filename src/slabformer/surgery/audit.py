@@ -18,13 +18,13 @@ from slabformer.nn.norms import norm_type
 from slabformer.surgery.batches import eval_mode
 from slabformer.surgery.convert import LeftNorm, find_layer_norms, nothing_to_convert, replace_norms_
 from slabformer.surgery.fuse.report import FuseReport
-from slabformer.surgery.fuse.search.check import check_examples, shapes_of
-from slabformer.surgery.fuse.search.propose import propose
-from slabformer.surgery.fuse.tree.copies import Example, deployed_twin, quiet
+from slabformer.surgery.fuse.search.decide import propose
+from slabformer.surgery.fuse.search.request import check_examples, shapes_of
+from slabformer.surgery.fuse.tree.copies import Example, deployed_copy, quiet
 from slabformer.surgery.fuse.tree.fold import set_module
 from slabformer.surgery.fuse.tree.norms import Norm, find_norms, tail_of
-from slabformer.surgery.fuse.tree.plan import outcomes
-from slabformer.surgery.fuse.tree.ties import Untied
+from slabformer.surgery.fuse.tree.sharing import Untied
+from slabformer.surgery.reasons import Reason
 from slabformer.surgery.recognise import HOOKS
 
 #: what code that is no module of its own normalises with
@@ -79,7 +79,7 @@ def audit(
         ValueError: If the model has nothing that looks like a norm, or cannot be copied.
     """
     examples = check_examples(example_inputs, example_kwargs)
-    copied = deployed_twin(model).eval()
+    copied = deployed_copy(model).eval()
     norms, left = _as_affines_(copied)
     left += _norms_in_code(model, examples, [name for norm in norms for name in norm.names] + [n.name for n in left])
     if not norms and not left:
@@ -90,7 +90,7 @@ def audit(
         ):  # a fresh LayerScale is next to 0, a trained one is not
             parameter.data = torch.ones_like(parameter)
     plan = propose(copied, norms, examples, fixed_size, Untied(copied) if untie else None) if norms else None
-    return FuseReport(outcomes(norms, plan) if plan else (), shapes_of(examples), left)
+    return FuseReport(plan.outcomes(norms) if plan else (), shapes_of(examples), left)
 
 
 def _as_affines_(model: nn.Module) -> tuple[list[Norm], tuple[LeftNorm, ...]]:
@@ -114,7 +114,7 @@ def _norms_in_code(model: nn.Module, examples: list[Example], known: list[str]) 
 
     None if the model does not run; whoever traces it says why.
     """
-    copied, calls = deployed_twin(model).eval(), _NormCalls()
+    copied, calls = deployed_copy(model).eval(), _NormCalls()
     for name, module in copied.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: calls.inside.append(name))
         module.register_forward_hook(lambda *_: calls.inside.pop() and None, always_call=True)
@@ -127,7 +127,12 @@ def _norms_in_code(model: nn.Module, examples: list[Example], known: list[str]) 
         return ()
     inside = tuple(f"{name}." for name in known)
     return tuple(
-        LeftNorm(name, type(model.get_submodule(name)).__name__, f"its code calls {call}; a norm must be a module")
+        LeftNorm(
+            name,
+            type(model.get_submodule(name)).__name__,
+            f"its code calls {call}; a norm must be a module",
+            Reason.IN_CODE,
+        )
         for name, call in calls.found.items()
         if name not in known and not name.startswith(inside)
     )
@@ -161,8 +166,8 @@ def time_norms(
     tensors = [*model.parameters(), *example.tensors()]
     if any(tensor.device.type != "cpu" for tensor in tensors):
         raise ValueError("norms are timed on a CPU; move the model and its inputs there")
-    copied = deployed_twin(model)
-    found, left = _as_affines_(deployed_twin(model))
+    copied = deployed_copy(model)
+    found, left = _as_affines_(deployed_copy(model))
     if not found:
         raise ValueError(nothing_to_convert(model, 0, left))
     norms = [copied.get_submodule(norm.name) for norm in found]

@@ -21,6 +21,7 @@ from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.repbn import RepBN
 from slabformer.settings import Fraction, NonNegativeFloat, Number, checked
 from slabformer.surgery.one_input import optional_arguments, take_one_input_
+from slabformer.surgery.reasons import Reason, Why
 from slabformer.surgery.recognise import HOOKS, Lookalike, NormForm, Verdict, recognise
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,13 @@ class LeftNorm(NamedTuple):
         name: Of the module.
         kind: Name of its class.
         reason: Why it was left, as a clause.
+        code: Of the reason.
     """
 
     name: str
     kind: str
     reason: str
+    code: Reason
 
     def __str__(self) -> str:
         return f"{self.name} ({self.kind}) left as it is: {self.reason}"
@@ -110,7 +113,12 @@ def convert_norms_(
     asked = {name: form for name, form in others.items() if filter is None or filter(model.get_submodule(name), name)}
     found = {name: form for name, form in asked.items() if form.channel_dim == -1 or "channel_dim" in row.settings}
     left += tuple(
-        LeftNorm(name, type(model.get_submodule(name)).__name__, f"it is over the channels of maps, {row.title} is not")
+        LeftNorm(
+            name,
+            type(model.get_submodule(name)).__name__,
+            f"it is over the channels of maps, {row.title} is not",
+            Reason.OVER_MAPS,
+        )
         for name in asked
         if name not in found
     )
@@ -176,25 +184,27 @@ def find_layer_norms(model: nn.Module) -> tuple[dict[str, NormForm], tuple[LeftN
     inside = tuple(f"{name}." if name else "" for name in gone)
     known: dict[Any, Verdict] = {}
     forms: dict[str, NormForm] = {}
-    left: dict[str, str] = {}
+    left: dict[str, Why] = {}
     for name, module in modules.items():
         if name.startswith(inside) or _needs_none(module):
             continue
         found = recognise(module, known)
         if isinstance(found, NormForm) and (given := _given_by_callers(model, name, optional_arguments(module))):
-            found = Lookalike(f"its caller gives it a further input ({given})")
+            found = Lookalike(Why.of(Reason.FURTHER_INPUTS, f"its caller gives it a further input ({given})"))
         if isinstance(found, NormForm):
             forms[name] = found
         elif found is not None:
-            left[name] = found.reason
+            left[name] = found.why
     # of a norm inside another one the inner is converted, and what only looks like one is a part of the other
     forms = {name: form for name, form in forms.items() if not _holds_any(name, forms)}
     left = {
-        name: reason
-        for name, reason in left.items()
+        name: why
+        for name, why in left.items()
         if not _holds_any(name, forms) and not any(_holds_any(other, [name]) for other in (*forms, *left))
     }
-    return forms, tuple(LeftNorm(name, type(modules[name]).__name__, reason) for name, reason in left.items())
+    return forms, tuple(
+        LeftNorm(name, type(modules[name]).__name__, why.words, why.codes[0]) for name, why in left.items()
+    )
 
 
 def staying_norms(model: nn.Module) -> tuple[LeftNorm, ...]:
@@ -202,7 +212,10 @@ def staying_norms(model: nn.Module) -> tuple[LeftNorm, ...]:
     forms, _ = find_layer_norms(model)
     rows = {name: norm_types()[form.kind] for name, form in forms.items()}
     rows |= {name: row for name, row in norms_of(model) if row.scale_shift is None}
-    return tuple(LeftNorm(name, type(model.get_submodule(name)).__name__, row.stays) for name, row in rows.items())
+    return tuple(
+        LeftNorm(name, type(model.get_submodule(name)).__name__, row.stays, Reason.NOT_AFFINE)
+        for name, row in rows.items()
+    )
 
 
 def _needs_none(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer.nn.prepbn import PRepBN
-from slabformer.surgery.fuse.tree.copies import twin
+from slabformer.surgery.fuse.tree.copies import copy_model
 
 #: what is computed in a norm's place, from its input
 StandIn = Callable[[Tensor], Tensor]
@@ -34,7 +34,7 @@ class TeacherForwards:
     """
 
     def __init__(self, model: nn.Module, names: Mapping[str, PRepBN]) -> None:
-        self._model = twin(model, lambda tensor: tensor, needed_by="fit_norms_").eval()
+        self._model = copy_model(model, lambda tensor: tensor, needed_by="fit_norms_").eval()
         self._turn, self._answered = threading.Semaphore(0), threading.Semaphore(0)
         self._answer: tuple[str, Tensor] | BaseException | None = None
         self._abandoned = False

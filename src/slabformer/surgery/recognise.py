@@ -18,6 +18,7 @@ from slabformer._process import alone, no_warnings
 from slabformer.nn.norms import NormType, norm_types, rows, type_of
 from slabformer.surgery.one_input import arguments
 from slabformer.surgery.outputs import first_line
+from slabformer.surgery.reasons import Reason, Why
 
 #: where a module keeps the hooks on its calls, and what kind its backward hooks are
 HOOKS = (
@@ -44,16 +45,24 @@ _TORCH_NORMS = ("torch.nn.modules.normalization", "torch.nn.modules.instancenorm
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 
-SEVERAL_AXES = "it normalises over several axes, and RepBN over one axis of channels"
-PER_HEAD = "its gain or offset differs from head to head, and RepBN has one per channel"
-UNIT_LENGTH = "it scales to unit length (L2 normalisation), not to unit variance"
-MIXES = "its statistics run over several positions or samples, as those of GroupNorm, InstanceNorm and BatchNorm do"
-ANY_WIDTH = "it works at any width and does not say its own; give it an attribute normalized_shape = (channels,)"
-TWO_LAYOUTS = "it normalises the last axis of tokens and the first of maps; use one module for each"
-NEITHER = "it computes neither LayerNorm nor RMSNorm over one axis of channels"
-IN_TRAINING = "it computes something else in training mode"
-LARGE_ONLY = "it normalises large inputs alone"
-HOLDS_LAYERS = "it holds layers of its own"
+SEVERAL_AXES = Why.of(Reason.SEVERAL_AXES, "it normalises over several axes, and RepBN over one axis of channels")
+PER_HEAD = Why.of(Reason.PER_HEAD, "its gain or offset differs from head to head, and RepBN has one per channel")
+UNIT_LENGTH = Why.of(Reason.UNIT_LENGTH, "it scales to unit length (L2 normalisation), not to unit variance")
+MIXES = Why.of(
+    Reason.MIXES_POSITIONS,
+    "its statistics run over several positions or samples, as those of GroupNorm, InstanceNorm and BatchNorm do",
+)
+ANY_WIDTH = Why.of(
+    Reason.UNKNOWN_WIDTH,
+    "it works at any width and does not say its own; give it an attribute normalized_shape = (channels,)",
+)
+TWO_LAYOUTS = Why.of(
+    Reason.TWO_LAYOUTS, "it normalises the last axis of tokens and the first of maps; use one module for each"
+)
+NEITHER = Why.of(Reason.NOT_A_NORM, "it computes neither LayerNorm nor RMSNorm over one axis of channels")
+IN_TRAINING = Why.of(Reason.DIFFERS_IN_TRAINING, "it computes something else in training mode")
+LARGE_ONLY = Why.of(Reason.LARGE_INPUTS_ONLY, "it normalises large inputs alone")
+HOLDS_LAYERS = Why.of(Reason.HOLDS_LAYERS, "it holds layers of its own")
 
 
 @dataclass(frozen=True)
@@ -117,10 +126,10 @@ class Lookalike:
     """A module that looks like a norm, by its name or its outputs, but cannot be replaced.
 
     Attributes:
-        reason: Why not, as a clause.
+        why: Why not; its words are a clause.
     """
 
-    reason: str
+    why: Why
 
 
 Verdict = NormForm | Lookalike | None
@@ -148,7 +157,11 @@ def recognise(module: nn.Module, known: dict[Any, Verdict] | None = None) -> Ver
     required = [argument for argument in arguments(module) if argument.default is inspect.Parameter.empty]
     if len(required) > 1:
         names = ", ".join(argument.name for argument in required)
-        return Lookalike(f"its forward needs {len(required)} inputs ({names})") if named else None
+        return (
+            Lookalike(Why.of(Reason.FURTHER_INPUTS, f"its forward needs {len(required)} inputs ({names})"))
+            if named
+            else None
+        )
     known = {} if known is None else known
     try:
         key = tuple((name, type(part), *_traits(part)) for name, part in module.named_modules())
@@ -157,10 +170,14 @@ def recognise(module: nn.Module, known: dict[Any, Verdict] | None = None) -> Ver
                 known[key] = _probed(module, named)
         return known[key]
     except _CannotRunError as error:
-        known[key] = Lookalike(f"it cannot be run on its own: {error}") if named else None
+        known[key] = _cannot_run(str(error)) if named else None
         return known[key]
     except Exception as error:  # attributes of foreign code, parameters that have no shape yet
-        return Lookalike(f"it cannot be run on its own: {first_line(error)}") if named else None
+        return _cannot_run(first_line(error)) if named else None
+
+
+def _cannot_run(said: str) -> Lookalike:
+    return Lookalike(Why.of(Reason.CANNOT_RUN, f"it cannot be run on its own: {said}"))
 
 
 def _as_the_row_says(row: NormType, module: nn.Module) -> NormForm:

@@ -14,7 +14,7 @@ from slabformer._process import alone
 from slabformer.ops.precision import wide, widened
 from slabformer.settings import NonNegativeFloat, checked
 from slabformer.surgery.batches import eval_mode
-from slabformer.surgery.fuse.tree.copies import Example, twin
+from slabformer.surgery.fuse.tree.copies import Example, copy_model
 from slabformer.surgery.outputs import Plain, first_line, leaves, why_not_comparable
 
 #: two computations of one function round apart: how many of its own distances to float64 they may lie apart
@@ -196,7 +196,7 @@ def _own_errors(
 def _in_float64(model: nn.Module) -> nn.Module:
     """A copy in float64, on a CPU where the device of ``model`` has none."""
     model = getattr(model, "_orig_mod", model)  # a compiled model's own
-    return twin(model, widened)
+    return copy_model(model, widened)
 
 
 def _is_random(model: nn.Module, case: Any, expected: Outputs) -> bool:

@@ -4,34 +4,59 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from slabformer.surgery.convert import staying_norms
+from slabformer.surgery.fuse.consumers import (
+    Consumer,
+    ModuleConsumer,
+    Sample,
+    Site,
+    register_consumer,
+)
+from slabformer.surgery.fuse.graph.rules import Call, Rule, moved, register_rule, same
 from slabformer.surgery.fuse.report import FuseReport, NormOutcome
-from slabformer.surgery.fuse.search.asked import OutputLike, check_keep, check_outputs, rehearse, watched_outputs
-from slabformer.surgery.fuse.search.check import (
+from slabformer.surgery.fuse.search.decide import propose
+from slabformer.surgery.fuse.search.methods import changed_methods
+from slabformer.surgery.fuse.search.request import (
+    OutputLike,
+    Wanted,
     check_examples,
     check_model,
     check_not_compiled,
-    check_values,
     shapes_of,
 )
-from slabformer.surgery.fuse.search.methods import changed_methods
-from slabformer.surgery.fuse.search.propose import propose
-from slabformer.surgery.fuse.search.trial import Trial
-from slabformer.surgery.fuse.tree.copies import Example, Output, deployed_twin, twin
+from slabformer.surgery.fuse.search.trial import Trial, is_refuted_by
+from slabformer.surgery.fuse.tree.copies import Example, copy_model
 from slabformer.surgery.fuse.tree.files import load_fused, save_fused
-from slabformer.surgery.fuse.tree.fold import Solution, commit, solve
-from slabformer.surgery.fuse.tree.norms import Norm
-from slabformer.surgery.fuse.tree.plan import Plan, outcomes
+from slabformer.surgery.fuse.tree.fold import commit
+from slabformer.surgery.fuse.tree.norms import Norm, find_norms
+from slabformer.surgery.fuse.tree.sharing import Untied, note_untied_
 from slabformer.surgery.fuse.tree.size import at_another_size, fix_size_, sizes_of
-from slabformer.surgery.fuse.tree.ties import Untied, note_untied_
-from slabformer.surgery.fuse.tree.watch import hooked
+from slabformer.surgery.reasons import Reason, RefusalError
 
-__all__ = ["FuseReport", "NormOutcome", "fuse", "fuse_", "load_fused", "save_fused"]
+__all__ = [
+    "Call",
+    "Consumer",
+    "FuseReport",
+    "ModuleConsumer",
+    "NormOutcome",
+    "Reason",
+    "RefusalError",
+    "Rule",
+    "Sample",
+    "Site",
+    "fuse",
+    "fuse_",
+    "load_fused",
+    "moved",
+    "register_consumer",
+    "register_rule",
+    "same",
+    "save_fused",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +113,8 @@ def fuse(
     """
     check_model(model, allow_gamma)
     examples = check_examples(example_inputs, example_kwargs)
-    copied = twin(model)
-    return copied, _fuse(copied, examples, keep, outputs, fixed_size, untie, allow_gamma)
+    copied = copy_model(model)
+    return copied, _fuse(copied, find_norms(copied), examples, keep, outputs, fixed_size, untie)
 
 
 def fuse_(
@@ -104,75 +129,43 @@ def fuse_(
     allow_gamma: bool = False,
 ) -> FuseReport:
     """:func:`fuse` in place: the same arguments and errors, all raised before anything changes; returns the report."""
-    check_model(model, allow_gamma)
+    norms = check_model(model, allow_gamma)
     check_not_compiled(model)
     examples = check_examples(example_inputs, example_kwargs)
-    return _fuse(model, examples, keep, outputs, fixed_size, untie, allow_gamma)
+    return _fuse(model, norms, examples, keep, outputs, fixed_size, untie)
 
 
 def _fuse(
     model: nn.Module,
+    norms: Sequence[Norm],
     inputs: Sequence[Example],
     keep: str | Sequence[str],
     outputs: OutputLike | Sequence[OutputLike],
     fixed_size: bool,
     untie: bool,
-    allow_gamma: bool,
 ) -> FuseReport:
-    norms = check_model(model, allow_gamma)
-    check_values(norms)
-    kept, asked = check_keep(model, norms, keep), [Output(), *check_outputs(model, outputs)]
-    watched = (*watched_outputs(kept), *hooked(model))
-
-    def each_output(inputs: Sequence[Example]) -> list[Example]:
-        return [replace(example, output=output, watched=watched) for example in inputs for output in asked]
-
-    examples = each_output(inputs)
-    if kept or len(asked) > 1:
-        rehearse(deployed_twin(model), examples, kept)
-    trial = Trial(model, norms, examples)
+    """Ask what must stay, propose, try, and only then change ``model``."""
+    wanted = Wanted.of(model, norms, keep, outputs)
+    examples = wanted.examples(inputs)
+    wanted.rehearse(examples)
     untied = Untied(model) if untie else None
+    trial = Trial(model, norms, examples)
     plan = propose(model, norms, examples, fixed_size, untied)
-    solution = _settle(trial, plan, examples)
+    solution = trial.settle(plan)
     other = None if fixed_size or len(inputs) > 1 else at_another_size(inputs[0])
-    if other is not None and _refutes(model, norms, each_output([other]), plan):
+    if other is not None and is_refuted_by(model, norms, wanted.examples([other]), plan):
         inputs = [*inputs, other]
-        examples = each_output(inputs)
+        examples = wanted.examples(inputs)
         plan = propose(model, norms, examples, fixed_size, untied)
-        solution = _settle(Trial(model, norms, examples), plan, examples)
+        solution = Trial(model, norms, examples).settle(plan)
     if untied is not None:
         untied.put_together(solution.tensors)
-    before, after = deployed_twin(model, trial.dtype), deployed_twin(model, trial.dtype)
-    commit(after, solution, plan.untouchable)
-    changed = changed_methods(before, after, trial.examples[0])
-    del before, after
+    changed = changed_methods(*trial.before_and_after(solution, plan), trial.examples[0])
     commit(model, solution, plan.untouchable)
     if untied is not None:
         note_untied_(model)
     if fixed_size:
         fix_size_(model, [sizes_of(example) for example in inputs])
-    report = FuseReport(outcomes(norms, plan), shapes_of(inputs), staying_norms(model), changed)
+    report = FuseReport(plan.outcomes(norms), shapes_of(inputs), staying_norms(model), changed)
     logger.debug("%s: %s", type(model).__name__, report.summary())
     return report
-
-
-def _settle(trial: Trial, plan: Plan, examples: Sequence[Example]) -> Solution:
-    """What is left of ``plan`` on trial, also where outputs are no longer hidden by parameters that are 0."""
-    solution = trial.settle(plan)
-    seeing = trial.seeing(examples) if trial.is_blind() else None
-    if seeing is None:
-        return solution
-    seeing.settle(plan)
-    return solve(trial.model, trial.norms, plan.edits)
-
-
-def _refutes(model: nn.Module, norms: Sequence[Norm], examples: Sequence[Example], plan: Plan) -> bool:
-    """Whether ``plan`` changes what is asked for on ``examples``, which have another image size.
-
-    A graph does not show what a forward does at other sizes only, such as ``if pad > 0: pad``.
-    """
-    try:
-        trial = Trial(model, norms, examples)
-    except ValueError:  # a model for one size
-        return False
-    return not trial.holds(plan)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from slabformer.surgery.convert import LeftNorm
+from slabformer.surgery.reasons import Reason
 
 Action = Literal["forward", "backward", "kept"]
 
@@ -20,18 +21,24 @@ class NormOutcome:
         name: Of the module; the first of its names where it is tied.
         action: "forward" into what follows, "backward" into what precedes, or "kept".
         into: Names of the modules and parameters that took it over; empty when kept.
-        reason: Why it was kept; empty otherwise.
+        reason: Why it was kept, in words; empty otherwise.
+        codes: The same for programs: of each reason in the words, the one against folding forward first.
     """
 
     name: str
     action: Action
     into: tuple[str, ...] = ()
     reason: str = ""
+    codes: tuple[Reason, ...] = ()
 
     def __str__(self) -> str:
         if self.action == "kept":
-            return f"{self.name} kept as Affine: {self.reason}"
+            return f"{self.name} kept as Affine: {self.in_words()}"
         return f"{self.name} folded {self.action} into {', '.join(self.into)}"
+
+    def in_words(self) -> str:
+        """What took it over, or why it was kept and the codes of that."""
+        return ", ".join(self.into) or f"{self.reason} [{', '.join(self.codes)}]"
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,8 @@ class FuseReport:
     def table(self) -> str:
         """One line a norm, aligned, and the summary."""
         width = max((len(norm.name) for norm in (*self, *self.left)), default=0)
-        lines = [f"{o.name:<{width}}  {o.action:<8}  {', '.join(o.into) or o.reason}" for o in self]
-        lines += [f"{norm.name:<{width}}  {'left':<8}  {norm.kind}: {norm.reason}" for norm in self.left]
+        lines = [f"{o.name:<{width}}  {o.action:<8}  {o.in_words()}" for o in self]
+        lines += [f"{norm.name:<{width}}  {'left':<8}  {norm.kind}: {norm.reason} [{norm.code}]" for norm in self.left]
         return "\n".join([*lines, self.summary()])
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +104,9 @@ class FuseReport:
             "num_kept": self.num_kept,
             "input_shapes": [[list(shape) for shape in example] for example in self.input_shapes],
             "changed_methods": list(self.changed_methods),
-            "norms": [{**asdict(outcome), "into": list(outcome.into)} for outcome in self],
-            "left": [norm._asdict() for norm in self.left],
+            "norms": [
+                {**asdict(outcome), "into": list(outcome.into), "codes": [str(code) for code in outcome.codes]}
+                for outcome in self
+            ],
+            "left": [{**norm._asdict(), "code": str(norm.code)} for norm in self.left],
         }

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch.fx import Node
 
-from slabformer.surgery.fuse.graph.labels import Call, Labels, chosen, moved, same
-from slabformer.surgery.fuse.graph.rules import FOLLOW
-from slabformer.surgery.fuse.graph.sites import Site, along, channel_labels, located
-from slabformer.surgery.fuse.graph.trace import Trace
-from slabformer.surgery.fuse.refusal import RefusalError
-from slabformer.surgery.fuse.tree.owners import display
-from slabformer.surgery.fuse.tree.plan import Part
+from slabformer.surgery.fuse.consumers import Site
+from slabformer.surgery.fuse.graph.flow import upstream
+from slabformer.surgery.fuse.graph.rules import FOLLOW, Call, Labels, along, channel_labels, chosen, moved, same
+from slabformer.surgery.fuse.graph.trace import Trace, located
+from slabformer.surgery.fuse.tree.fold import Part
+from slabformer.surgery.fuse.tree.sharing import display
+from slabformer.surgery.reasons import Reason, RefusalError
 
 #: rules of operations that only move elements, so that a parameter can be changed in their stead
 _MOVES = {moved, chosen, same}
 
 
 def weight_part(site: Site, trace: Trace) -> Part:
-    """The parameter that is the weight of ``site``, or rows of it.
+    """The parameter that is the weight or table of ``site``, or rows of it.
 
     Raises:
         RefusalError: If it is computed, or made of several.
     """
-    refusal = RefusalError(f"the weight of {located(site.node)} is computed in the forward (parametrized?)")
+    kind = "table" if site.input is None else "weight"
+    words = f"the {kind} of {located(site.node)} is computed in the forward (parametrized?)"
+    refusal = RefusalError(Reason.COMPUTED_WEIGHT, words)
     if not isinstance(site.weight, Node):
         raise refusal
     if site.transposed and site.groups > 1:
@@ -37,23 +38,12 @@ def weight_part(site: Site, trace: Trace) -> Part:
     parts = _parts(site.weight, int(site.transposed), trace.parameters)
     if len(parts) != 1 or _is_parametrized(parts[0]) or len(parts[0].rows) != site.num_out:
         raise refusal
+    if site.input is None:  # what is looked up has no channels
+        return parts[0]
     columns = _parts(site.weight, int(not site.transposed), trace.parameters, own_axes=(1 - parts[0].axis,))
     size = site.weight.meta["val"].shape[int(not site.transposed)]
     if len(columns) != 1 or not torch.equal(columns[0].rows, torch.arange(size)):
         raise refusal
-    return parts[0]
-
-
-def table_part(node: Node, trace: Trace) -> Part:
-    """The parameter whose rows ``node``, an embedding, looks up.
-
-    Raises:
-        RefusalError: If it is computed.
-    """
-    table: Any = node.args[0]
-    parts = _parts(table, 1, trace.parameters)
-    if len(parts) != 1 or _is_parametrized(parts[0]) or len(parts[0].rows) != table.meta["val"].shape[1]:
-        raise RefusalError(f"the table of {located(node)} is computed in the forward (parametrized?)")
     return parts[0]
 
 
@@ -78,7 +68,7 @@ def bias_parts(site: Site, trace: Trace, name: str) -> tuple[Part, ...]:
     """
     parts = _parts(site.bias, 0, trace.names)
     if sum(len(part.rows) for part in parts) != site.num_out:
-        raise RefusalError(f"the bias of {name} is computed in the forward")
+        raise RefusalError(Reason.COMPUTED_WEIGHT, f"the bias of {name} is computed in the forward")
     return tuple(parts)
 
 
@@ -95,17 +85,13 @@ def _parts(node: Node, axis: int, names: Mapping[Node, str], own_axes: tuple[int
 
 def _ancestors(node: Node, names: Mapping[Node, str]) -> list[Node]:
     """What ``node`` is made of, in order; [] if anything but moves has a part in it."""
-    found, pending = {node}, [node]
-    while pending:
-        current = pending.pop()
-        if current in names:
-            continue
-        if FOLLOW.get(current.target) not in _MOVES:
-            return []
-        fresh = [source for source in current.all_input_nodes if source not in found]
-        found.update(fresh)
-        pending += fresh
-    return sorted(found)
+
+    def sources_of(current: Node) -> list[Node] | None:
+        is_move = current not in names and FOLLOW.get(current.target) in _MOVES
+        return current.all_input_nodes if is_move else None
+
+    starts, passed = upstream(node, sources_of)
+    return sorted([*starts, *passed]) if all(start in names for start in starts) else []
 
 
 def _part(

@@ -1,7 +1,6 @@
-"""Decide: which neighbours take a norm over, or why none can.
+"""Find what can be folded: every norm forward into what reads it, else backward into what its input is made of.
 
-`propose` is the entrance, `decide` the decision for one norm; begin there. `sources` looks upstream of a norm and
-`stream` along a residual stream; `found` and `neighbours` collect what may take it over; `wrappers` and `ranges`
-refuse. `check` refuses before anything starts, `asked` holds what the caller wants kept, `trial` tries a plan on a
-copy, and `methods` names methods that would change. Nothing here touches the caller's model.
+`decide` traces a model and tries the ways in turn; begin there. `backward` and `stream` are two of the ways,
+`neighbours` and `wrappers` say who may take a norm over, `trial` tries a plan on a copy and drops what changes an
+output. `request` checks what the caller gives, `methods` names what a fused model computes otherwise.
 """

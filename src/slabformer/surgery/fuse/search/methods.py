@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slabformer.surgery.fuse.search.asked import method_output
-from slabformer.surgery.fuse.search.observe import observe
-from slabformer.surgery.fuse.search.trial import is_same
+from slabformer.surgery.fuse.search.request import method_output
+from slabformer.surgery.fuse.search.trial import is_same, observe
 from slabformer.surgery.fuse.tree.copies import Example, Output, quiet
 from slabformer.surgery.outputs import first_line
 

@@ -1,20 +1,23 @@
-"""Try folds on a copy before the model is touched, and find those that change what it computes."""
+"""Try folds on a copy before the model is touched, and find those that change what it computes or decides by."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slabformer._process import alone
+from slabformer._torch import DispatchMode, tree_leaves
 from slabformer.ops.precision import wide, widened
-from slabformer.surgery.fuse.search.observe import Observation, observe
-from slabformer.surgery.fuse.tree.copies import Example, deployed_twin, twin
-from slabformer.surgery.fuse.tree.fold import Solution, commit, solve
+from slabformer.surgery.fuse.tree.copies import Example, copy_model, deployed_copy, quiet
+from slabformer.surgery.fuse.tree.fold import Edit, Plan, Solution, commit, solve
 from slabformer.surgery.fuse.tree.norms import Norm, find_norms
-from slabformer.surgery.fuse.tree.plan import Edit, Plan
-from slabformer.surgery.outputs import first_line, why_not_comparable
+from slabformer.surgery.outputs import Plain, first_line, leaves, why_not_comparable
+from slabformer.surgery.reasons import Reason, Why
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,10 @@ logger = logging.getLogger(__name__)
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 #: share of integer outputs that may differ where a model cannot run in float64: logits may be equal to rounding
 MOST_INTEGERS = 1e-3
+#: round floats to floats, so that a small change is lost or becomes a large one
+_STEPS = {"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside"}
+#: integers, booleans or numbers that do not depend on a float's value, or that only these operators read again
+_WITHOUT_DECISION = ("new_", "_like", "max_pool", "scaled_dot_product", "sym_", "is_same_size")
 
 
 class Trial:
@@ -46,36 +53,51 @@ class Trial:
                 raise ValueError(f"the model does not run on the example inputs: {first_line(own)}") from own
         _check_comparable(self.reference)
 
-    def is_blind(self) -> bool:
+    def _is_blind(self) -> bool:
         """Whether an output is 0 throughout, as behind a head that starts at 0, so that no fold could change it."""
         tensors = [tensor for each in self.reference for tensor in each.tensors().values() if tensor.numel()]
         return any(tensor.is_floating_point() and not tensor.any() for tensor in tensors)
 
-    def seeing(self, examples: Sequence[Example]) -> Trial | None:
+    def _seeing(self) -> Trial | None:
         """The same of a copy whose parameters that are 0 throughout are drawn; None if that shows no more."""
-        copied = twin(self.model)
+        copied = copy_model(self.model)
         _draw_zeros_(copied)
         try:
-            trial = Trial(copied, find_norms(copied), examples)
+            trial = Trial(copied, find_norms(copied), self.examples)
         except ValueError:  # drawn values may overflow
             return None
-        return None if trial.is_blind() else trial
+        return None if trial._is_blind() else trial
 
     def _run_reference(self, examples: Sequence[Example], dtype: torch.dtype | None) -> None:
-        self.reference = _observe(deployed_twin(self.model, dtype), examples)
+        self.reference = _observe(deployed_copy(self.model, dtype), examples)
         self.examples, self.dtype = examples, dtype
 
     def settle(self, plan: Plan) -> Solution:
-        """The plan without the folds that change the outputs; ``plan`` is amended with reasons."""
+        """The plan without the folds that change the outputs; ``plan`` is amended with reasons.
+
+        Also where an output is 0 throughout, as behind a head that starts at 0: parameters that are 0 are drawn then.
+        """
+        self._settle(plan)
+        seeing = self._seeing() if self._is_blind() else None
+        if seeing is not None:
+            seeing._settle(plan)
+        return solve(self.model, self.norms, plan.edits)
+
+    def _settle(self, plan: Plan) -> None:
         if not self.holds(plan):
             if not plan.edits or not self._holds([], plan.untouchable):
                 self._settle_affines(plan)
             plan.edits = self._settle_edits([], plan.edits, plan)
-        return solve(self.model, self.norms, plan.edits)
 
     def holds(self, plan: Plan) -> bool:
         """Whether a plan leaves the outputs as they are."""
         return self._holds(plan.edits, plan.untouchable)
+
+    def before_and_after(self, solution: Solution, plan: Plan) -> tuple[nn.Module, nn.Module]:
+        """Two copies that run on ``examples``, one of them fused."""
+        before, after = deployed_copy(self.model, self.dtype), deployed_copy(self.model, self.dtype)
+        commit(after, solution, plan.untouchable)
+        return before, after
 
     def _settle_edits(self, accepted: list[Edit], edits: list[Edit], plan: Plan) -> list[Edit]:
         """``accepted`` and those of ``edits`` that hold beside them, by bisection."""
@@ -94,14 +116,15 @@ class Trial:
             others = {other.index for other in self.norms if other is not norm} | plan.untouchable
             if not self._holds([], others):
                 plan.untouchable.add(norm.index)
-                plan.reasons[norm.index] = "left as it is, the output changes when an Affine stands for it"
+                words = "left as it is, the output changes when an Affine stands for it"
+                plan.reasons[norm.index] = Why.of(Reason.AFFINE_CHANGES_OUTPUT, words)
         plan.edits = [edit for edit in plan.edits if edit.norm not in plan.untouchable]
 
     def _holds(self, edits: Sequence[Edit], untouchable: set[int]) -> bool:
         solution = solve(self.model, self.norms, edits)
         if solution.overflows(self.model):
             return False
-        candidate = deployed_twin(self.model, self.dtype)
+        candidate = deployed_copy(self.model, self.dtype)
         commit(candidate, solution, untouchable)
         try:
             observations = _observe(candidate, self.examples)
@@ -110,6 +133,18 @@ class Trial:
             return False
         integers = 0.0 if self.dtype is torch.float64 else MOST_INTEGERS
         return all(is_same(one, other, integers) for one, other in zip(self.reference, observations, strict=True))
+
+
+def is_refuted_by(model: nn.Module, norms: Sequence[Norm], examples: Sequence[Example], plan: Plan) -> bool:
+    """Whether ``plan`` changes what is asked for on ``examples``, which have another image size.
+
+    A graph does not show what a forward does at other sizes only, such as ``if pad > 0: pad``.
+    """
+    try:
+        trial = Trial(model, norms, examples)
+    except ValueError:  # a model for one size
+        return False
+    return not trial.holds(plan)
 
 
 @torch.no_grad()
@@ -166,10 +201,74 @@ def _equal(expected: Tensor, actual: Tensor, integers: float) -> bool:
     return bool((expected - actual).abs().max() <= tolerance * expected.square().mean().sqrt())
 
 
-def _why(edit: Edit) -> str:
+def _why(edit: Edit) -> Why:
     names = ", ".join(target.name for target in edit.targets)
     unread = any(target.new_bias for target in edit.targets)
     hint = (
         "the forward does not take the bias that this needs" if unread else "too large for its dtype, or read elsewhere"
     )
-    return f"folding it {edit.action} into {names} changes the output: {hint}"
+    words = f"folding it {edit.action} into {names} changes the output: {hint}"
+    return Why.of(Reason.OUTPUT_CHANGES, words)
+
+
+# --- what a model computes -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a model computed on one example.
+
+    Attributes:
+        outputs: Tensors and texts by their place in what it returned.
+        decisions: The floats that integers, booleans and numbers were made of, in order: the logits in front of an
+            argmax, for example, whose labels stay the same though a wrong fold moves them.
+    """
+
+    outputs: Mapping[str, Tensor | Plain]
+    decisions: list[Tensor] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The outputs that are tensors."""
+        return {place: leaf for place, leaf in self.outputs.items() if isinstance(leaf, Tensor)}
+
+
+def observe(model: nn.Module, example: Example) -> Observation:
+    """What ``model`` computes on ``example``; the same random numbers at every call, the global state untouched."""
+    devices = {tensor.device for tensor in example.tensors() if tensor.is_cuda}
+    watch = _Decisions()
+    with alone, quiet(), torch.random.fork_rng(devices), watch:
+        torch.manual_seed(0)
+        output = example.outputs_of(model)
+    outputs = {place: leaf.clone() if isinstance(leaf, Tensor) else leaf for place, leaf in leaves(output).items()}
+    return Observation(outputs, watch.found)
+
+
+class _Decisions(DispatchMode):
+    """Keeps the floats from which an operator makes what is no float."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if _decides(func, output):
+            given = tree_leaves((args, kwargs))
+            self.found += [leaf.clone() for leaf in given if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return output
+
+
+def _decides(func: Any, output: Any) -> bool:
+    name = func.__name__.partition(".")[0]
+    if any(part in name for part in _WITHOUT_DECISION):
+        return False
+    made = tree_leaves(output)
+    is_value = any(
+        not leaf.is_floating_point() and not leaf.is_complex()
+        if isinstance(leaf, Tensor)
+        else isinstance(leaf, (bool, int, float))
+        for leaf in made
+    )
+    return is_value or name in _STEPS

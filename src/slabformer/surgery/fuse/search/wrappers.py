@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from slabformer._torch import Conv
-from slabformer.surgery.fuse.graph.marks import NORM
+from slabformer.surgery.fuse.consumers import CONSTANT, writer_at
+from slabformer.surgery.fuse.graph.flow import SUMS
 from slabformer.surgery.fuse.graph.rules import CHECKS, FOLLOW
-from slabformer.surgery.fuse.graph.sites import EMBEDDING, site_of
-from slabformer.surgery.fuse.graph.trace import Trace
-from slabformer.surgery.fuse.refusal import RefusalError
-from slabformer.surgery.fuse.tree.norms import Norm
+from slabformer.surgery.fuse.graph.trace import LAYER, NORM, Trace, paths
+from slabformer.surgery.fuse.tree.norms import Layer, Norm
+from slabformer.surgery.reasons import Reason, RefusalError
 
 aten = torch.ops.aten
 #: affine in one argument while the others are constants
@@ -31,14 +31,16 @@ _PRODUCTS = {
     *(aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor),
 }
 #: affine in all arguments together
-_SUMS = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor}
+_AFFINE = SUMS | {aten.sub.Tensor}
 _LAYERS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, Conv)
 
 
 class Wrappers:
     """Which parameters of a model belong to plain layers, whose weights mean what the graph shows."""
 
-    def __init__(self, model: nn.Module, norms: Sequence[Norm], traces: Sequence[Trace]) -> None:
+    def __init__(
+        self, model: nn.Module, norms: Sequence[Norm], layers: Sequence[Layer], traces: Sequence[Trace]
+    ) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._names: dict[nn.Module, list[str]] = {}
         for name, module in self._modules.items():
@@ -48,7 +50,8 @@ class Wrappers:
             self._first[tensor] = name
         self._read = {name for trace in traces for node, name in trace.names.items() if _is_read(node)}
         called = [norm.module for norm in norms if any(norm.index in trace.calls for trace in traces)]
-        self._read |= {self._first[t] for norm in called for t in (*norm.parameters(), *norm.buffers())}
+        called += [layer.module for layer in layers if any(layer.index in trace.layer_calls for trace in traces)]
+        self._read |= {self._first[t] for module in called for t in (*module.parameters(), *module.buffers())}
         self._calls = [_Calls(trace, self._modules) for trace in traces]
         self._reasons: dict[nn.Module, str] = {}
 
@@ -60,12 +63,12 @@ class Wrappers:
         """
         prefix, _, _ = tensor.rpartition(".")
         if ".parametrizations." in f".{tensor}":
-            raise RefusalError(f"{tensor} is parametrized; remove the parametrization first")
+            raise RefusalError(Reason.COMPUTED_WEIGHT, f"{tensor} is parametrized; remove the parametrization first")
         owner = self._modules[prefix]
         if owner not in self._reasons:
             self._reasons[owner] = next(self._objections(owner, prefix), "")
         if self._reasons[owner]:
-            raise RefusalError(self._reasons[owner])
+            raise RefusalError(Reason.WRAPPER, self._reasons[owner])
 
     def need_plain_norm(self, norm: Norm) -> None:
         """Refuse a norm inside a module that chooses between it and others, which the forward does not call.
@@ -78,7 +81,8 @@ class Wrappers:
                 unread = self._unread(module)
                 if unread:
                     kind = type(module).__name__
-                    raise RefusalError(f"{place} is a {kind} {unread}; merge adapters, or give an example of each use")
+                    words = f"{place} is a {kind} {unread}; merge adapters, or give an example of each use"
+                    raise RefusalError(Reason.WRAPPER, words)
 
     def need_no_merging(self, weight: str) -> None:
         """Refuse a new bias beside ``weight`` where a wrapper that holds other weights, too, may know of none.
@@ -92,7 +96,8 @@ class Wrappers:
             for place, module in self._around(name):
                 if not _is_torchs(module) and not own.issuperset(module.parameters()):
                     kind = type(module).__name__
-                    raise RefusalError(f"{place} is a {kind} with weights beside {name}, which gets no bias there")
+                    words = f"{place} is a {kind} with weights beside {name}, which gets no bias there"
+                    raise RefusalError(Reason.WRAPPER, words)
 
     def _objections(self, owner: nn.Module, name: str) -> Iterator[str]:
         extra = _extra_tensors(owner)
@@ -142,13 +147,9 @@ class _Calls:
 
     def __init__(self, trace: Trace, modules: dict[str, nn.Module]) -> None:
         self.nodes: dict[nn.Module, list[Node]] = {}
-        self._varies: set[Node] = set()
         for node in trace.graph.nodes:
-            if node.op == "placeholder":
-                self._varies |= set() if node in trace.names else {node}
-            elif node.op != "output":
-                self._varies |= {node} if any(source in self._varies for source in node.all_input_nodes) else set()
-                for path in _paths(node):
+            if node.op not in ("placeholder", "output"):
+                for path in paths(node):
                     if path in modules:
                         self.nodes.setdefault(modules[path], []).append(node)
 
@@ -164,31 +165,29 @@ class _Calls:
         """Whether ``module`` adds what comes out of one layer and out of two in a row."""
         depth: dict[Node, int] = {}
         for node in self.nodes.get(module, []):
-            sources = [source for source in node.all_input_nodes if source in self._varies]
+            sources = [source for source in node.all_input_nodes if _varies(source)]
             found = [depth.get(source, 0) for source in sources]
-            if node.target in _SUMS and len(found) == 2 and min(found) >= 1 and max(found) >= 2:
+            if node.target in _AFFINE and len(found) == 2 and min(found) >= 1 and max(found) >= 2:
                 return True
             depth[node] = max(found, default=0) + self._is_weighted(node)
         return False
 
     def _is_affine(self, node: Node) -> bool:
-        if node not in self._varies or node.target in CHECKS or node.target in FOLLOW or node.target in _SUMS:
+        if not _varies(node) or node.target in CHECKS or node.target in FOLLOW or node.target in _AFFINE:
             return True
-        one = sum(source in self._varies for source in node.all_input_nodes) == 1
-        return one and (node.target in _PRODUCTS or node.target is EMBEDDING or site_of(node) is not None)
+        one = sum(map(_varies, node.all_input_nodes)) == 1
+        return one and (node.target in _PRODUCTS or node.target is LAYER or writer_at(node) is not None)
 
     def _is_weighted(self, node: Node) -> bool:
         is_product = node.target in _PRODUCTS and any(
-            source not in self._varies and source.meta["val"].ndim > 1 for source in node.all_input_nodes
+            not _varies(source) and source.meta["val"].ndim > 1 for source in node.all_input_nodes
         )
-        return is_product or node.target is EMBEDDING or site_of(node) is not None
+        return is_product or node.target is LAYER or writer_at(node) is not None
 
 
-def _paths(node: Node) -> Iterator[str]:
-    """Names of the modules inside which ``node`` runs."""
-    for path, *_ in (node.meta.get("nn_module_stack") or {}).values():
-        # a module that is called again is numbered
-        yield path.partition("@")[0].removeprefix("model").removeprefix(".")
+def _varies(node: Node) -> bool:
+    """Whether it depends on the inputs of the model."""
+    return not node.meta[CONSTANT]
 
 
 def _is_torchs(module: nn.Module) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,81 @@ from slabformer._process import no_warnings
 from slabformer._torch import tree_map_tensors
 from slabformer.nn.prepbn import PRepBN
 from slabformer.ops.precision import widened
-from slabformer.surgery.fuse.tree.watch import Watched, watching
 from slabformer.surgery.outputs import first_line, tensors_of
+
+
+@torch.library.custom_op("slabformer::watched", mutates_args=())
+def mark_watched(x: Tensor, words: str) -> Tensor:
+    """A copy of what must stay, for which ``words`` stand in a reason."""
+    return x.clone()
+
+
+@mark_watched.register_fake
+def _(x: Tensor, words: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+WATCHED = torch.ops.slabformer.watched.default
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a module reads or returns.
+
+    Attributes:
+        name: Of the module.
+        side: Its inputs or its outputs.
+        words: Who wants them to stay, for a reason.
+    """
+
+    name: str
+    side: Literal["inputs", "outputs"]
+    words: str
+
+
+@contextmanager
+def watching(model: nn.Module, watched: Sequence[Watched]) -> Iterator[list[Tensor]]:
+    """A list that copies of the ``watched`` tensors go into while ``model`` runs."""
+    found: list[Tensor] = []
+
+    def note(value: Any, words: str) -> None:
+        found.extend(torch.ops.slabformer.watched(tensor, words) for tensor in tensors_of(value))
+
+    def before(words: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: note((args, kwargs), words)
+
+    def after(words: str) -> Callable[..., None]:
+        return lambda module, args, output: note(output, words)
+
+    with ExitStack() as stack:
+        for item in watched:
+            module = model.get_submodule(item.name)
+            if item.side == "inputs":
+                handle = module.register_forward_pre_hook(before(item.words), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(after(item.words))
+            stack.callback(handle.remove)
+        yield found
+
+
+def hooked(model: nn.Module) -> list[Watched]:
+    """What the forward hooks of modules see that hold no tensors of their own: blocks, activations, the identity."""
+    found = []
+    for name, module in model.named_modules():
+        if not name or module._parameters or module._buffers:
+            continue
+        if module._forward_pre_hooks:
+            found.append(Watched(name, "inputs", f"the forward pre-hooks of {name}"))
+        if module._forward_hooks:
+            found.append(Watched(name, "outputs", f"the forward hooks of {name}"))
+    return found
 
 
 def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model(*args, **kwargs)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Output:
     """Something that a model is asked for: its forward, a method, or any function of it.
 
@@ -36,7 +103,7 @@ class Output:
     words: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Example:
     """One set of inputs, what is asked of them, and what must stay on the way.
 
@@ -63,14 +130,14 @@ class Example:
 
     def outputs_of(self, model: nn.Module) -> Any:
         """What ``model`` returns, and with it what is watched."""
-        with watching(model, self.watched, tensors_of) as seen:
+        with watching(model, self.watched) as seen:
             output = self.output.call(model, *self.args, **self.kwargs)
         if not self.output.words:
             return (output, *seen) if self.watched else output
         return [torch.ops.slabformer.watched(tensor, self.output.words) for tensor in tensors_of(output)] + seen
 
 
-def twin(model: nn.Module, share: Callable[[Tensor], Tensor] | None = None, needed_by: str = "fuse") -> nn.Module:
+def copy_model(model: nn.Module, share: Callable[[Tensor], Tensor] | None = None, needed_by: str = "fuse") -> nn.Module:
     """A copy of the module tree, hooks included; ``share`` says what stands for each of its tensors (None: a copy)."""
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -91,15 +158,15 @@ def twin(model: nn.Module, share: Callable[[Tensor], Tensor] | None = None, need
         raise ValueError(message) from error
 
 
-def deployed_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A twin that shares the parameters and computes what is deployed, in ``dtype`` where given."""
+def deployed_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy that shares the parameters and computes what is deployed, in ``dtype`` where given."""
 
     def share(tensor: Tensor) -> Tensor:
         if dtype is torch.float64:
             return widened(tensor)
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
-    copied = twin(model, share)
+    copied = copy_model(model, share)
     for module in copied.modules():
         if isinstance(module, PRepBN):
             module.blend_in_eval = False

@@ -1,22 +1,192 @@
-"""Carry out a plan on the module tree: algebra in float64, cast back once."""
+"""What a decision consists of, and how it is carried out on the module tree: algebra in float64, cast back once."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from slabformer.nn.affine import Affine, Folded
 from slabformer.nn.norms import ScaleShift
-from slabformer.ops.affine import compose, fold_into_next, fold_into_previous, spread
+from slabformer.ops.affine import compose, spread
 from slabformer.ops.precision import wide
 from slabformer.surgery.convert import HOOKS, switch_off_fast_paths
-from slabformer.surgery.fuse.tree.norms import Norm, find_norms, tail_of
-from slabformer.surgery.fuse.tree.pads import Pad, fill_after, fill_before, find_pads
-from slabformer.surgery.fuse.tree.plan import Edit, Part, Target, share
+from slabformer.surgery.fuse.consumers import Consumer, Side
+from slabformer.surgery.fuse.report import Action, NormOutcome
+from slabformer.surgery.fuse.tree.norms import (
+    Layer,
+    Norm,
+    Pad,
+    fill_after,
+    fill_before,
+    find_layers,
+    find_norms,
+    find_pads,
+    tail_of,
+)
 from slabformer.surgery.one_input import take_one_input_
+from slabformer.surgery.reasons import Why
+
+#: what a neighbour takes over of ``x * scale + shift``
+Role = Literal[
+    "map",  # all of it
+    "scale",  # ``x * scale``
+    "add",  # ``x + shift / scale``
+    "subtract",  # the inverse of that
+    "carry",  # ``(x + shift) / scale``, for what is added to the norm's output
+    "unscale",  # ``x / scale``, the same behind the first such sum
+]
+#: roles without a shift
+SCALES: frozenset[Role] = frozenset({"scale", "unscale"})
+
+
+def scale_of(role: Role) -> Role:
+    """What one operand of a sum takes over where another has ``role``."""
+    return "unscale" if role in ("carry", "unscale") else "scale"
+
+
+def share(role: Role, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``role`` takes over of a map, as a scale and shift of its own."""
+    if role == "map":
+        return scale, shift
+    if role == "scale":
+        return scale, torch.zeros_like(shift)
+    if role == "unscale":
+        return 1 / scale, torch.zeros_like(shift)
+    move = torch.where(shift == 0, shift, shift / scale)
+    if role == "carry":
+        return 1 / scale, move
+    return torch.ones_like(scale), move if role == "add" else -move
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements of one parameter or buffer that serve as the weight or bias of some output channels.
+
+    Attributes:
+        name: Of the parameter; the first of its names where it is tied.
+        axis: Its axis that counts output channels.
+        rows: Which elements along it.
+        channels: The output channel that each of them serves.
+        groups: Of a transposed convolution, whose weight ``(in, out / groups, *kernel)`` holds them group by group.
+    """
+
+    name: str
+    axis: int
+    rows: Tensor
+    channels: Tensor
+    groups: int = 1
+
+    def agrees(self, other: Part) -> bool:
+        """Whether both are the same elements for the same channels."""
+        mine, others = (self.name, self.axis), (other.name, other.axis)
+        return mine == others and torch.equal(self.rows, other.rows) and torch.equal(self.channels, other.channels)
+
+    def opened(self, stored: Tensor) -> Tensor:
+        """The whole parameter with its output channels first, ``(out, in / groups, *kernel)``."""
+        if self.groups == 1:
+            return stored.movedim(self.axis, 0)
+        return stored.unflatten(0, (self.groups, -1)).movedim(2, 1).flatten(0, 1)
+
+    def closed(self, opened: Tensor) -> Tensor:
+        """Back from :meth:`opened`."""
+        if self.groups == 1:
+            return opened.movedim(0, self.axis)
+        return opened.unflatten(0, (self.groups, -1)).movedim(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one neighbour takes over.
+
+    Attributes:
+        name: Of the neighbour, for the report.
+        role: What it takes over of the norm's map.
+        side: Where it stands.
+        index: Channel of the norm that each channel of the neighbour belongs to, -1 for none.
+        consumer: Whose algebra changes the weight; None if the neighbour is a norm, a pad or a registered module.
+        weight: Its weight, its table, or the parameter that it is.
+        bias: Its bias.
+        new_bias: Whether that bias must be created.
+        gain: What its output is multiplied by before it meets the stream (LayerScale), if anything.
+        factor: What the shift is multiplied by here: the number that stands between the neighbour and the norm behind
+            which it stands, or one over that where it stands in front.
+        norm: Index of the norm that takes it over instead, or None.
+        pad: Index of the pad whose fill changes, or None.
+        layer: Index of the registered module whose tensors change, or None.
+    """
+
+    name: str
+    role: Role
+    side: Side
+    index: Tensor
+    consumer: Consumer | None = None
+    weight: Part | None = None
+    bias: tuple[Part, ...] = ()
+    new_bias: bool = False
+    gain: Part | None = None
+    factor: float = 1.0
+    norm: int | None = None
+    pad: int | None = None
+    layer: int | None = None
+
+    def agrees(self, other: Target) -> bool:
+        """Whether both are one and the same change."""
+        mine, others = (
+            [part for part in (own.weight, own.gain, *own.bias) if part is not None] for own in (self, other)
+        )
+        return (
+            (self.role, self.side, self.factor) == (other.role, other.side, other.factor)
+            and len(mine) == len(others)
+            and all(one.agrees(two) for one, two in zip(mine, others, strict=True))
+            and torch.equal(self.index, other.index)
+        )
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One norm's way into its neighbours."""
+
+    norm: int
+    action: Action
+    targets: tuple[Target, ...]
+
+
+@dataclass
+class Plan:
+    """What is to be done.
+
+    Attributes:
+        edits: In the order in which they must be made.
+        reasons: Why each other norm is kept.
+        untouchable: Norms that cannot even become an Affine.
+        tied: Parameters that stood in the way because several modules hold them.
+        shared: Those that did because their module has several names and is called on several inputs.
+    """
+
+    edits: list[Edit] = field(default_factory=list)
+    reasons: dict[int, Why] = field(default_factory=dict)
+    untouchable: set[int] = field(default_factory=set)
+    tied: set[str] = field(default_factory=set)
+    shared: set[str] = field(default_factory=set)
+
+    def outcomes(self, norms: Iterable[Norm]) -> tuple[NormOutcome, ...]:
+        """What becomes of every norm."""
+        folded = {edit.norm: edit for edit in self.edits}
+        found = []
+        for norm in norms:
+            edit = folded.get(norm.index)
+            if edit is None:
+                why = self.reasons[norm.index]
+                found.append(NormOutcome(norm.name, "kept", reason=why.words, codes=why.codes))
+            else:
+                into = dict.fromkeys(target.name for target in edit.targets)
+                found.append(NormOutcome(norm.name, edit.action, tuple(into)))
+        return tuple(found)
+
 
 #: attribute of a module that names the biases it got by folding; a plain tuple survives copies, moves and pickling
 NEW_BIASES = "slabformer_new_biases"
@@ -55,12 +225,13 @@ def solve(model: nn.Module, norms: Sequence[Norm], edits: Sequence[Edit]) -> Sol
     """The parameters of ``model`` after ``edits``, made in order; the model is only read."""
     maps, fills = maps_after(norms, find_pads(model), edits)
     solution = Solution(maps=maps, fills=fills)
+    layers = find_layers(model)
     for edit in edits:
         for target in edit.targets:
-            if target.weight is not None:
-                _take_over(model, solution, solution.maps[edit.norm], target, target.weight)
-            if target.values is not None:
-                _map_values(model, solution, solution.maps[edit.norm], target, target.values)
+            if target.consumer is not None and target.weight is not None:
+                _take_over(model, solution, solution.maps[edit.norm], target, target.consumer, target.weight)
+            if target.layer is not None:
+                _module_takes_over(model, solution, solution.maps[edit.norm], target, layers[target.layer])
         solution.gone.add(edit.norm)
     return solution
 
@@ -88,34 +259,43 @@ def _share(scale_shift: ScaleShift, target: Target) -> ScaleShift:
     return spread(scale, shift * target.factor, target.index.to(scale.device))
 
 
-def _take_over(model: nn.Module, solution: Solution, scale_shift: ScaleShift, target: Target, part: Part) -> None:
+def _take_over(
+    model: nn.Module, solution: Solution, scale_shift: ScaleShift, target: Target, consumer: Consumer, part: Part
+) -> None:
     whole = _current(model, solution, part.name)
     opened = part.opened(whole)
     weight = opened[part.rows]
     scale, shift = (t.to(weight.device) for t in _share(scale_shift, target))
     if target.gain is not None:
         shift = shift / gain_of(model, target.gain)
-    bias = _bias(model, solution, target, like=weight)
-    needs_bias = bias is not None or target.role != "scale"
-    if target.side == "next":
-        weight, bias = fold_into_next(weight, bias, scale, shift, target.groups)
-    else:
-        weight, bias = fold_into_previous(weight, bias, scale, shift)
-    solution.tensors[part.name] = part.closed(opened.index_copy(0, part.rows.to(whole.device), weight))
-    for own in target.bias if needs_bias else ():
+    bias = _bias(model, solution, target, like=weight) if target.bias else None
+    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    taken = (consumer.take_input if target.side == "next" else consumer.take_output)(tensors, scale, shift)
+    solution.tensors[part.name] = part.closed(opened.index_copy(0, part.rows.to(whole.device), taken["weight"]))
+    for own in target.bias if bias is not None or target.role not in SCALES else ():
         if target.new_bias:
             solution.new_biases[own.name] = part.name
             solution.tensors.setdefault(own.name, whole.new_zeros(len(opened)))
-        values = bias[own.channels.to(bias.device)]
-        solution.tensors[own.name] = _current(model, solution, own.name).index_copy(0, own.rows.to(bias.device), values)
+        values = taken["bias"][own.channels.to(whole.device)]
+        solution.tensors[own.name] = _current(model, solution, own.name).index_copy(
+            0, own.rows.to(whole.device), values
+        )
 
 
-def _map_values(model: nn.Module, solution: Solution, scale_shift: ScaleShift, target: Target, part: Part) -> None:
-    whole = _current(model, solution, part.name)
-    scale, shift = (t.to(whole.device) for t in _share(scale_shift, target))
-    rows = part.rows.to(whole.device)
-    values = whole.movedim(part.axis, -1)[..., rows] * scale + shift
-    solution.tensors[part.name] = whole.index_copy(part.axis, rows, values.movedim(-1, part.axis))
+def _module_takes_over(
+    model: nn.Module, solution: Solution, scale_shift: ScaleShift, target: Target, layer: Layer
+) -> None:
+    names = {name: f"{layer.name}.{name}" for name in layer.tensors()}
+    tensors = {name: _current(model, solution, full) for name, full in names.items()}
+    like = next(iter(tensors.values()), target.index)
+    scale, shift = (t.to(like.device) for t in _share(scale_shift, target))
+    take = layer.consumer.take_input if target.side == "next" else layer.consumer.take_output
+    for name, value in take(tensors, scale, shift).items():
+        if name not in tensors or value.shape != tensors[name].shape:
+            kind, shape = type(layer.consumer).__name__, tuple(value.shape)
+            expected = f"it has shape {tuple(tensors[name].shape)}" if name in tensors else "it has no such tensor"
+            raise ValueError(f"{kind}.{take.__name__} gives {layer.name} a {name!r} of shape {shape}, but {expected}")
+        solution.tensors[names[name]] = wide(value)
 
 
 def gain_of(model: nn.Module, part: Part) -> Tensor:
@@ -145,9 +325,9 @@ def tensor_at(model: nn.Module, name: str) -> Tensor:
 
 
 def commit(model: nn.Module, solution: Solution, untouchable: Collection[int]) -> None:
-    """Write a solution into ``model`` (the one it was solved for, or a twin): the only place that changes a model.
+    """Write a solution into ``model`` (the one it was solved for, or a copy): the only place that changes a model.
 
-    Parameters are new objects, so that twins keep theirs; modules, their classes, names and hooks stay.
+    Parameters are new objects, so that copies keep theirs; modules, their classes, names and hooks stay.
     """
     norms = find_norms(model)
     for name, value in solution.tensors.items():

@@ -1,4 +1,4 @@
-"""Which modules of a model are norms with a per-channel affine map in eval mode; the table of norms says so."""
+"""What a fold may concern in a module tree: norms with a per-channel affine map, pads, and registered layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from slabformer.nn.affine import Affine, Folded
 from slabformer.nn.foreign_norms import TAIL
 from slabformer.nn.norms import NormType, ScaleShift, type_of
+from slabformer.nn.padding import PadTokens
 from slabformer.nn.prepbn import PRepBN
+from slabformer.ops.precision import wide
+from slabformer.surgery.fuse.consumers import ModuleConsumer, consumer_of
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,84 @@ def _describe(index: int, names: tuple[str, ...], kind: NormType, module: nn.Mod
     tensors = [*module.parameters(), *module.buffers()]
     reference = next((t for t in (getattr(module, "weight", None), *tensors) if isinstance(t, Tensor)), torch.empty(0))
     return Norm(index, names, kind, module, kind.num_channels(module), kind.channel_dim(module), reference)
+
+
+@dataclass(frozen=True)
+class Pad:
+    """One :class:`PadTokens` of a model.
+
+    Attributes:
+        index: Its number, by which a traced graph refers to it.
+        names: All its names; several when it is tied.
+        module: The module itself.
+    """
+
+    index: int
+    names: tuple[str, ...]
+    module: PadTokens
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    def fill(self) -> Tensor:
+        """What it pads with, float64 ``(C,)``."""
+        value = self.module.value
+        return torch.zeros(self.module.dim, dtype=torch.float64) if value is None else wide(value.detach())
+
+
+def find_pads(model: nn.Module) -> list[Pad]:
+    """Every pad of ``model`` in its order, tied ones once."""
+    names: dict[PadTokens, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PadTokens):
+            names.setdefault(module, []).append(name)
+    return [Pad(index, tuple(found), module) for index, (module, found) in enumerate(names.items())]
+
+
+def fill_before(fill: Tensor, norm: ScaleShift) -> Tensor:
+    """What ``x * scale + shift`` sends to ``fill``; infinite where nothing is, 0 where everything is."""
+    scale, shift = norm
+    missing = fill.to(shift.device) - shift
+    return torch.where(missing == 0, missing, missing / scale)
+
+
+def fill_after(fill: Tensor, norm: ScaleShift) -> Tensor:
+    """What ``x * scale + shift`` sends ``fill`` to."""
+    scale, shift = norm
+    return fill.to(shift.device) * scale + shift
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module of a class that has a consumer of its own.
+
+    Attributes:
+        index: Its number, by which a traced graph refers to it.
+        name: The first of its names.
+        module: The module itself.
+        consumer: What takes norms over for it.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    consumer: ModuleConsumer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its floating point parameters and buffers by name inside it."""
+        named = (*self.module.named_parameters(), *self.module.named_buffers())
+        return {name: tensor for name, tensor in named if tensor.is_floating_point()}
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """Every registered layer of ``model`` in its order; those inside another belong to it."""
+    found: list[Layer] = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        consumer = None if name.startswith(inside) else consumer_of(module)
+        if consumer is not None:
+            found.append(Layer(len(found), name, module, consumer))
+            inside += (f"{name}.",)
+    return found
