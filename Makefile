@@ -7,8 +7,10 @@ WORKERS ?= 2
 CONSTRAINTS = constraints.txt
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(WARNINGS)
-# deprecations in other packages fail where the newest versions are tried, and there alone
-DEPRECATIONS = -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning
+# deprecations in other packages fail where the newest versions are tried, and there alone; what one package does to
+# another is out of our hands: PEFT 0.21 reads the old name in transformers 5.24
+DEPRECATIONS = -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning \
+	-W "ignore:\`is_gradient_checkpointing\` is deprecated:FutureWarning"
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-all test-newest test-oldest lock check coverage release clean
@@ -39,7 +41,7 @@ test-all: $(VENV)/installed-dev.stamp
 # each of the three in an environment of its own, made anew
 test-newest:
 	rm -rf $(VENV)-newest
-	$(MAKE) test VENV=$(VENV)-newest CONSTRAINTS= WARNINGS="$(DEPRECATIONS)"
+	$(MAKE) test VENV=$(VENV)-newest CONSTRAINTS= WARNINGS='$(DEPRECATIONS)'
 
 test-oldest:
 	rm -rf $(VENV)-oldest && mkdir -p $(VENV)-oldest

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tolerances import PATIENCE
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 SOURCE = ROOT / "src" / "slabformer"
@@ -366,6 +368,6 @@ def test_core_works_where_torch_is_alone() -> None:
         "importlib.util.find_spec = lambda name, *rest: None if name.split('.')[0] in hidden else find(name, *rest)\n"
         f"runpy.run_path({str(TESTS / 'core_alone.py')!r}, run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert "3 norms folded" in done.stdout

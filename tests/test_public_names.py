@@ -15,6 +15,7 @@ import pytest
 
 import slabformer as sf
 from slabformer import _registered
+from tolerances import PATIENCE
 
 MODULES = ("ops", "testing")
 NAMES = [name for name in sf.__all__ if name not in MODULES]
@@ -23,7 +24,7 @@ NAMES = [name for name in sf.__all__ if name not in MODULES]
 def run(script: str) -> str:
     """What a fresh interpreter prints."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -8,6 +8,8 @@ from torch import Tensor
 EXACT = 0.0
 ALGEBRA = 1e-10  # float64: the same numbers in another order
 FLOAT32 = 1e-5
+#: seconds until a child process counts as hung; a busy machine takes minutes over a build
+PATIENCE = 300
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -12,7 +12,9 @@ from detectors import pictures, small_detector, without_folding
 from slabformer.bench import detector as detector_latency
 from slabformer.bench.detector import as_if_trained_, measure_latency
 from slabformer.bench.detector_report import LatencyReport
+from slabformer.measure.timing import time_interleaved
 from slabformer.nn import PRepBN
+from tolerances import EXACT, assert_close
 
 SIZE = (64, 80)
 
@@ -32,13 +34,26 @@ def _fused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def report(detectors) -> LatencyReport:
-    """Of both, eager, measured as briefly as it can be."""
+def measured(detectors) -> tuple[LatencyReport, dict[tuple[str, str, str], object]]:
+    """Both, eager, measured as briefly as can be, and what each form that was timed returns."""
+    outputs = {}
+
+    def timed(calls, **options):
+        outputs.update({key: call() for key, call in calls.items()})
+        return time_interleaved(calls, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detector_latency, "fuse_detector", without_folding)
-        return measure_latency(
+        patch.setattr(detector_latency, "time_interleaved", timed)
+        report = measure_latency(
             detectors, *pictures(SIZE), fuse="PRepBN", threads=1, compiled=False, seconds=0.0, name="micro"
         )
+    return report, outputs
+
+
+@pytest.fixture(scope="module")
+def report(measured) -> LatencyReport:
+    return measured[0]
 
 
 def test_backbone_and_detector_are_timed_unfused_and_fused(report):
@@ -54,9 +69,21 @@ def test_backbone_and_detector_are_timed_unfused_and_fused(report):
     for part in ("backbone", "detector"):
         assert report.find("LayerNorm", part, "eager").speed_up == 1
     backbone, detector = (report.find("PRepBN", part, "eager") for part in ("backbone", "detector"))
-    assert backbone.p50_ms < detector.p50_ms
     assert backbone.parameters < detector.parameters
     assert report.find("PRepBN fused", "backbone", "eager").parameters < backbone.parameters
+
+
+def test_each_form_is_timed_on_what_its_part_computes(measured, detectors):
+    _, outputs = measured
+    (image,) = pictures(SIZE)
+    for name, detector in detectors.items():
+        maps, (found,) = outputs[name, "backbone", "eager"], outputs[name, "detector", "eager"]
+        with torch.no_grad():
+            expected = detector.backbone(detector.transform([image])[0].tensors)
+        assert maps.keys() == expected.keys()
+        for level, features in maps.items():
+            assert_close(features, expected[level], EXACT)
+        assert len(found["boxes"]) == 10
 
 
 def test_figures_are_written_with_where_they_were_taken(report, tmp_path):

@@ -14,6 +14,7 @@ from slabformer.cli.main import main
 from slabformer.tasks.classification.config import AugmentConfig, DataConfig
 from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.evaluate import EvalResult, evaluate
+from tolerances import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_two_processes_count_every_image_once_and_print_once(model_file: str, tm
         )
         for rank in ("0", "1")
     ]
-    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
+    printed = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert ["slab_deit_micro on digits" in text for text in printed] == [True, False]
     figures, expected = json.loads((tmp_path / "r.json").read_text())["deployed"], by_hand()

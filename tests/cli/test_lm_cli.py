@@ -22,6 +22,7 @@ from slabformer.tasks.language.config import TokenizerConfig
 from slabformer.tasks.language.folders import save_model_folder
 from slabformer.tasks.language.fusing import fuse_language_model
 from slabformer.tasks.language.tokens import train_tokenizer
+from tolerances import PATIENCE
 
 GOLDEN = "llama_prepbn_tiny"
 
@@ -272,6 +273,6 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
     script = (
         f"import sys; sys.modules[{hidden!r}] = None; from slabformer.cli.main import main; sys.exit(main({given!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 2, done.stderr
     assert f"slab: slabformer needs {hidden} for this; pip install 'slabformer[{extra}]'" in done.stderr

@@ -18,6 +18,7 @@ from slabformer.cli import main as cli
 from slabformer.cli.detect import VERBS as DETECT
 from slabformer.cli.lm import VERBS as LM
 from slabformer.surgery.batches import run_batches
+from tolerances import PATIENCE
 
 LAUNCH = "import sys, slab_launcher; sys.exit(slab_launcher.main())"
 
@@ -82,7 +83,7 @@ for call in {calls!r}:
     assert not heavy, (call, heavy)
 assert codes == {[0] * len(verbs) + [2] * len(mistakes)}, codes
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -17,6 +17,7 @@ from slabformer.tasks.classification.config import AugmentConfig, DataConfig
 from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.detection.config import DetectionAugment, DetectionData
 from slabformer.tasks.detection.loader import create_loader as create_detection_loader
+from tolerances import PATIENCE
 
 #: prints a line when a worker has delivered, and goes on as training does: it needs one more batch to finish its step
 SCRIPT = """
@@ -58,7 +59,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(start: str, sign
     assert process.stdout is not None
     assert process.stdout.readline() == "delivered\n"
     os.killpg(process.pid, signum)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert output == f"{int(signum)} [0, 1, 2, 3, 4, 5, 6, 7]\n"
     assert process.returncode == 0
 
