@@ -331,6 +331,12 @@ def test_foreign_libraries_are_seen(source: str, foreign: set[str]) -> None:
     assert foreign_libraries(ast.parse(source)) == foreign
 
 
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    """pytest stops at the second module of one name, though only in a run that collects both."""
+    names = sorted(path.name for path in TESTS.rglob("test_*.py"))
+    assert names == sorted(set(names))
+
+
 def distributions_needed_by(name: str) -> set[str]:
     """``name`` and everything it requires without extras, as normalised distribution names."""
     needed: set[str] = set()
