@@ -136,8 +136,8 @@ class SlabLlamaPreTrainedModel(ModelHooks, LlamaPreTrainedModel):
         elif isinstance(module, Folded):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif type_of(module) is not None and hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # transformers keeps torch's initialisers off what a file has filled
+        elif type_of(module) is not None and callable(reset := getattr(module, "reset_parameters", None)):
+            reset()  # transformers keeps torch's initialisers off what a file has filled
 
 
 class SlabLlamaModel(SlabLlamaPreTrainedModel, LlamaModel):

@@ -95,8 +95,7 @@ def apply_norms_(model: nn.Module, settings: NormSettings, arguments: Mapping[st
     if norm is not None and arguments.get("norm") != norm:
         row = norm_type(norm)
         if settings.eta is not None or set(count_norms(model)) != {row.title}:
-            given = {} if settings.eta is None else {"eta": settings.eta}
-            logger.info("converted %d norms of %s", len(sf.convert_norms_(model, norm=norm, **given)), title)
+            logger.info("converted %d norms of %s", len(sf.convert_norms_(model, norm=norm, eta=settings.eta)), title)
     counts = count_norms(model).most_common()
     logger.info("norms of %s: %s", title, ", ".join(f"{count} {kind}" for kind, count in counts) or "none")
 
