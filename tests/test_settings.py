@@ -309,7 +309,7 @@ def test_no_number_of_the_public_api_comes_without_a_range(
         ),
         (lambda: SlabLlamaConfig(num_key_value_heads=5), r"^num_key_value_heads must divide num_attention_heads"),
         (lambda: SlabLlamaConfig(bn_momentum=2.0), r"^bn_momentum must be above 0 and at most 1, got 2\.0$"),
-        (lambda: SlabLlamaConfig(norm="layernorm"), r"^norm must be 'prepbn', 'repbn', 'rmsnorm' or 'folded'"),
+        (lambda: SlabLlamaConfig(norm="groupnorm"), r"^norm must be one of prepbn, .*, dyt, folded, got 'groupnorm'"),
     ],
 )
 def test_sizes_of_models_are_told_when_one_is_made(make: Callable[[], Any], message: str) -> None:

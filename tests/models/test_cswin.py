@@ -189,7 +189,7 @@ class TestFiles:
         ({"stripe_widths": (1,)}, r"stripe_widths needs one for each of 4 stages, got \(1,\)"),
         ({"num_heads": (2, 2, 1, 4)}, "num_heads must be even, got 1"),
         ({"stripe_widths": (1, 2, 0, None)}, r"stripe_widths\[2\] must be at least 1, got 0"),
-        ({"norm": "batchnorm"}, "unknown norm 'batchnorm'"),
+        ({"norm": "groupnorm"}, "unknown norm 'groupnorm'"),
     ],
     ids=["length", "letter", "heads", "widths", "odd", "width", "norm"],
 )

@@ -143,7 +143,7 @@ def test_models_compile_in_one_piece(name):
         ),
         ({"attn_drop_rate": 0.1}, "attn_drop must be 0, got 0.1"),
         ({"resize": "3d"}, "resize must be '2d' or '1d', got '3d'"),
-        ({"norm": "batchnorm"}, "unknown norm 'batchnorm'"),
+        ({"norm": "groupnorm"}, "unknown norm 'groupnorm'"),
         ({"global_pool": "max"}, "global_pool must be 'avg' or '', got 'max'"),
     ],
     ids=["length", "letter", "list", "heads-linear", "heads-softmax", "dropout", "resize", "norm", "pool"],

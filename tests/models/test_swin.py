@@ -137,7 +137,7 @@ def test_half_precision_stays_near(attention):
         ({"attention": "LLXS"}, "unknown letter 'X' in attention 'LLXS'"),
         ({"num_heads": (3, 6)}, r"num_heads needs a number for each of 4 stages, got \(3, 6\)"),
         ({"num_heads": (3, 6, 12, 24)}, r"num_heads\[0\] must divide the 8 channels of its stage, got 3"),
-        ({"norm": "batchnorm"}, "unknown norm 'batchnorm'"),
+        ({"norm": "groupnorm"}, "unknown norm 'groupnorm'"),
         ({"attention": "LLLL", "attn_drop_rate": 0.1}, "attn_drop must be 0"),
     ],
     ids=["plan", "letter", "stages", "heads", "norm", "attn_drop"],

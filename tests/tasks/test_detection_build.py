@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import slabformer as sf
-from detectors import SMALL_SWIN, objects, pictures, saved, small_config
+from detectors import SMALL, SMALL_SWIN, objects, pictures, saved, small_config
 from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.nn.controls import prepbn_modules, repbn_modules
+from slabformer.nn.norms import norm_types
+from slabformer.tasks.conversion import count_norms
 from slabformer.tasks.detection.build import (
     PREDICTORS,
     backbone_args,
@@ -169,6 +171,15 @@ def test_a_classifier_is_no_detector_and_the_other_way_round(detector_file: str,
         built(weights=classifier_file)
     with pytest.raises(ValueError, match="holds a detector, for `slab detect`"):
         built(backbone_weights=detector_file)
+
+
+@pytest.mark.parametrize("norm", ["batchnorm", "rmsnorm", "layernorm"])
+def test_any_norm_is_a_setting_of_a_backbone_of_ours_and_of_timm(norm: str) -> None:
+    title = norm_types()[norm].title
+    ours = backbone_of(built(norm=norm, output_norm=norm))
+    assert set(count_norms(ours)) == {title}
+    timms = backbone_of(built(backbone="vit_tiny_patch16_224", args=SMALL["deit"], norm=norm))
+    assert set(count_norms(timms)) == {title}
 
 
 def test_any_model_of_timm_can_be_converted() -> None:

@@ -131,7 +131,7 @@ def test_freezing_needs_a_backbone():
         ({"name": "resnet18", "out_indices": (1, 2)}, r"needs maps of strides \(4, 8, 16, 32\)"),
         ({"name": "resnet18", "embed_dim": 3}, r"resnet18 refuses its arguments \(.*embed_dim"),
         ({"name": "deit_micro", "patch_size": 2}, "got a stride of 2"),
-        ({"name": "slab_swin_tiny", "output_norm": "batchnorm", **SMALL_SWIN}, "unknown norm 'batchnorm'"),
+        ({"name": "slab_swin_tiny", "output_norm": "groupnorm", **SMALL_SWIN}, "unknown norm 'groupnorm'"),
     ],
     ids=["name", "norm", "published", "strides", "argument", "patch", "output_norm"],
 )
