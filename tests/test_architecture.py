@@ -91,7 +91,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SO
 
 
 def room_of(path: Path) -> str:
-    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    name = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    return "cli" if name == "__main__" else name  # `python -m slabformer`
 
 
 def offenders(find: Callable[[Path, ast.Module], Collection[str]]) -> dict[str, Collection[str]]:

@@ -21,7 +21,7 @@ from slabformer.tasks.saved_model import create_model
 
 TRAIN = ("train", "--data", "/nonexistent")
 LANGUAGE = ("lm", "train", "--data", "/nonexistent")
-DETECT = ("detect", "train", "--data.train_images", "/nonexistent")
+DETECT = ("detect", "train", "--data.train-images", "/nonexistent")
 MICRO: dict[str, Any] = {
     **{"model": "slab_deit_micro", "class_names": [], "input_size": [3, 32, 32]},
     **{"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0},
@@ -54,39 +54,39 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 @pytest.mark.parametrize(
     ("flag", "value", "line"),
     [
-        ("--optimizer.clip_norm", "-1", "optimizer.clip_norm must be above 0, got -1.0"),
-        ("--optimizer.layer_decay", "-1", "optimizer.layer_decay must be above 0 and at most 1, got -1.0"),
-        ("--optimizer.lr", "nan", "optimizer.lr must be a finite number above 0, got nan"),
-        ("--optimizer.lr_base_batch", "0", "optimizer.lr_base_batch must be at least 1, got 0"),
+        ("--optimizer.clip-norm", "-1", "--optimizer.clip-norm must be above 0, got -1.0"),
+        ("--optimizer.layer-decay", "-1", "--optimizer.layer-decay must be above 0 and at most 1, got -1.0"),
+        ("--optimizer.lr", "nan", "--optimizer.lr must be a finite number above 0, got nan"),
+        ("--optimizer.lr-base-batch", "0", "--optimizer.lr-base-batch must be at least 1, got 0"),
         ("--optimizer.name", "adamww", "got 'adamww'; did you mean 'adamw'?"),
         ("--optimizer.args", '{"betas": [2, 2]}', "timm refuses optimizer 'adamw': Invalid beta parameter"),
-        ("--augment.mixup", "-1", "augment.mixup must be at least 0, got -1.0"),
-        ("--augment.cutmix", "-1", "augment.cutmix must be at least 0, got -1.0"),
-        ("--augment.label_smoothing", "3", "augment.label_smoothing must be at least 0 and below 1, got 3.0"),
-        ("--augment.auto_augment", "rand-m9-xx1", "augment.auto_augment must be a policy of timm's"),
-        ("--augment.auto_augment", "rand-mnine", "augment.auto_augment must be a policy of timm's"),
-        ("--lr_schedule.warmup_epochs", "-1", "lr_schedule.warmup_epochs must be at least 0, got -1.0"),
-        ("--lr_schedule.warmup_epochs", "300", "lr_schedule.warmup_epochs (300) must be below epochs (300)"),
-        ("--lr_schedule.name", "cosinus", "lr_schedule.name must be 'cosine', 'tanh'"),
-        ("--data.interpolation", "cubic", "data.interpolation must be 'bicubic', 'bilinear', 'nearest' or 'lanczos'"),
-        ("--data.mean", "[0.5]", "data.mean must be a list of 3 values, each a finite number"),
-        ("--data.std", "[0.5, 0, 0.5]", "data.std[1] must be above 0, got 0.0"),
-        ("--recalibrate.batches", "0", "recalibrate.batches must be at least 1, got 0"),
-        ("--ema.decay", "2", "ema.decay must be at least 0 and below 1, got 2.0"),
-        ("--seed", str(2**63), "seed must be below 9223372036854775808"),
-        ("--seed", "-1", "seed must be at least 0, got -1"),
-        ("--epochs", "1000000000", "epochs must be in [1, 100000], got 1000000000"),
-        ("--epochs", "1e9", "epochs must be a whole number in [1, 100000], got 1000000000.0"),
-        ("--batch_size", "0", "batch_size must be at least 1, got 0"),
-        ("--accumulate", "0", "accumulate must be at least 1, got 0"),
-        ("--num_workers", "-1", "num_workers must be in [0, 4096], got -1"),
+        ("--augment.mixup", "-1", "--augment.mixup must be at least 0, got -1.0"),
+        ("--augment.cutmix", "-1", "--augment.cutmix must be at least 0, got -1.0"),
+        ("--augment.label-smoothing", "3", "--augment.label-smoothing must be at least 0 and below 1, got 3.0"),
+        ("--augment.auto-augment", "rand-m9-xx1", "--augment.auto-augment must be a policy of timm's"),
+        ("--augment.auto-augment", "rand-mnine", "--augment.auto-augment must be a policy of timm's"),
+        ("--lr-schedule.warmup-epochs", "-1", "--lr-schedule.warmup-epochs must be at least 0, got -1.0"),
+        ("--lr-schedule.warmup-epochs", "300", "lr_schedule.warmup_epochs (300) must be below epochs (300)"),
+        ("--lr-schedule.name", "cosinus", "--lr-schedule.name must be 'cosine', 'tanh'"),
+        ("--data.interpolation", "cubic", "--data.interpolation must be 'bicubic', 'bilinear', 'nearest' or 'lanczos'"),
+        ("--data.mean", "[0.5]", "--data.mean must be a list of 3 values, each a finite number"),
+        ("--data.std", "[0.5, 0, 0.5]", "--data.std[1] must be above 0, got 0.0"),
+        ("--recalibrate.batches", "0", "--recalibrate.batches must be at least 1, got 0"),
+        ("--ema.decay", "2", "--ema.decay must be at least 0 and below 1, got 2.0"),
+        ("--seed", str(2**63), "--seed must be below 9223372036854775808"),
+        ("--seed", "-1", "--seed must be at least 0, got -1"),
+        ("--epochs", "1000000000", "--epochs must be in [1, 100000], got 1000000000"),
+        ("--epochs", "1e9", "--epochs must be a whole number in [1, 100000], got 1000000000.0"),
+        ("--batch-size", "0", "--batch-size must be at least 1, got 0"),
+        ("--accumulate", "0", "--accumulate must be at least 1, got 0"),
+        ("--num-workers", "-1", "--num-workers must be in [0, 4096], got -1"),
         ("--output", "", "--output must not be empty"),
         ("--model.name", "slab_deit_micra", "unknown model 'slab_deit_micra'; did you mean 'slab_deit_micro'?"),
-        ("--model.args.drop_path_rate", "-1", "drop_path_rate must be at least 0 and below 1, got -1"),
-        ("--model.args.embed_dim", "0", "embed_dim must be at least 1, got 0"),
+        ("--model.args.drop-path-rate", "-1", "drop_path_rate must be at least 0 and below 1, got -1"),
+        ("--model.args.embed-dim", "0", "embed_dim must be at least 1, got 0"),
         ("--model.args.depth", "-2", "depth must be at least 1, got -2"),
-        ("--model.args.num_heads", "5", "num_heads must divide embed_dim (64), got 5"),
-        ("--model.args.embed_dimm", "8", "did you mean 'embed_dim'?"),
+        ("--model.args.num-heads", "5", "num_heads must divide embed_dim (64), got 5"),
+        ("--model.args.embed-dimm", "8", "did you mean 'embed_dim'?"),
         ("--model.weights", "nothing.safetensors", "no weights at 'nothing.safetensors': no such file"),
         ("--config", "nothing.yaml", "no recipe at 'nothing.yaml': no such file"),
     ],
@@ -100,7 +100,7 @@ def test_train_tells_a_setting_before_it_looks_for_data(
 def test_steps_of_more_batches_than_an_epoch_are_told_with_both_numbers(
     capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
-    small = ("--data.image_size", "32", "--augment.policy", "light", "--num_workers", "0", "--device", "cpu")
+    small = ("--data.image-size", "32", "--augment.policy", "light", "--num-workers", "0", "--device", "cpu")
     line = refused(capsys, "train", "--data", "digits", *small, "--accumulate", "1000000")
     assert line == "accumulate must be at most 11, the batches of an epoch, got 1000000"
 
@@ -129,16 +129,16 @@ def test_arguments_of_every_family_are_told_before_data(
 @pytest.mark.parametrize(
     ("flag", "value", "line"),
     [
-        ("--optimizer.clip_norm", "-1", "optimizer.clip_norm must be above 0, got -1.0"),
-        ("--optimizer.betas", "[1, 1]", "optimizer.betas[0] must be at least 0 and below 1, got 1.0"),
-        ("--optimizer.warmup_steps", "600", "optimizer.warmup_steps must be below steps (600), got 600"),
-        ("--steps", "0", "steps must be at least 1, got 0"),
+        ("--optimizer.clip-norm", "-1", "--optimizer.clip-norm must be above 0, got -1.0"),
+        ("--optimizer.betas", "[1, 1]", "--optimizer.betas[0] must be at least 0 and below 1, got 1.0"),
+        ("--optimizer.warmup-steps", "600", "optimizer.warmup_steps must be below steps (600), got 600"),
+        ("--steps", "0", "--steps must be at least 1, got 0"),
         ("--output", "", "--output must not be empty"),
-        ("--model.hidden_size", "0", "model.hidden_size must be at least 1, got 0"),
-        ("--model.hidden_size", "10", "model.hidden_size must be a multiple of twice the 4 heads"),
-        ("--model.args.num_key_value_heads", "3", "model.args.num_key_value_heads must divide the 4 heads, got 3"),
-        ("--model.args.bn_momentum", "7", "bn_momentum must be above 0 and at most 1, got 7"),
-        ("--model.args.hidden_act", "7", "model.args: Validation error for field 'hidden_act'"),
+        ("--model.hidden-size", "0", "--model.hidden-size must be at least 1, got 0"),
+        ("--model.hidden-size", "10", "model.hidden_size must be a multiple of twice the 4 heads"),
+        ("--model.args.num-key-value-heads", "3", "model.args.num_key_value_heads must divide the 4 heads, got 3"),
+        ("--model.args.bn-momentum", "7", "bn_momentum must be above 0 and at most 1, got 7"),
+        ("--model.args.hidden-act", "7", "model.args: Validation error for field 'hidden_act'"),
         ("--model.args.bogus", "7", "unknown model.args.bogus"),
     ],
 )
@@ -151,16 +151,16 @@ def test_lm_train_tells_a_setting_before_it_looks_for_text(
 @pytest.mark.parametrize(
     ("flag", "value", "line"),
     [
-        ("--optimizer.clip_norm", "-1", "optimizer.clip_norm must be above 0, got -1.0"),
+        ("--optimizer.clip-norm", "-1", "--optimizer.clip-norm must be above 0, got -1.0"),
         ("--optimizer.name", "adamww", "did you mean 'adamw'?"),
-        ("--batch_size", "0", "batch_size must be at least 1, got 0"),
+        ("--batch-size", "0", "--batch-size must be at least 1, got 0"),
         ("--output", "", "--output must not be empty"),
         ("--model.backbone", "slab_swin_tinny", "did you mean 'slab_swin_tiny'?"),
-        ("--model.args.drop_path_rate", "-1", "drop_path_rate must be at least 0 and below 1, got -1"),
-        ("--model.args.num_heads", "[5, 5, 5, 5]", "num_heads[0] must divide the"),
+        ("--model.args.drop-path-rate", "-1", "drop_path_rate must be at least 0 and below 1, got -1"),
+        ("--model.args.num-heads", "[5, 5, 5, 5]", "num_heads[0] must divide the"),
         ("--model.weights", __file__, "is truncated, or no safetensors file"),
         ("--model.weights", "nothing.safetensors", "no weights at 'nothing.safetensors': no such file"),
-        ("--model.backbone_weights", "nothing.pth", "no weights at 'nothing.pth': no such file"),
+        ("--model.backbone-weights", "nothing.pth", "no weights at 'nothing.pth': no such file"),
     ],
 )
 def test_detect_train_tells_a_setting_before_it_looks_for_data(

@@ -45,12 +45,12 @@ def test_a_recipe_makes_a_detector_and_its_baseline_beside_it(
     [
         (["--epoch", "3"], "unknown option 'epoch'; did you mean 'epochs'?"),
         (["--model.freeze", "auto"], "did you mean 'model.freeze_norms'?"),
-        (["--detector.fpn_channel", "8"], "did you mean 'detector.fpn_channels'?"),
+        (["--detector.fpn_channel", "8"], "did you mean '--detector.fpn-channels'?"),
         (["--model.backbone", "slab_swin_tinny"], "did you mean 'slab_swin_tiny'?"),
         (["--data", "/nowhere"], "/nowhere"),
         (["--model.weights", "none.safetensors"], "no weights at 'none.safetensors'"),
-        (["--lr_schedule.warmup_steps", "9"], "warmup_steps (9) must be below the 2 steps"),
-        (["--detector.roi_iou", "2"], "roi_iou must be in [0, 1], got 2"),
+        (["--lr-schedule.warmup-steps", "9"], "warmup_steps (9) must be below the 2 steps"),
+        (["--detector.roi-iou", "2"], "--detector.roi-iou must be in [0, 1], got 2"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -87,8 +87,8 @@ def test_other_classes_than_the_checkpoint_s_are_refused_with_the_way_out(
     assert slab("train", "--config", recipe, "--model.weights", weights) == 2
     error = capsys.readouterr().err
     assert "knows 3 classes, the data 4" in error
-    assert "--model.new_predictors true" in error
-    assert slab("train", "--config", recipe, "--model.weights", weights, "--model.new_predictors", "true") == 0
+    assert "--model.new-predictors drops" in error
+    assert slab("train", "--config", recipe, "--model.weights", weights, "--model.new-predictors") == 0
 
 
 @pytest.fixture(scope="module")

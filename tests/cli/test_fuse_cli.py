@@ -114,7 +114,7 @@ def test_a_missing_folder_is_told_before_the_work(
         (["missing.safetensors"], "missing.safetensors"),
         (["slab_deit_micro", "--checkpoint", "missing.pth"], "missing.pth"),
         (["slab_deit_micro", "--checkpoint", __file__, "--pretrained"], "exclude each other"),
-        (["slab_deit_micro", "--input-sice", "32"], "did you mean 'input_size'?"),
+        (["slab_deit_micro", "--input-sice", "32"], "did you mean '--input-size'?"),
         (["MODEL", "--keep", "block.0"], "keep='block.0' matches no module of"),
         (["MODEL", "--outputs", "features"], "outputs='features' is no method of"),
     ],
@@ -152,7 +152,7 @@ def test_plain_weights_load_into_timms_own_model_without_norms(
     source = saved(tmp_path / "deit.safetensors", "deit_tiny_prepbn")
     assert main(["fuse", str(source), "--output", str(output), "--plain"]) == 0
     printed = capsys.readouterr().out
-    expression = printed.rpartition("load it without slabformer: ")[2].strip()
+    expression = printed.rpartition("load it without slabformer: ")[2].splitlines()[0]
     stock = eval(expression, {"timm": timm, "torch": torch})
     stock.load_state_dict(load_file(output), strict=True)
     fused, _ = load_model(output)

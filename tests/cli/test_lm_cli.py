@@ -169,7 +169,7 @@ def test_the_published_folder_is_imported(fuse: bool, tmp_path: Path, capsys: py
     torch.save(published_state(GOLDEN), theirs / "pytorch_model.bin")
     arguments = ("import", theirs, "--output", ours, *(["--fuse"] if fuse else []))
     assert lm(*arguments) == 0
-    assert f"saved {ours}" in capsys.readouterr().out
+    assert f"wrote {ours}" in capsys.readouterr().out
     assert json.loads((ours / "config.json").read_text())["norm"] == ("folded" if fuse else "prepbn")
     assert lm(*arguments) == 2
     assert "holds a model already; give another folder, or --overwrite" in capsys.readouterr().err
@@ -179,7 +179,10 @@ def test_the_published_folder_is_imported(fuse: bool, tmp_path: Path, capsys: py
     ("arguments", "message"),
     [
         (["train", "--data", "nowhere/at/all"], "no text at 'nowhere/at/all'"),
-        (["train", "--model.hiden_size", 3], "unknown option 'model.hiden_size'; did you mean 'model.hidden_size'?"),
+        (
+            ["train", "--model.hiden_size", 3],
+            "unknown option '--model.hiden_size'; did you mean '--model.hidden-size'?",
+        ),
         (["generate", "nowhere", "text"], "no language model at 'nowhere'"),
         (["generate", "MODEL"], "give a prompt, or --file"),
         (["generate", "MODEL", "the", "--max-new-tokens", 99], "do not fit the context of 64"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import subprocess
 import sys
 import types
@@ -11,24 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import nn
 
 from slabformer.cli import main as cli
 from slabformer.cli.detect import VERBS as DETECT
 from slabformer.cli.lm import VERBS as LM
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.surgery.batches import run_batches
 from tolerances import PATIENCE
 
 LAUNCH = "import sys, slab_launcher; sys.exit(slab_launcher.main())"
 
 
-def verb_that(run: Callable[[Namespace], None]) -> types.ModuleType:
+def verb_that(run: Callable[[Namespace], Outcome | None]) -> types.ModuleType:
     """A verb's module with an option of its own and a nested one."""
     module = types.ModuleType("slabformer.cli.probe")
 
-    def parser() -> ArgumentParser:
-        made = ArgumentParser(prog="slab probe")
+    def parser() -> Parser:
+        made = Parser("slab probe", "For tests.")
         made.add_argument("--config", action="config")
         made.add_argument("--batch-size", type=int, default=1)
         made.add_argument("--optimizer.lr", type=float, default=0.1)
@@ -89,7 +92,10 @@ assert codes == {[0] * len(verbs) + [2] * len(mistakes)}, codes
 
 def test_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("slab 0.")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("slab 0.")
+    assert [line.split()[0] for line in lines] == ["slab", "torch", "timm", "transformers"]
+    assert f"torch {importlib.metadata.version('torch')}" in lines
 
 
 def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,14 +166,16 @@ def test_a_type_error_that_we_raise_is_one_line(probe: Callable[..., None], caps
 @pytest.mark.parametrize(
     ("options", "yaml", "expected"),
     [
-        (["--batch-sise", "3"], None, "unknown option 'batch-sise'; did you mean 'batch_size'?"),
-        (["--optimizer.lrr", "3"], None, "unknown option 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
-        ([], "batch_sizes: 3", "unknown option 'batch_sizes'; did you mean 'batch_size'?"),
-        ([], "optimizer:\n  lrr: 3", "unknown option 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        (["--batch-sise", "3"], None, "unknown option '--batch-sise'; did you mean '--batch-size'?"),
+        (["--batch_sise", "3"], None, "unknown option '--batch_sise'; did you mean '--batch-size'?"),
+        (["--optimizer.lrr", "3"], None, "unknown option '--optimizer.lrr'; did you mean '--optimizer.lr'?"),
+        (["-x"], None, "unknown option '-x'"),
+        ([], "batch_sizes: 3", "unknown setting 'batch_sizes'; did you mean 'batch_size'?"),
+        ([], "optimizer:\n  lrr: 3", "unknown setting 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
         (["--batch-size", "x"], None, "--batch-size must be a whole number, got x"),
         (["--config", "missing.yaml"], None, "missing.yaml"),
     ],
-    ids=["flag", "nested-flag", "yaml", "nested-yaml", "type", "missing-config"],
+    ids=["flag", "underscores", "nested-flag", "short", "yaml", "nested-yaml", "type", "missing-config"],
 )
 def test_wrong_options_are_one_line_with_the_nearest_name(
     probe: Callable[..., None],
@@ -190,12 +198,12 @@ def test_wrong_options_are_one_line_with_the_nearest_name(
 def test_a_reader_that_goes_away_is_no_error() -> None:
     script = (
         "import importlib.util, sys, types\n"
-        "from jsonargparse import ArgumentParser\n"
+        "from slabformer.cli.parser import Parser\n"
         f"spec = importlib.util.spec_from_file_location('main', {cli.__file__!r})\n"
         "cli = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(cli)\n"
         "probe = types.ModuleType('probe'); sys.modules['probe'] = probe\n"
-        "probe.parser = ArgumentParser\n"
+        "probe.parser = lambda: Parser('slab probe', '')\n"
         "probe.run = lambda config: [print(line) for line in range(100_000)]\n"
         "cli.VERBS['probe'] = ('probe', '')\n"
         "sys.exit(cli.main(['probe']))\n"

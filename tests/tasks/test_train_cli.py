@@ -107,7 +107,7 @@ def test_an_unknown_key_in_a_recipe_is_refused_with_the_nearest(
 
 def test_print_config_shows_the_whole_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        slab_train("--config", recipe, "--gamma.shape", "cosine", "--print_config")
+        slab_train("--config", recipe, "--gamma.shape", "cosine", "--print-config")
     assert ended.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["gamma"]["shape"] == "cosine"

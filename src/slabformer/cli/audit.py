@@ -5,29 +5,30 @@ from __future__ import annotations
 import importlib
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from jsonargparse import Namespace
+from rich.console import RenderableType
 
-from slabformer._extras import require
-from slabformer._files import write_json
-from slabformer.cli.common import console
 from slabformer.cli.fuse import fuse_table
-from slabformer.settings import FileToWrite, NonEmptyStr, Pixels, PositiveInt
-from slabformer.tasks.engine.documents import read_json
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
+from slabformer.settings import NonEmptyStr, Pixels, PositiveInt
 
 if TYPE_CHECKING:
     from torch import nn
 
-Built: TypeAlias = "tuple[nn.Module, tuple[Any, ...], dict[str, Any]]"
+    Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab audit`."""
-    made = ArgumentParser(
-        prog="slab audit",
-        description="Convert a model's norms on a copy, follow each to its neighbours, and say which would fold and "
-        "why the others would not; no weights are needed.",
+    made = Parser(
+        "slab audit",
+        "Convert a model's norms on a copy, follow each to its neighbours, and say which would fold and why the "
+        "others would not; no weights are needed.",
+        ["slab audit convnext_atto", "slab audit mypackage.models:build --untie"],
+        json_files=True,
     )
     made.add_argument(
         "model",
@@ -36,18 +37,16 @@ def parser() -> ArgumentParser:
         "returns a model and a tuple of example inputs",
     )
     made.add_argument("--input-size", type=Pixels | None, help="height and width of images, if not the model's own")
-    made.add_argument("--batch-size", type=PositiveInt, default=1)
+    made.add_argument("--batch-size", type=PositiveInt, default=1, help="examples that run through the model")
     made.add_argument("--fixed-size", action="store_true", help="as in slab fuse")
     made.add_argument("--untie", action="store_true", help="as in slab fuse")
     made.add_argument("--meta", action="store_true", help="allocate no weights, for models too large to build")
-    time_help = "time the norms of today, eager; not with --meta"
-    made.add_argument("--time", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help=time_help)
-    made.add_argument("--json", type=FileToWrite | None, help="also write it as JSON")
+    made.add_argument("--time", type=bool, default=True, help="time the norms of today, eager; not with --meta")
     return made
 
 
-def run(config: Namespace) -> None:
-    """Build, audit, print."""
+def run(config: Namespace) -> Outcome:
+    """Build and audit."""
     import torch
 
     from slabformer.surgery.audit import audit, time_norms
@@ -55,19 +54,16 @@ def run(config: Namespace) -> None:
     with torch.device("meta") if config.meta else nullcontext():
         model, args, kwargs = build(config.model, config.input_size, config.batch_size)
     report = audit(model, args, kwargs, fixed_size=config.fixed_size, untie=config.untie)
-    output = console()
-    output.print(fuse_table(report))
-    output.print(report.summary().replace(" folded", " would fold", 1))
+    shown: list[RenderableType] = [fuse_table(report), report.summary().replace(" folded", " would fold", 1)]
     found = report.to_dict()
     if config.time and not config.meta:
         taken = time_norms(model, args, kwargs)
         found["norm_seconds"], found["forward_seconds"] = taken.norms, taken.total
-        output.print(
+        shown.append(
             f"norms take about {taken.norms * 1e3:.1f} of {taken.total * 1e3:.1f} ms today ({taken.share:.0%}), eager, "
             f"{torch.get_num_threads()} threads"
         )
-    if config.json is not None:
-        write_json(config.json, found)
+    return Outcome(data=found, shown=shown)
 
 
 def build(model: str, input_size: int | None, batch_size: int) -> Built:
@@ -100,9 +96,9 @@ def _from_factory(name: str) -> Built:
 
 
 def _from_folder(folder: Path, input_size: int | None, batch_size: int) -> Built:
-    import torch
-
+    from slabformer._extras import require
     from slabformer.models.arguments import check_arguments
+    from slabformer.tasks.engine.documents import read_json
 
     path = folder / "config.json"
     if not path.is_file():
@@ -118,6 +114,8 @@ def _from_folder(folder: Path, input_size: int | None, batch_size: int) -> Built
         return _from_timm(name, arguments, input_size, batch_size)
     if "model_type" not in settings:
         raise ValueError(f"{path} has neither timm's 'architecture' nor transformers' 'model_type'")
+    import torch
+
     transformers = require("transformers", extra="lm")
     model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(folder))
     if model.main_input_name == "pixel_values":

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
-from rich.console import Console, RenderableType
+from jsonargparse import Namespace
+from rich.console import Console
 from rich.markdown import Markdown
 from rich.text import Text
 
-import slabformer as sf
 from slabformer._moved import current_name
-from slabformer.cli.common import add_model_options, available_device, console, example_images, load, needs_weights
-from slabformer.cli.data import ExamplesFormatter
+from slabformer.cli.common import add_model_options, available_device, example_images, load, needs_weights
 from slabformer.cli.list import chosen
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, PositiveInt, Seconds, Threads
 
 if TYPE_CHECKING:
@@ -32,44 +32,45 @@ ZOO_FOLDER = Path("benchmarks/results/zoo")
 SETTINGS = ("against", "convert", "batch_sizes", "compile", "seconds", "input_size")
 #: arguments of our models that the models they replace do not take
 OWN_ARGUMENTS = ("norm", "norm_layer", "norm_eps", "attention")
-EXAMPLES = """examples:
-  slab bench slab_deit_tiny --threads 1 --batch-sizes 1 8 --output runs/bench
-  slab bench vit_tiny_patch16_224 --convert --no-compile
-  slab bench slab_swin_tiny --deploy --dtype bfloat16 --batch-sizes 8
-  slab bench --models 'slab_*' --against baseline --threads 1 --batch-sizes 8
-"""
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab bench`."""
-    made = ArgumentParser(
-        prog="slab bench",
-        description="Time a model as given, fused, its LayerNorm baseline and its ceiling (norms and attention\n"
-        "deleted), in turns in one process; a model without weights gets random ones. With --models, many into\n"
-        "one table: models that are in it, measured alike, are left out, and one that breaks is a row with its error.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    made = Parser(
+        "slab bench",
+        "Time a model as given, fused, its LayerNorm baseline and its ceiling (norms and attention deleted), in turns "
+        "in one process; a model without weights gets random ones. With --models, many into one table: models that are "
+        "in it, measured alike, are left out, and one that breaks is a row with its error.",
+        [
+            "slab bench slab_deit_tiny --threads 1 --batch-sizes 1 8 --output runs/bench",
+            "slab bench vit_tiny_patch16_224 --convert --no-compile",
+            "slab bench slab_swin_tiny --deploy --dtype bfloat16 --batch-sizes 8",
+            "slab bench --models 'slab_*' --against baseline --threads 1 --batch-sizes 8",
+        ],
     )
     add_model_options(made, required=False)
     made.add_argument("--models", type=NonEmptyStr, nargs="+", default=[], help="of ours, by name or pattern: 'slab_*'")
     made.add_argument(
-        "--against", type=NonEmptyStr, default="baseline", help="baseline, none, or a LayerNorm model that timm knows"
+        "--against",
+        type=NonEmptyStr,
+        default="baseline",
+        help="what to compare with: baseline, none, or a LayerNorm model that timm knows",
     )
     made.add_argument(
         "--convert", action="store_true", help="first replace the model's LayerNorms; it is its own baseline"
     )
-    made.add_argument("--batch-sizes", type=PositiveInt, nargs="+", default=[1, 8])
-    made.add_argument("--threads", type=Threads | None, help="torch's threads on a CPU; all cores by default")
-    made.add_argument(
-        "--compile", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="also under torch.compile"
-    )
+    made.add_argument("--batch-sizes", type=PositiveInt, nargs="+", default=[1, 8], help="images at once")
+    made.add_argument("--threads", type=Threads | None, help="threads of torch on a CPU; all cores by default")
+    made.add_argument("--compile", type=bool, default=True, help="also under torch.compile")
     made.add_argument(
         "--roofline", action="store_true", help="also what the machine reaches at best, and each variant's share of it"
     )
     made.add_argument("--deploy", action="store_true", help="instead, each step on the way to the fastest form")
-    made.add_argument("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of --deploy")
-    made.add_argument("--seconds", type=Seconds, default=20.0, help="of measuring for each batch size")
-    made.add_argument("--device", type=DeviceName, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
+    made.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="arithmetic of --deploy"
+    )
+    made.add_argument("--seconds", type=Seconds, default=20.0, help="time to measure for, at each batch size")
+    made.add_argument("--device", type=DeviceName, default="cpu", metavar="DEVICE", help="where to run")
     made.add_argument(
         "--output",
         type=FolderToWrite | None,
@@ -78,8 +79,8 @@ def parser() -> ArgumentParser:
     return made
 
 
-def run(config: Namespace) -> None:
-    """Measure, print, write.
+def run(config: Namespace) -> Outcome:
+    """Measure and write.
 
     Raises:
         ValueError: If a model and patterns are given, or neither, or no model matches.
@@ -94,21 +95,18 @@ def run(config: Namespace) -> None:
     config.against = current_name(config.against)
     device = available_device(config.device)
     keep_memory()  # for all forms alike, as sf.deploy does
-    output = console()
-    shown: RenderableType
     with Console(stderr=True).status("loading") as status:
         if config.deploy:
             steps = deployment(config, device)
-            shown, written = Text(steps.table()), [] if config.output is None else [steps.write(config.output)]
-        elif config.models:
+            written = [] if config.output is None else [steps.write(config.output)]
+            return Outcome(data=steps.to_dict(), shown=[Text(steps.table())], files=written)
+        if config.models:
             table = _zoo(config, device, status.update)
-            shown, written = Markdown(to_markdown(table.rows)), [table.path, table.markdown]
-        else:
-            report = measure(config, device, status.update)
-            shown, written = report.table(), [] if config.output is None else report.write(config.output)
-    output.print(shown)
-    if written:
-        output.print("wrote", *map(str, written), soft_wrap=True)
+            shown = [Markdown(to_markdown(table.rows))]
+            return Outcome(data={"rows": table.rows}, shown=shown, files=[table.path, table.markdown])
+        report = measure(config, device, status.update)
+        written = [] if config.output is None else report.write(config.output)
+        return Outcome(data=report.to_dict(), shown=[report.table()], files=written)
 
 
 def measure(config: Namespace, device: torch.device, progress: Callable[[str], None]) -> BenchReport:
@@ -139,6 +137,7 @@ def deployment(config: Namespace, device: torch.device) -> DeployReport:
     """What each step of :func:`slabformer.deploy` makes of the model that the options describe."""
     import torch
 
+    import slabformer as sf
     from slabformer.measure.timing import num_threads
 
     model, images, _ = _subject(config, device)
@@ -149,6 +148,8 @@ def deployment(config: Namespace, device: torch.device) -> DeployReport:
 
 def _subject(config: Namespace, device: torch.device) -> tuple[nn.Module, Tensor, ModelInfo]:
     """The model on ``device``, as if trained, with a batch for it, and what it is."""
+    import slabformer as sf
+
     model, info = load(config)
     if config.convert:
         sf.convert_norms_(model)
@@ -166,9 +167,7 @@ def _zoo(config: Namespace, device: torch.device, progress: Callable[[str], None
     from slabformer.models.registry import check_model_name
 
     if config.checkpoint is not None or config.pretrained:
-        raise ValueError("--checkpoint and --pretrained are for one model; speeds do not hang on weights")
-    if min(config.batch_sizes, default=0) < 1:
-        raise ValueError(f"batch_sizes must be at least 1 each, got {config.batch_sizes}")
+        raise ValueError("--checkpoint and --pretrained are for one model; speeds do not depend on weights")
     if config.against not in ("baseline", "none"):
         check_model_name(config.against)
     names = list(dict.fromkeys(name for pattern in config.models for name in chosen(pattern)))
@@ -200,9 +199,13 @@ def _baseline(config: Namespace, info: ModelInfo) -> nn.Module | None:
 
 
 def _as_if_trained(model: nn.Module) -> None:
-    """Values that training would leave: speeds do not hang on them, the equality that stands before them does."""
+    """Values that training would leave: speeds do not depend on them, the equality that is checked first does."""
+    import torch
+
+    import slabformer as sf
     from slabformer.nn.controls import prepbn_modules
 
-    sf.testing.randomize_norms_(model)
-    for norm in prepbn_modules(model).values():
-        norm.set_gamma(0.0)
+    with torch.no_grad():
+        sf.testing.randomize_norms_(model)
+        for norm in prepbn_modules(model).values():
+            norm.set_gamma(0.0)

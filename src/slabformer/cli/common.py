@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
+from jsonargparse import Namespace
 
-import slabformer as sf
+from slabformer.cli.parser import Parser
 from slabformer.settings import ExistingFile, NonEmptyStr, Pixels
 
 if TYPE_CHECKING:
@@ -18,18 +17,10 @@ if TYPE_CHECKING:
 
     from slabformer.tasks.saved_model import ModelInfo
 
-#: widths of tables go by the terminal; files and pipes get room for all columns
-PIPE_WIDTH = 160
 MODEL_HELP = "a .safetensors file or folder that slab wrote, hf-hub:user/name, or a name that timm knows"
 
 
-def console() -> Console:
-    """For tables and results, on standard output."""
-    made = Console()
-    return made if made.is_terminal else Console(width=PIPE_WIDTH)
-
-
-def add_model_options(parser: ArgumentParser, *, required: bool = True) -> None:
+def add_model_options(parser: Parser, *, required: bool = True) -> None:
     """``MODEL`` and all that says which weights and input size it has."""
     if required:
         parser.add_argument("model", type=NonEmptyStr, help=MODEL_HELP)
@@ -39,7 +30,7 @@ def add_model_options(parser: ArgumentParser, *, required: bool = True) -> None:
         "--checkpoint", type=ExistingFile | None, help="published weights (.pth) for a model given by name"
     )
     parser.add_argument("--pretrained", action="store_true", help="fetch the released weights of a named model")
-    parser.add_argument("--input-size", type=Pixels | None, help="height and width of its images, if not its own")
+    parser.add_argument("--input-size", type=Pixels | None, help="height and width of images, if not the model's own")
 
 
 def load(config: Namespace) -> tuple[nn.Module, ModelInfo]:
@@ -49,14 +40,14 @@ def load(config: Namespace) -> tuple[nn.Module, ModelInfo]:
         ValueError: If it is unknown, or options do not go together.
         FileNotFoundError: If a file is missing.
     """
-    from slabformer.tasks.saved_model import load_model
-
     if not is_file(config.model):
         return _named(config.model, config.checkpoint, config.pretrained, config.input_size)
     if config.checkpoint is not None or config.pretrained:
         raise ValueError(
             f"{config.model} holds its weights; --checkpoint and --pretrained are for a model given by name"
         )
+    from slabformer.tasks.saved_model import load_model
+
     model, info = load_model(config.model)
     if config.input_size is not None and config.input_size != info.input_size[-1]:
         model, info = _resized(model, info, config.input_size)
@@ -99,10 +90,11 @@ def available_device(name: str) -> torch.device:
 
 
 def _named(name: str, checkpoint: Path | None, pretrained: bool, input_size: int | None) -> tuple[nn.Module, ModelInfo]:
-    from slabformer.tasks.saved_model import ModelInfo, create_model
-
     if checkpoint is not None and pretrained:
         raise ValueError("--checkpoint and --pretrained exclude each other; give one")
+    import slabformer as sf
+    from slabformer.tasks.saved_model import ModelInfo, create_model
+
     arguments: dict[str, Any] = {} if input_size is None else {"img_size": input_size}
     model = create_model(name, pretrained=pretrained, **arguments)
     if checkpoint is not None:

@@ -1,43 +1,34 @@
-"""What the verbs that read images share: which data, where it runs, and how results leave as JSON."""
+"""What the verbs that read images share: which data, and where it runs."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import slabformer as sf
-from slabformer._files import as_json, write_text
 from slabformer.cli.common import load, needs_weights
+from slabformer.cli.parser import Parser
 from slabformer.settings import DeviceOrAuto, NonEmptyStr, PositiveFraction, PositiveInt, ShareOrCount, Workers
-from slabformer.tasks.classification.config import DataConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from slabformer.tasks.classification.config import DataConfig
     from slabformer.tasks.classification.sources import Split
     from slabformer.tasks.engine.order import OrderedLoader
     from slabformer.tasks.saved_model import ModelInfo
 
 MOST_WORKERS = 4
-STDOUT = Path("-")
 Result = TypeVar("Result")
 
 
-class ExamplesFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Leaves the examples under the options as they are written."""
-
-
-def add_data_options(parser: ArgumentParser) -> None:
+def add_data_options(parser: Parser) -> None:
     """Which images, and in what portions."""
     parser.add_argument(
         "--data", type=NonEmptyStr, required=True, help="a folder, hfds/NAME, torch/NAME, wds/FOLDER, or digits"
@@ -68,9 +59,9 @@ def add_data_options(parser: ArgumentParser) -> None:
     )
 
 
-def add_device_option(parser: ArgumentParser) -> None:
+def add_device_option(parser: Parser) -> None:
     """Where to run."""
-    parser.add_argument("--device", type=DeviceOrAuto, default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--device", type=DeviceOrAuto, default="auto", metavar="DEVICE", help="where to run")
 
 
 def data_of(config: Namespace, info: ModelInfo, split: Split) -> DataConfig:
@@ -95,9 +86,9 @@ def load_trained(config: Namespace) -> tuple[nn.Module, ModelInfo]:
     Raises:
         ValueError: If the model is unknown, or would have random weights.
     """
-    from slabformer.models.registry import check_model_name
-
     if needs_weights(config):
+        from slabformer.models.registry import check_model_name
+
         check_model_name(config.model)
         raise ValueError(
             f"{config.model!r} names a model without weights; give a saved .safetensors file, "
@@ -110,15 +101,15 @@ def load_trained(config: Namespace) -> tuple[nn.Module, ModelInfo]:
 @contextmanager
 def launched_accelerator(config: Namespace) -> Iterator[Any]:
     """accelerate's, where torchrun started several processes, which then run on its devices; else None."""
-    import torch.distributed as dist
-
-    from slabformer.tasks.engine.devices import create_accelerator
-
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
     if config.device not in ("auto", "cpu"):
         raise ValueError(f"several processes take a device each; use --device auto or cpu, not {config.device!r}")
+    import torch.distributed as dist
+
+    from slabformer.tasks.engine.devices import create_accelerator
+
     accelerator = create_accelerator(device=config.device)
     config.device = str(accelerator.device)
     try:
@@ -144,17 +135,6 @@ def device_called(name: str) -> torch.device:
         raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); use auto or cpu") from error
 
 
-def write_json(path: Path | None, value: Any) -> None:
-    """Write ``value`` to a file, or to standard output for ``-``."""
-    if path is None:
-        return
-    text = as_json(value)
-    if path == STDOUT:
-        sys.stdout.write(text)
-    else:
-        write_text(path, text)
-
-
 @contextmanager
 def progress_bar(title: str, total: int | None) -> Iterator[Callable[..., None]]:
     """A bar on standard error, where that is a terminal; call what it yields with the number done (1 by default)."""
@@ -169,6 +149,7 @@ def each_form(
     model: nn.Module, form: str, loader: OrderedLoader, measure: Callable[..., Result]
 ) -> Iterator[tuple[str, Result]]:
     """What ``measure(progress=...)`` makes of ``model``, called ``form``, and of the blend while gamma is above 0."""
+    import slabformer as sf
     from slabformer.nn.controls import prepbn_modules
 
     total = -(-loader.order.count // loader.order.world_size)

@@ -7,25 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.table import Table
 
-import slabformer as sf
-from slabformer._files import write_csv
-from slabformer.cli.common import add_model_options, console, example_images
+from slabformer.cli.common import add_model_options, example_images
 from slabformer.cli.data import (
-    STDOUT,
-    ExamplesFormatter,
     add_data_options,
     add_device_option,
     data_of,
     each_form,
     launched_accelerator,
     load_trained,
-    write_json,
 )
-from slabformer.settings import ExistingFile, FileToWrite, JsonToWrite
-from slabformer.tasks.classification.config import AugmentConfig
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
+from slabformer.settings import ExistingFile, FileToWrite
 
 if TYPE_CHECKING:
     from slabformer.tasks.classification.data import Loader
@@ -33,23 +29,19 @@ if TYPE_CHECKING:
     from slabformer.tasks.saved_model import ModelInfo
 
 logger = logging.getLogger(__name__)
-EXAMPLES = """examples:
-  slab eval runs/digits/model.safetensors --data digits
-  slab eval runs/digits/model.safetensors --data digits --fused --per-class classes.csv
-  slab eval slab_deit_tiny --pretrained --data /data/imagenet --batch-size 256
-  slab eval slab_deit_tiny --checkpoint slab_deit_tiny.pth --data wds//data/imagenet-wds --json result.json
-  slab eval slab_deit_tiny --pretrained --data /data/imagenet --real-labels real.json
-  torchrun --nproc-per-node 8 -m slabformer.cli.main eval model.safetensors --data /data/imagenet
-"""
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab eval`."""
-    made = ArgumentParser(
-        prog="slab eval",
-        description="Accuracy on validation images, of the deployed form, and of the blend too while gamma is above 0.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    made = Parser(
+        "slab eval",
+        "Accuracy on validation images, of the deployed form, and of the blend too while gamma is above 0.",
+        [
+            "slab eval runs/digits/model.safetensors --data digits --fused",
+            "slab eval slab_deit_tiny --pretrained --data /data/imagenet --json",
+            "torchrun --nproc-per-node 8 -m slabformer eval m.safetensors --data PATH",
+        ],
+        json_files=True,
     )
     add_model_options(made)
     add_data_options(made)
@@ -62,19 +54,18 @@ def parser() -> ArgumentParser:
         help="also hold top-1 against several right classes an image: JSON, a list of classes for each image, in the "
         "order of file names (ImageNet-ReaL's real.json)",
     )
-    made.add_argument(
-        "--json", type=JsonToWrite | None, help="also write the figures as JSON; - for standard output alone"
-    )
     return made
 
 
-def run(config: Namespace) -> None:
-    """Evaluate and print a table; under torchrun every process takes its share, and the first one prints."""
+def run(config: Namespace) -> Outcome | None:
+    """Evaluate; under torchrun every process takes its share, and the first one tells."""
     with launched_accelerator(config) as accelerator:
-        _run(config, accelerator)
+        return _run(config, accelerator)
 
 
-def _run(config: Namespace, accelerator: Any) -> None:
+def _run(config: Namespace, accelerator: Any) -> Outcome | None:
+    import slabformer as sf
+    from slabformer.tasks.classification.config import AugmentConfig
     from slabformer.tasks.classification.data import create_loader
     from slabformer.tasks.classification.evaluate import evaluate
     from slabformer.tasks.classification.real_labels import NumberedSource, RealLabels
@@ -104,18 +95,15 @@ def _run(config: Namespace, accelerator: Any) -> None:
     form = "fused" if config.fused or info.fused else "deployed"
     options = {"per_class": config.per_class is not None, "real": real, "accelerator": accelerator}
     results = dict(each_form(model, form, loader, partial(evaluate, model, loader, **options)))
-    if is_main:
-        _tell(config, f"{info.model} on {config.data}", results)
+    return _outcome(config, f"{info.model} on {config.data}", results) if is_main else None
 
 
-def _tell(config: Namespace, title: str, results: dict[str, EvalResult]) -> None:
-    """Print and write the results."""
-    if config.json != STDOUT:
-        console().print(_table(title, results))
-    write_json(config.json, {form: result.to_dict() for form, result in results.items()})
+def _outcome(config: Namespace, title: str, results: dict[str, EvalResult]) -> Outcome:
+    """The figures of each form, and the file of every class's."""
     deployed = next(iter(results.values()))
     if config.per_class is not None and deployed.per_class is not None:
         write_classes(config.per_class, deployed.per_class)
+    return Outcome(data={form: result.to_dict() for form, result in results.items()}, shown=[_table(title, results)])
 
 
 def _compare_names(info: ModelInfo, loader: Loader) -> None:
@@ -154,6 +142,8 @@ def _table(title: str, results: dict[str, EvalResult]) -> Table:
 
 def write_classes(path: Path, rows: list[ClassResult]) -> None:
     """One line a class: name, images, top-1."""
+    from slabformer._files import write_csv
+
     found = (
         {"class": row.name, "images": row.images, "top1": "" if row.top1 is None else f"{row.top1:.6f}"} for row in rows
     )

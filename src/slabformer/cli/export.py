@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import replace
 from typing import get_args
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from slabformer._defaults import RUNTIME_RTOL, Format
-from slabformer._files import replaced
 from slabformer.cli.common import add_model_options, example_images, load
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.settings import FileToWrite, PositiveInt, Tolerance
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab export`."""
+    from slabformer._defaults import RUNTIME_RTOL, Format
 
-    made = ArgumentParser(
-        prog="slab export", description="Write a model for other runtimes, any batch size, checked against PyTorch."
+    made = Parser(
+        "slab export",
+        "Write a model for other runtimes, any batch size, checked against PyTorch.",
+        [
+            "slab export fused.safetensors --output model.onnx",
+            "slab export slab_deit_tiny --pretrained --output model.pt2 --batch-sizes 1 8",
+        ],
     )
     add_model_options(made)
     made.add_argument("--output", type=FileToWrite, required=True, help="the file: model.onnx, or model.pt2")
@@ -29,16 +35,19 @@ def parser() -> ArgumentParser:
     return made
 
 
-def run(config: Namespace) -> None:
+def run(config: Namespace) -> Outcome:
     """Export and check; the file appears when it has passed."""
+    from slabformer._defaults import Format
+    from slabformer._files import replaced
     from slabformer.export.model import export
 
     format = config.format or config.output.suffix.removeprefix(".")
     if format not in get_args(Format):
         raise ValueError(f"cannot tell a format from {config.output}; name it .onnx or .pt2, or give --format")
+    output = config.output
     model, info = load(config)
     metadata = {"slabformer": info.to_json()}
-    with replaced(config.output) as temporary:
+    with replaced(output) as temporary:
         result = export(
             model,
             example_images(info, batch_size=1),
@@ -49,7 +58,7 @@ def run(config: Namespace) -> None:
             metadata=metadata,
         )
     batches = ", ".join(map(str, result.batch_sizes))
-    sys.stdout.write(
-        f"{config.output}: {config.output.stat().st_size / 1e6:.1f} MB, within {result.max_rel:.1e} of PyTorch's scale "
-        f"at batch sizes {batches}\n"
-    )
+    size = output.stat().st_size
+    told = f"{size / 1e6:.1f} MB, within {result.max_rel:.1e} of PyTorch's scale at batch sizes {batches}"
+    data = {**vars(replace(result, path=output)), "bytes": size}
+    return Outcome(data=data, shown=[f"{output}: {told}"])

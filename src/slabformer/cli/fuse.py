@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-import slabformer as sf
-from slabformer._defaults import RTOL
-from slabformer._extras import require
-from slabformer._files import write_json
-from slabformer.cli.common import add_model_options, console, example_images, load
-from slabformer.settings import FileToWrite, ModelToWrite, NonEmptyStr, Tolerance
+from slabformer.cli.common import add_model_options, example_images, load
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
+from slabformer.settings import ModelToWrite, NonEmptyStr, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,13 +24,21 @@ if TYPE_CHECKING:
 ACTIONS = {"forward": "[green]forward[/]", "backward": "[blue]backward[/]", "kept": "[yellow]kept[/]"}
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab fuse`."""
+    from slabformer._defaults import RTOL
 
-    made = ArgumentParser(prog="slab fuse", description="Fold every norm into its neighbours, verify, save.")
+    made = Parser(
+        "slab fuse",
+        "Fold every norm into its neighbours, verify, save.",
+        [
+            "slab fuse runs/train/model.safetensors --output fused.safetensors",
+            "slab fuse slab_swin_tiny --pretrained -o fused.safetensors --keep 'layers.3.*'",
+        ],
+        json_files=True,
+    )
     add_model_options(made)
     made.add_argument("--output", type=ModelToWrite, required=True, help="the fused model, a .safetensors file")
-    made.add_argument("--json", type=FileToWrite | None, help="also write where each norm went, as JSON")
     made.add_argument(
         "--keep",
         type=NonEmptyStr,
@@ -47,7 +54,7 @@ def parser() -> ArgumentParser:
         help="methods that stay beside the forward: forward_features",
     )
     made.add_argument("--fixed-size", action="store_true", help="fold for this input size alone; others are refused")
-    made.add_argument("--untie", action="store_true", help="give a layer that stands under several names one for each")
+    made.add_argument("--untie", action="store_true", help="give shared layers separate copies")
     made.add_argument(
         "--plain", action="store_true", help="only if timm's own model, built without norms, can hold the weights"
     )
@@ -55,11 +62,12 @@ def parser() -> ArgumentParser:
     return made
 
 
-def run(config: Namespace) -> None:
-    """Fuse, verify, print, save; nothing is saved that differs."""
+def run(config: Namespace) -> Outcome:
+    """Fuse, verify, save; nothing is saved that differs."""
+    import slabformer as sf
     from slabformer.tasks.saved_model import save_model
 
-    files = [path for path in (config.output, config.json) if path is not None]
+    output = config.output
     model, info = load(config)
     images = example_images(info, batch_size=2)
     fused, report = sf.fuse(
@@ -72,15 +80,13 @@ def run(config: Namespace) -> None:
     )
     result = sf.verify(model, fused, [example_images(info, batch_size=4, seed=seed) for seed in (1, 2)], config.rtol)
     recipe = plain_recipe(fused, info, config.rtol) if config.plain else ""
-    output = console()
-    output.print(fuse_table(report))
-    output.print(f"{report.summary()}\n{result}")
-    save_model(fused, config.output, info)
-    if config.json is not None:
-        write_json(config.json, {**report.to_dict(), "verify": asdict(result)})
-    output.print("saved", *map(str, files), soft_wrap=True)
+    save_model(fused, output, info)
+    shown: list[RenderableType] = [fuse_table(report), f"{report.summary()}\n{result}"]
+    data = {**report.to_dict(), "verify": asdict(result)}
     if recipe:
-        output.print(f"load it without slabformer: {recipe}", soft_wrap=True, markup=False)
+        shown.append(f"load it without slabformer: {recipe}")
+        data["plain"] = recipe
+    return Outcome(data=data, shown=shown, files=[output])
 
 
 def plain_recipe(fused: nn.Module, info: ModelInfo, rtol: float) -> str:
@@ -91,6 +97,8 @@ def plain_recipe(fused: nn.Module, info: ModelInfo, rtol: float) -> str:
     """
     from torch import nn
 
+    import slabformer as sf
+    from slabformer._extras import require
     from slabformer.models.registry import baseline_of
     from slabformer.nn import Folded
     from slabformer.surgery.fuse.tree.files import plain_

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from slabformer._extras import require
-from slabformer.cli.common import console
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.cli.suggest import did_you_mean
 from slabformer.settings import NonEmptyStr
 
@@ -52,9 +50,13 @@ class Row:
     """The LayerNorm and softmax model that it replaces."""
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab list`."""
-    made = ArgumentParser(prog="slab list", description="Models, published accuracies and released weights.")
+    made = Parser(
+        "slab list",
+        "Models, published accuracies and released weights.",
+        ["slab list swin", "slab list 'slab_*' --weights --macs"],
+    )
     made.add_argument(
         "pattern", type=NonEmptyStr, nargs="?", default="*", help="e.g. 'slab_*'; part of a name is enough"
     )
@@ -64,12 +66,11 @@ def parser() -> ArgumentParser:
     made.add_argument(
         "--macs", action="store_true", help="also count multiply-adds, and what is left when norms are folded (slower)"
     )
-    made.add_argument("--json", action="store_true", help="machine-readable")
     return made
 
 
-def run(config: Namespace) -> None:
-    """Print the models that match.
+def run(config: Namespace) -> Outcome:
+    """The models that match.
 
     Raises:
         ValueError: If none does.
@@ -82,14 +83,12 @@ def run(config: Namespace) -> None:
     if config.macs:
         with Console(stderr=True).status("counting") as status:
             found = [with_cost(row, status.update) for row in found]
-    if config.json:
-        sys.stdout.write(json.dumps([vars(row) for row in found], indent=2) + "\n")
-    else:
-        console().print(table(found, costs=config.macs))
+    return Outcome(data=found, shown=[table(found, costs=config.macs)])
 
 
 def registered() -> list[str]:
     """Names of all models of this package: the published ones first, in the publication's order."""
+    from slabformer._extras import require
     from slabformer.models.weights.published import BY_MODEL
 
     timm = require("timm", extra="vision")
@@ -178,6 +177,7 @@ def _wanted(row: Row, config: Namespace) -> bool:
 
 
 def _row(model: str) -> Row:
+    from slabformer._extras import require
     from slabformer.measure.timing import count_parameters
     from slabformer.models.registry import baseline_of
     from slabformer.models.weights.published import BY_MODEL

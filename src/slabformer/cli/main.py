@@ -2,8 +2,8 @@
 
 Nothing but the standard library is imported before a verb is chosen, and nothing heavy before its options are checked,
 so that help and mistakes are told at once. A verb is one row of :data:`VERBS` and one file with ``parser() ->
-jsonargparse.ArgumentParser`` and ``run(config) -> None``; a group of verbs is one row of :data:`GROUPS` and one package
-with ``VERBS`` of its own.
+slabformer.cli.parser.Parser`` and ``run(config) -> slabformer.cli.outcome.Outcome``, which is printed here; a group of
+verbs is one row of :data:`GROUPS` and one package with ``VERBS`` of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Mapping, Sequence
 
@@ -36,6 +37,7 @@ VERBS = {
     "report": ("slabformer.cli.report", "accuracy against speed of the models that bench measured"),
     "visualize": ("slabformer.cli.visualize", "what a token attends to, several models side by side"),
     "list": ("slabformer.cli.list", "models, published accuracies and released weights"),
+    "completion": ("slabformer.cli.completion", "a script that completes commands and options in bash or zsh"),
 }
 #: verb that has verbs of its own -> (package that lists them, what they are about)
 GROUPS = {
@@ -44,10 +46,21 @@ GROUPS = {
 }
 USAGE_ERRORS = (
     *(ValueError, TypeError, ImportError),
-    *(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError),
+    *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError),
 )
 FAILURES = (RuntimeError, OSError)
-USAGE, FAILURE, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
+DONE, FAILURE, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
+#: of every verb
+EXIT_CODES = {
+    DONE: "done",
+    FAILURE: "something is wrong with what was checked, or the work failed",
+    USAGE: "wrong use, or bad input",
+    INTERRUPTED: "interrupted (Ctrl-C)",
+    BROKEN_PIPE: "the reader of the output went away",
+    TERMINATED: "terminated (SIGTERM)",
+}
+#: packages whose versions decide what works
+PACKAGES = ("torch", "timm", "transformers")
 LONGEST_MESSAGE = 600
 
 
@@ -55,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``slab`` with ``argv`` (the process's own by default) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in ("-V", "--version"):
-        return _print(f"slab {importlib.metadata.version('slabformer')}", code=0)
+        return _print(versions(), DONE)
     command, verbs = "slab", VERBS
     if arguments and arguments[0] in GROUPS:
         group, *arguments = arguments
         command, verbs = f"slab {group}", importlib.import_module(GROUPS[group][0]).VERBS
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        return _print(usage(command, verbs), code=0 if arguments else USAGE)
+        return _print(usage(command, verbs), DONE if arguments else USAGE)
     verb, *options = arguments
     if verb not in verbs:
         near = did_you_mean(verb, [*verbs, *GROUPS] if verbs is VERBS else verbs)
@@ -71,24 +84,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage(command: str = "slab", verbs: Mapping[str, tuple[str, str]] = VERBS) -> str:
     """What ``slab --help`` prints, or the same of a group."""
-    shown = {**verbs, **GROUPS} if verbs is VERBS else verbs
-    width = max(map(len, shown))
-    rows = "\n".join(f"  {verb:<{width}}  {what}" for verb, (_, what) in shown.items())
+    rows = {verb: what for verb, (_, what) in ({**verbs, **GROUPS} if verbs is VERBS else verbs).items()}
+    codes = "\n".join(f"  {code:<4}{meaning}" for code, meaning in EXIT_CODES.items())
     return (
         f"usage: {command} COMMAND [options]\n\n"
-        "Transformers without LayerNorm: convert, train, recalibrate, fuse, verify, deploy.\n\n"
-        f"{rows}\n\n"
-        f"`{command} COMMAND --help` shows a command's options, `slab --version` the version.\n"
-        "SLAB_DEBUG=1 shows the traceback of an error."
+        "Transformers without LayerNorm: convert, train, fuse, verify, deploy.\n\n"
+        f"{_listed(rows)}\n\n"
+        f"exit codes:\n{codes}\n\n"
+        f"`{command} COMMAND --help` shows a command's options, `slab --version` versions.\n"
+        "With --json any command writes its result as JSON; SLAB_DEBUG=1 shows tracebacks."
     )
+
+
+def versions() -> str:
+    """What ``slab --version`` prints: this package and those it stands on, without importing them."""
+    lines = [f"slab {importlib.metadata.version('slabformer')}"]
+    for package in PACKAGES:
+        try:
+            lines.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{package} is not installed")
+    return "\n".join(lines)
+
+
+def _listed(rows: Mapping[str, str], width: int = 80) -> str:
+    """Two columns in 80 characters."""
+    left = max(map(len, rows)) + 4
+    lines = []
+    for name, text in rows.items():
+        first, *others = textwrap.wrap(text, width - left)
+        lines += [f"  {name:<{left - 2}}{first}", *(" " * left + other for other in others)]
+    return "\n".join(lines)
 
 
 def _guarded(command: str, module: str, options: list[str]) -> int:
     """Run a verb; users see one line for their own mistakes, a traceback and where to report it for ours."""
     try:
-        _run(command, module, options)
+        fault = _run(command, module, options)
         sys.stdout.flush()
-        return 0
+        return _complain(fault, FAILURE) if fault else DONE
     except BrokenPipeError:
         # the reader went away, as in `slab list | head`: the interpreter's own flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -105,12 +139,21 @@ def _guarded(command: str, module: str, options: list[str]) -> int:
         return _complain(_one_line(error), USAGE if isinstance(error, USAGE_ERRORS) else FAILURE)
 
 
-def _run(command: str, module: str, options: list[str]) -> None:
+def _run(command: str, module: str, options: list[str]) -> str:
+    """Parse, run, print the result; what was found wrong, if anything."""
     from slabformer.cli.options import parse
+    from slabformer.cli.outcome import nothing_else_on_stdout, present
 
     _log_to_stderr()
     verb = importlib.import_module(module)
-    verb.run(parse(verb.parser(), options, command))
+    config = parse(verb.parser(), options, command)
+    is_json, json_file = config.pop("json", False), config.pop("json_file", None)
+    with nothing_else_on_stdout(is_json):
+        outcome = verb.run(config)
+    if outcome is None:  # another process of torchrun's tells
+        return ""
+    present(outcome, is_json, json_file)
+    return outcome.fault
 
 
 def _is_ours(error: Exception) -> bool:

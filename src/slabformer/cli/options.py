@@ -6,25 +6,25 @@ import argparse
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, Namespace
 
+from slabformer.cli.parser import Parser, in_recipe, type_of
 from slabformer.cli.suggest import did_you_mean
 from slabformer.settings import asks_the_disk, check, describe, is_default, nested_hints, shown
 
 MISTYPED = re.compile(
-    r'.*Parser key "(?P<key>[\w.]+)"(?: element \d+)?: (?:Expected|Does not validate)'
-    r".*(?:Got value|Given value): (?P<given>.*)"
+    r'.*Parser key "(?P<key>[\w.]+)"(?: element \d+)?: '
+    r"(?:(?:Expected|Does not validate).*(?:Got value|Given value): |Value not boolean: )(?P<given>.*)"
 )
 UNKNOWN_KEY = re.compile(
-    r"unrecognized arguments: --(?P<flag>[\w.\-]+)"
+    r"unrecognized arguments: (?P<flag>-[\w.\-]+)"
     r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<member>[^']+)'"
     r"|Option '(?P<option>[^']+)' is not accepted"
 )
 
 
-def add_settings(parser: ArgumentParser, kind: type) -> None:
+def add_settings(parser: Parser, kind: type) -> None:
     """Every field of a dataclass as an option, nested ones by dotted names."""
     parser.add_class_arguments(kind)
     hints = nested_hints(kind)
@@ -32,21 +32,22 @@ def add_settings(parser: ArgumentParser, kind: type) -> None:
         if action.dest in hints:
             # the parser's own type has lost its rules
             action.checked_type = hints[action.dest]  # type: ignore[attr-defined]
+            if (action.help or "").startswith("Deprecated"):
+                action.help = argparse.SUPPRESS
 
 
-def parse(parser: ArgumentParser, options: Sequence[str], command: str) -> Namespace:
+def parse(parser: Parser, options: Sequence[str], command: str) -> Namespace:
     """``options`` as values that are within the range of each.
 
     Raises:
         ValueError: With the option, what was given and what is allowed.
     """
-    _refuse_empty(options)
-    parser.formatter_class = type("HelpFormatter", (_TellsRanges, parser.formatter_class), {})
-    parser.exit_on_error = False
+    given = parser.spelled(options)
+    _refuse_empty(given)
     try:
-        config = parser.parse_args(options)
+        config = parser.parse_args(given)
     except ArgumentError as error:
-        message = _explain(" ".join(str(error).split()), parser)
+        message = _explain(" ".join(str(error).split()), parser, given)
         raise ValueError(f"{message} (`{command} --help` shows all options)") from error
     for name in parser.groups or {}:
         if name in config and not isinstance(config[name], Namespace):
@@ -57,22 +58,8 @@ def parse(parser: ArgumentParser, options: Sequence[str], command: str) -> Names
             continue
         value = config[action.dest]
         if asks_the_disk(hint) or not is_default(value, action.default):
-            check(_shown_name(action), value, hint)
+            check(_shown_name(action, given), value, hint)
     return config
-
-
-class _TellsRanges:
-    """Mixed into a parser's formatter, so that `--help` says what is allowed."""
-
-    def _get_type_str(self, action: argparse.Action) -> str | None:
-        hint = type_of(action)
-        return super()._get_type_str(action) if hint is None else describe(hint)  # type: ignore[misc]
-
-
-def type_of(action: argparse.Action) -> Any:
-    """An option's type with its rules, a list where it takes several values; None for a switch."""
-    hint = getattr(action, "checked_type", getattr(action, "_typehint", None))
-    return hint if hint is None or action.nargs in (None, "?") else list[hint]  # type: ignore[valid-type]
 
 
 def _refuse_empty(options: Sequence[str]) -> None:
@@ -83,28 +70,37 @@ def _refuse_empty(options: Sequence[str]) -> None:
             raise ValueError(f"{name} must not be empty; give a value, or leave it out")
 
 
-def _shown_name(action: argparse.Action) -> str:
-    """A flag as it is given, a recipe's key as it is written there."""
-    if hasattr(action, "checked_type") or not action.option_strings:
-        return action.dest
-    return action.option_strings[-1]
+def _shown_name(action: argparse.Action, given: Sequence[str]) -> str:
+    """A flag as it is given; a setting that comes from a recipe as it is written there."""
+    flags = [flag for flag in action.option_strings if not flag.endswith("+")]
+    typed = any(item.partition("=")[0] in flags for item in given)
+    return flags[-1] if flags and (typed or not in_recipe(action)) else action.dest
 
 
-def _explain(message: str, parser: ArgumentParser) -> str:
+def _explain(message: str, parser: Parser, given: Sequence[str]) -> str:
     """``message`` of a parser, with what is allowed, or the nearest known key where it is about an unknown one."""
     mistyped = MISTYPED.search(message)
     if mistyped is not None:
         action = next(action for action in parser._actions if action.dest == mistyped["key"])
-        return f"{_shown_name(action)} must be {describe(type_of(action))}, got {mistyped['given']}"
+        hint = type_of(action)
+        allowed = describe(bool if hint is None else hint)
+        return f"{_shown_name(action, given)} must be {allowed}, got {mistyped['given'].removesuffix('.')}"
     unknown = UNKNOWN_KEY.search(message)
     if unknown is None:
         return message
-    group, member = unknown["group"], unknown["member"]
-    key = f"{group}.{member}" if group else unknown["flag"] or unknown["option"]
-    positional = next(
-        (action.dest for action in parser._actions if not action.option_strings and action.dest == key), None
-    )
-    if positional:
-        return f"{positional} is given without --{positional}, as in the usage line"
-    known = [action.dest for action in parser._actions if action.option_strings]
-    return f"unknown option {key!r}{did_you_mean(key.replace('-', '_'), known)}"
+    group, member, flag = unknown["group"], unknown["member"], unknown["flag"]
+    if flag:
+        return _unknown_flag(flag, parser)
+    key = f"{group}.{member}" if group else unknown["option"]
+    settings = [action.dest for action in parser._actions if action.option_strings]
+    return f"unknown setting {key!r}{did_you_mean(key.replace('-', '_'), settings)}"
+
+
+def _unknown_flag(flag: str, parser: Parser) -> str:
+    name = flag.removeprefix("--")
+    if any(not action.option_strings and action.dest == name for action in parser._actions):
+        return f"{name} is given without --{name}, as in the usage line"
+    shown_flags = [
+        flag for action in parser._actions for flag in action.option_strings if action.help != argparse.SUPPRESS
+    ]
+    return f"unknown option {flag!r}{did_you_mean(flag.replace('_', '-'), shown_flags)}"

@@ -5,56 +5,43 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.table import Table
 
-from slabformer.cli.common import add_model_options, console
-from slabformer.cli.data import (
-    STDOUT,
-    ExamplesFormatter,
-    add_device_option,
-    load_trained,
-    progress_bar,
-    write_json,
-)
-from slabformer.settings import JsonToWrite, NonEmptyStr, PositiveInt
+from slabformer.cli.common import add_model_options
+from slabformer.cli.data import add_device_option, load_trained, progress_bar
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
+from slabformer.settings import NonEmptyStr, PositiveInt
 
 if TYPE_CHECKING:
     from slabformer.tasks.classification.predict import Prediction
 
 logger = logging.getLogger(__name__)
-EXAMPLES = """examples:
-  slab predict runs/digits/model.safetensors digit.png
-  slab predict slab_deit_tiny --pretrained holiday.jpg photos/ --top 3 --json labels.json
-"""
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab predict`."""
-    made = ArgumentParser(
-        prog="slab predict",
-        description="The likeliest classes of images: photographs turned upright, transparency laid on white.\n"
-        "An image that cannot be read costs one line and, when the others are done, exit code 1.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    made = Parser(
+        "slab predict",
+        "The likeliest classes of images: photographs turned upright, transparency laid on white. An image that cannot "
+        "be read costs one line and, when the others are done, exit code 1.",
+        [
+            "slab predict runs/digits/model.safetensors digit.png",
+            "slab predict slab_deit_tiny --pretrained holiday.jpg photos/ --top 3 --json",
+        ],
+        json_files=True,
     )
     add_model_options(made)
     made.add_argument("images", type=NonEmptyStr, nargs="+", help="image files, and folders of them")
     add_device_option(made)
     made.add_argument("--top", type=PositiveInt, default=5, help="classes an image")
     made.add_argument("--batch-size", type=PositiveInt, default=32, help="images at once")
-    made.add_argument(
-        "--json", type=JsonToWrite | None, help="also write the predictions as JSON; - for standard output alone"
-    )
     return made
 
 
-def run(config: Namespace) -> None:
-    """Predict and print a table.
-
-    Raises:
-        RuntimeError: If an image could not be read, after all others are done.
-    """
+def run(config: Namespace) -> Outcome:
+    """Predict; images that could not be read are a fault, told after all others are done."""
     from slabformer.tasks.classification.predict import predict
     from slabformer.tasks.images import expand_paths
 
@@ -67,12 +54,12 @@ def run(config: Namespace) -> None:
             advance()
             if prediction.error is not None:
                 logger.warning("cannot read %s: %s", prediction.path, prediction.error)
-    if config.json != STDOUT and any(prediction.guesses for prediction in predictions):
-        console().print(_table(predictions))
-    write_json(config.json, [prediction.to_dict() for prediction in predictions])
     failed = sum(prediction.error is not None for prediction in predictions)
-    if failed:
-        raise RuntimeError(f"{failed} of {len(predictions)} images could not be read")
+    return Outcome(
+        data=[prediction.to_dict() for prediction in predictions],
+        shown=[_table(predictions)] if any(prediction.guesses for prediction in predictions) else [],
+        fault=f"{failed} of {len(predictions)} images could not be read" if failed else "",
+    )
 
 
 def _table(predictions: list[Prediction]) -> Table:

@@ -7,12 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from slabformer.cli.common import add_model_options, console, example_images, is_file
-from slabformer.cli.data import ExamplesFormatter, load_trained
+from slabformer.cli.common import add_model_options, example_images, is_file
+from slabformer.cli.data import load_trained
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.settings import ExistingFile, FolderToWrite, NonEmptyStr, Where
-from slabformer.tasks.engine.documents import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,30 +23,27 @@ if TYPE_CHECKING:
 Repository = Annotated[
     str, Where("a repository of the hub, user/name", lambda name: re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None)
 ]
-EXAMPLES = """examples:
-  slab push runs/digits/model.safetensors --folder shared/digits
-  slab push fused.safetensors --repo me/slab_deit_tiny_fused --eval result.json
-  slab push slab_deit_tiny --pretrained --folder shared/slab_deit_tiny
-
-Then: timm.create_model("local-dir:shared/digits", pretrained=True), or slab eval shared/digits --data digits
-"""
+NOTES = (
+    'Then: timm.create_model("local-dir:shared/digits", pretrained=True), or slab eval shared/digits --data digits. A '
+    "fused or converted model loads with slabformer only, any other with timm too."
+)
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab push`."""
-    made = ArgumentParser(
-        prog="slab push",
-        description="Write weights, configuration and model card, as timm does. A fused or converted model loads with "
-        "slabformer only, any other with timm too.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    made = Parser(
+        "slab push",
+        "Write weights, configuration and model card, as timm does, into a folder or to the Hugging Face hub.",
+        [
+            "slab push runs/digits/model.safetensors --output shared/digits",
+            "slab push fused.safetensors --repo me/slab_deit_tiny_fused --eval result.json",
+        ],
+        notes=NOTES,
     )
     add_model_options(made)
-    made.add_argument("--folder", type=FolderToWrite | None, help="write it here")
+    made.add_argument("--output", type=FolderToWrite | None, aliases=["--folder"], help="folder to write")
     made.add_argument(
-        "--repo",
-        type=Repository | None,
-        help="and push it here on the Hugging Face hub: user/name",
+        "--repo", type=Repository | None, metavar="USER/NAME", help="push it here on the Hugging Face hub, too"
     )
     made.add_argument("--private", action="store_true", help="make the repository private if it is new")
     made.add_argument("--eval", type=ExistingFile | None, help="figures for the card: what `slab eval --json` wrote")
@@ -53,7 +51,7 @@ def parser() -> ArgumentParser:
     return made
 
 
-def run(config: Namespace) -> None:
+def run(config: Namespace) -> Outcome:
     """Write, and push where asked.
 
     Raises:
@@ -62,19 +60,20 @@ def run(config: Namespace) -> None:
     from slabformer.models.weights.hub import upload
     from slabformer.tasks.publish import save_folder
 
-    if config.folder is None and config.repo is None:
-        raise ValueError("nowhere to push to; give --folder DIR, --repo user/name, or both")
+    if config.output is None and config.repo is None:
+        raise ValueError("nowhere to push to; give --output FOLDER, --repo user/name, or both")
     config.device = "cpu"
     model, info = load_trained(config)
     figures = _published(config) | _measured(config.eval) | _cost(model, info)
+    data, shown = {"model": info.model}, []
     with TemporaryDirectory() as temporary:
-        folder = config.folder or Path(temporary)
+        folder = config.output or Path(temporary)
         paths = save_folder(model, folder, info, figures=figures, repo=config.repo, license=config.license)
-        if config.folder is not None:
-            console().print("wrote", *map(str, paths), soft_wrap=True)
         if config.repo is not None:
             name = upload(folder, config.repo, private=config.private, message=f"Add {info.model}")
-            console().print(f"pushed to https://huggingface.co/{name}", soft_wrap=True)
+            data["url"] = f"https://huggingface.co/{name}"
+            shown.append(f"pushed to {data['url']}")
+    return Outcome(data=data, shown=shown, files=[] if config.output is None else paths)
 
 
 def _published(config: Namespace) -> dict[str, str]:
@@ -88,6 +87,8 @@ def _published(config: Namespace) -> dict[str, str]:
 
 
 def _measured(path: Path | None) -> dict[str, str]:
+    from slabformer.tasks.engine.documents import read_json
+
     if path is None:
         return {}
     try:
@@ -97,7 +98,7 @@ def _measured(path: Path | None) -> dict[str, str]:
             for form, result in forms.items()
         }
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what `slab eval --json` writes; run `slab eval --json {path}`") from error
+        raise ValueError(f"{path} is not what `slab eval --json` writes; run `slab eval --json > {path}`") from error
 
 
 def _cost(model: nn.Module, info: ModelInfo) -> dict[str, str]:

@@ -7,14 +7,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.table import Table
 
-import slabformer as sf
-from slabformer.cli.common import add_model_options, console, example_images
-from slabformer.cli.data import ExamplesFormatter, add_data_options, data_of, load_trained, progress_bar
+from slabformer.cli.common import add_model_options, example_images
+from slabformer.cli.data import add_data_options, data_of, load_trained, progress_bar
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.settings import OutputFile, PositiveInt, Seconds, Threads
-from slabformer.tasks.classification.config import AugmentConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,20 +25,17 @@ if TYPE_CHECKING:
     from slabformer.tasks.classification.sources import Split
     from slabformer.tasks.saved_model import ModelInfo
 
-EXAMPLES = """examples:
-  slab quantize runs/digits/model.safetensors --data digits --output digits-int8.xml
-  slab quantize runs/imagenet/model.safetensors --data /data/imagenet --calibrate 512 --output model-int8.xml
-"""
 
-
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab quantize`."""
-    made = ArgumentParser(
-        prog="slab quantize",
-        description="Write a model in 8-bit integers for CPUs (OpenVINO): folded first, ranges from training images,\n"
-        "accuracy and speed held against the same model in float32.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    made = Parser(
+        "slab quantize",
+        "Write a model in 8-bit integers for CPUs (OpenVINO): folded first, ranges from training images, accuracy and "
+        "speed held against the same model in float32.",
+        [
+            "slab quantize runs/digits/model.safetensors --data digits --output int8.xml",
+            "slab quantize model.safetensors --data PATH --calibrate 512 -o int8.xml",
+        ],
     )
     add_model_options(made)
     add_data_options(made)
@@ -52,17 +49,19 @@ def parser() -> ArgumentParser:
         "--calibrate", type=PositiveInt, default=300, help="training images that show the ranges of activations"
     )
     made.add_argument("--threads", type=Threads | None, help="to measure speed with; all cores by default")
-    made.add_argument("--seconds", type=Seconds, default=5.0, help="of measuring speed")
+    made.add_argument("--seconds", type=Seconds, default=5.0, help="time to measure speed for")
     return made
 
 
-def run(config: Namespace) -> None:
+def run(config: Namespace) -> Outcome:
     """Fold, quantise, compare, write."""
     import torch
 
+    import slabformer as sf
     from slabformer.nn.controls import repbn_modules
     from slabformer.quantize.openvino import quantize, to_openvino
 
+    output = config.output
     config.device = "cpu"
     model, info = load_trained(config)
     if repbn_modules(model):
@@ -76,13 +75,17 @@ def run(config: Namespace) -> None:
         forms: dict[str, nn.Module] = {"float32": floats, "int8": integers}
         results = dict(_evaluated(config, info, forms))
         agreement = _agreement(config, info, forms)
-        table = _table(info.model, results, *_speeds(forms, batches[0], config), agreement)
-    files = integers.save(config.output)
-    console().print(table)
-    console().print("wrote", *map(str, files), soft_wrap=True)
+        milliseconds, gain, machine = _speeds(forms, batches[0], config)
+    data = {name: {**result.to_dict(), "milliseconds": milliseconds[name]} for name, result in results.items()}
+    return Outcome(
+        data={**data, "speedup": gain, "same_top1": agreement, "machine": machine.to_dict()},
+        shown=[_table(info.model, results, milliseconds, gain, machine, agreement)],
+        files=integers.save(output),
+    )
 
 
 def _loader(config: Namespace, info: ModelInfo, split: Split) -> Loader:
+    from slabformer.tasks.classification.config import AugmentConfig
     from slabformer.tasks.classification.data import create_loader
 
     return create_loader(

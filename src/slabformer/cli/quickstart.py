@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from slabformer.cli.options import add_settings
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.quickstart.config import QuickstartConfig
 from slabformer.tasks.engine.observers import Observer, RunStart, StepReport
 
@@ -23,20 +25,23 @@ if TYPE_CHECKING:
 PLAIN_EVERY = 10
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """The job's settings as options."""
-
-    made = ArgumentParser(
-        prog="slab quickstart",
-        description="Train a SLAB vision transformer and its LayerNorm baseline on scikit-learn's handwritten digits, "
-        "recalibrate, fuse, verify and benchmark; about three minutes on two CPU cores.",
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    made = Parser(
+        "slab quickstart",
+        "Train a SLAB vision transformer and its LayerNorm baseline on scikit-learn's handwritten digits, recalibrate, "
+        "fuse, verify and benchmark; about three minutes on two CPU cores.",
+        ["slab quickstart", "slab quickstart --epochs 10 --no-compiled --output runs/quick"],
     )
     add_settings(made, QuickstartConfig)
+    for group in (made.groups or {}).values():
+        group.title = "settings"
     return made
 
 
-def run(config: Namespace) -> None:
-    """Run the job and print its table."""
+def run(config: Namespace) -> Outcome:
+    """Run the job; the path of its report is the last line."""
     from slabformer.quickstart.job import run_quickstart
 
     logging.getLogger("slabformer").setLevel(logging.WARNING)  # the bars and the table say it all
@@ -62,8 +67,8 @@ def run(config: Namespace) -> None:
 
     with bars:
         result = run_quickstart(settings, observers=lambda model: [TrainingBar(bars, model)], stage=stage)
-    console.print(_table(result))
-    console.print(f"report: {Path(settings.output) / 'report.html'}", soft_wrap=True)
+    report = Path(settings.output) / "report.html"
+    return Outcome(data={**result.summary(), "report": report}, shown=[_table(result), f"report: {report}"])
 
 
 class TrainingBar(Observer):

@@ -4,39 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-import slabformer as sf
-from slabformer.cli.common import add_model_options, console
-from slabformer.cli.data import (
-    ExamplesFormatter,
-    add_data_options,
-    add_device_option,
-    data_of,
-    load_trained,
-    progress_bar,
-)
+from slabformer.cli.common import add_model_options
+from slabformer.cli.data import add_data_options, add_device_option, data_of, load_trained, progress_bar
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.settings import ModelToWrite, PositiveInt, Seed
-from slabformer.tasks.classification.config import AugmentConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
     from slabformer.tasks.classification.data import Loader
 
-EXAMPLES = """examples:
-  slab recalibrate runs/digits/model.safetensors --data digits --output recalibrated.safetensors
-  slab recalibrate best.safetensors --data /data/imagenet --num-batches 1000 --output best-recalibrated.safetensors
-"""
 
-
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab recalibrate`."""
-    made = ArgumentParser(
-        prog="slab recalibrate",
-        description="Replace the running statistics of every norm by those of the training images; parameters stay.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    made = Parser(
+        "slab recalibrate",
+        "Replace the running statistics of every norm by those of the training images; parameters stay.",
+        [
+            "slab recalibrate model.safetensors --data digits -o new.safetensors",
+            "slab recalibrate m.safetensors --data PATH --num-batches 1000 -o new.safetensors",
+        ],
     )
     add_model_options(made)
     add_data_options(made)
@@ -47,16 +37,14 @@ def parser() -> ArgumentParser:
     )
     made.add_argument("--seed", type=Seed, default=0, help="picks the batches")
     made.add_argument(
-        "--augment",
-        type=bool,
-        default=False,
-        help="augment images by the published recipe instead of as for evaluation",
+        "--augment", action="store_true", help="augment images by the published recipe instead of as for evaluation"
     )
     return made
 
 
-def run(config: Namespace) -> None:
+def run(config: Namespace) -> Outcome:
     """Recalibrate and save."""
+    import slabformer as sf
     from slabformer.nn.controls import repbn_modules
     from slabformer.tasks.saved_model import save_model
 
@@ -75,10 +63,15 @@ def run(config: Namespace) -> None:
     save_model(model.cpu(), config.output, info)
     images = min(used * config.batch_size, loader.order.count)
     norms = len(repbn_modules(model))
-    console().print(f"statistics of {norms} norms over {images:,} images; saved {config.output}", soft_wrap=True)
+    return Outcome(
+        data={"norms": norms, "images": images},
+        shown=[f"statistics of {norms} norms over {images:,} images"],
+        files=[config.output],
+    )
 
 
 def _loader(config: Namespace, data: Any) -> Loader:
+    from slabformer.tasks.classification.config import AugmentConfig
     from slabformer.tasks.classification.data import create_loader
 
     return create_loader(

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any, TextIO, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 
 from slabformer._files import check_readable, read_text
 from slabformer.cli.options import add_settings
-from slabformer.settings import shown
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
+from slabformer.settings import field_hints, shown
 from slabformer.tasks.engine.documents import parse_yaml
 
 C = TypeVar("C")
+#: settings that stand first in help, in this order
+MOST_USED = (
+    *("config", "model.name", "model.backbone", "data.path", "output"),
+    *("epochs", "steps", "batch_size", "optimizer.lr"),
+)
+NOTES = (
+    "Settings given after --config override the recipe; every switch has a --no- form for that. --print-config writes "
+    "the settings as a recipe, where names have underscores."
+)
 
 
-class _Parser(ArgumentParser):
-    """Reads ``--data PATH`` as ``--data.path PATH``: everywhere else the key is a group."""
+class RecipeParser(Parser):
+    """Reads ``--data PATH`` as ``--data.path PATH``; everywhere else that key is a group."""
 
-    def parse_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
-    ) -> Namespace:
-        """See ``ArgumentParser.parse_args``."""
-        given = list(sys.argv[1:] if args is None else args)
+    def parse_args(self, args: Sequence[str], *rest: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        """See :class:`Parser`; a recipe is looked at before it is read."""
+        given = self.spelled(args)
         for item, following in zip(given, [*given[1:], ""], strict=True):
             if item == "--config" or item.startswith("--config="):
                 _check_recipe(following if item == "--config" else item.removeprefix("--config="))
-        short = [f"--data.path{item[6:]}" if item == "--data" or item.startswith("--data=") else item for item in given]
-        return super().parse_args(short, *rest, **options)
+        return super().parse_args(given, *rest, **options)
 
 
 def _check_recipe(given: str) -> None:
@@ -48,25 +59,84 @@ def _check_recipe(given: str) -> None:
         raise ValueError(f"{path} is no recipe: it must be a mapping of settings to values, got {shown(recipe)}")
 
 
-def recipe_parser(prog: str, description: str, example: str, config: type) -> ArgumentParser:
-    """Options for a recipe, and for any key of the dataclass ``config``."""
+def recipe_parser(
+    prog: str,
+    does: str,
+    config: type,
+    *,
+    examples: Sequence[str],
+    sections: Collection[str] | None = None,
+    **options: Any,
+) -> RecipeParser:
+    """Options for a recipe, and for any key of the dataclass ``config``.
+
+    Args:
+        prog: The verb.
+        does: What it does.
+        config: What a recipe may hold; groups of options are called by its nested fields.
+        examples: Commands.
+        sections: Fields that count, where not all do: the others may stand in a recipe and are no flags.
+        options: For :class:`~slabformer.cli.parser.Parser`.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    options = _Parser(
-        prog=prog,
-        allow_abbrev=False,
-        description=f"{description} The output folder goes on where it stopped.",
-        epilog="--data PATH is short for --data.path PATH. Keys given after --config override the recipe.",
-    )
-    options.add_argument("--config", action="config", help=f"a recipe, e.g. {example}")
-    add_settings(options, config)
-    return options
+    parser = RecipeParser(prog, does, examples, notes=NOTES, **options)
+    parser.add_argument("--config", action="config", help="a YAML file with any of the settings below")
+    next(action for action in parser._actions if action.dest == "print_config").help = "write the settings as a recipe"
+    add_settings(parser, config)
+    hints = field_hints(config)
+    for action in parser._actions:
+        section = action.dest.partition(".")[0]
+        if section in hints and sections is not None and section not in sections:
+            _take_flags(parser, action)
+        elif _nested(config, action.dest) is not None:
+            action.help = argparse.SUPPRESS  # a whole group in one value
+        elif action.dest == "data.path":
+            action.aliases = ("--data",)  # type: ignore[attr-defined]
+            action.shown = ["--data"]  # type: ignore[attr-defined]
+    _arrange(parser, config)
+    return parser
 
 
-def config_of(parser: ArgumentParser, parsed: Namespace, config: type[C]) -> C:
-    """What was parsed as a ``config``."""
+def _nested(config: type, key: str) -> type | None:
+    """The dataclass of a dotted key, if it is one."""
+    kind: Any = config
+    for name in key.split("."):
+        kind = field_hints(kind).get(name) if is_dataclass(kind) else None
+    return kind if is_dataclass(kind) else None
+
+
+def _take_flags(parser: Parser, action: argparse.Action) -> None:
+    """Leave a setting to recipes."""
+    for flag in action.option_strings:
+        parser._option_string_actions.pop(flag)
+    action.option_strings, action.help = [f"--{action.dest}"], argparse.SUPPRESS
+
+
+def _arrange(parser: Parser, config: type) -> None:
+    """Sections called by their keys in a recipe, described by their dataclasses, the most used settings before them."""
+    for key, group in (parser.groups or {}).items():
+        kind = _nested(config, key)
+        group.title = "run" if kind is None else key.replace("_", "-")
+        group.description = inspect.cleandoc((kind or config).__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+    used = {action.dest: action for action in parser._actions if action.dest in MOST_USED}
+    for group in parser._action_groups:
+        group._group_actions = [action for action in group._group_actions if action.dest not in used]
+    first = parser.add_argument_group("most used")
+    first._group_actions = [used[dest] for dest in MOST_USED if dest in used]
+    parser._action_groups = [first, *(group for group in parser._action_groups if group is not first)]
+
+
+def settings_of(parser: Parser, parsed: Namespace) -> dict[str, Any]:
+    """What was parsed, its groups as the dataclasses that they stand for."""
     # its name before jsonargparse 4.49 was another
     instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
-    return config(**{key: value for key, value in vars(instantiate(parsed)).items() if key != "config"})
+    return vars(instantiate(parsed))
+
+
+def config_of(parser: Parser, parsed: Namespace, config: type[C]) -> C:
+    """What was parsed as a ``config``."""
+    settings = settings_of(parser, parsed)
+    return config(**{field.name: settings[field.name] for field in fields(config)})  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -90,14 +160,22 @@ def ending_well() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def write_outcome(result: Any, figures: Mapping[str, float], spec: str = ".4g") -> None:
-    """One line: whether anything was trained, where it is, and ``figures`` formatted by ``spec``."""
+def outcome_of(result: Any, figures: Mapping[str, Any], spec: str = ".4g") -> Outcome | None:
+    """Whether anything was trained, where it is, and ``figures``, formatted by ``spec`` for people; once a run."""
+    if not is_first_process():
+        return None
     verdict = "already finished" if result.already_finished else "finished"
-    shown = "  ".join(f"{name} {value:{spec}}" for name, value in figures.items())
-    write_once(sys.stdout, f"{verdict}: {result.output}  {shown}\n")
+    told = "  ".join(f"{name} {value:{spec}}" for name, value in figures.items())
+    data = {"output": result.output, "already_finished": result.already_finished, "figures": dict(figures)}
+    return Outcome(data=data, shown=[f"{verdict}: {result.output}  {told}"])
 
 
 def write_once(stream: TextIO, line: str) -> None:
     """Write ``line`` once, however many processes train."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         stream.write(line)
+
+
+def is_first_process() -> bool:
+    """Whether this process tells what all of a run found."""
+    return os.environ.get("RANK", "0") == "0"

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.table import Table
 
-from slabformer.cli.common import console
-from slabformer.cli.data import ExamplesFormatter
-from slabformer.measure.rows import Mode
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.settings import ExistingPath, FigureToWrite, NonEmptyStr, PositiveInt
 
 if TYPE_CHECKING:
     from slabformer.figures.comparison import Comparison
 
 logger = logging.getLogger(__name__)
-EXAMPLES = """examples:
-  slab bench slab_deit_tiny --output speeds/slab_deit_tiny && slab bench slab_swin_tiny --output speeds/slab_swin_tiny
-  slab report speeds --output accuracy_over_speed.png
-  slab report speeds --accuracy slab_deit_tiny=74.1 --mode eager --batch-size 1
-"""
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab report`."""
-    made = ArgumentParser(
-        prog="slab report",
-        description="Accuracy against images per second, an arrow from each LayerNorm baseline to its fused model.\n"
-        "Speeds come from the CSV files of `slab bench`, accuracies are the published ones, marked so, or yours.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    from slabformer.measure.rows import Mode
+
+    made = Parser(
+        "slab report",
+        "Accuracy against images per second, an arrow from each LayerNorm baseline to its fused model. Speeds come "
+        "from the CSV files of `slab bench`, accuracies are the published ones, and marked so, or those you give.",
+        [
+            "slab bench slab_deit_tiny --output speeds/slab_deit_tiny",
+            "slab report speeds --output accuracy_over_speed.png",
+            "slab report speeds --accuracy slab_deit_tiny=74.1 --mode eager --batch-size 1",
+        ],
     )
     made.add_argument("benchmarks", type=ExistingPath, nargs="+", help="bench.csv files, or folders that hold some")
     made.add_argument(
@@ -42,12 +42,12 @@ def parser() -> ArgumentParser:
     made.add_argument(
         "--batch-size", type=PositiveInt | None, help="by default the largest that every model was measured at"
     )
-    made.add_argument("--output", type=FigureToWrite, default=Path("report.png"), help="a .png, .svg or .pdf")
+    made.add_argument("--output", type=FigureToWrite, default=Path("report.png"), help="the figure")
     return made
 
 
-def run(config: Namespace) -> None:
-    """Read, print, draw.
+def run(config: Namespace) -> Outcome:
+    """Read and draw.
 
     Raises:
         ValueError: If the files do not go together, or no model's accuracy is known.
@@ -56,6 +56,7 @@ def run(config: Namespace) -> None:
     from slabformer.figures.comparison_picture import accuracy_over_speed
     from slabformer.figures.plots import save
 
+    path = config.output
     comparison = compare_files(
         config.benchmarks,
         mode=config.mode,
@@ -66,12 +67,10 @@ def run(config: Namespace) -> None:
     left_out = sorted({point.model for point in points if point.top1 is None})
     if len(left_out) == len({point.model for point in points}):
         raise ValueError(f"no accuracy is known of {', '.join(left_out)}; give measured ones: --accuracy NAME=PERCENT")
-    output = console()
-    output.print(_table(comparison))
     if left_out:
         logger.warning("no accuracy is known of %s: not drawn; --accuracy NAME=PERCENT gives one", ", ".join(left_out))
-    save(accuracy_over_speed(comparison), config.output)
-    output.print(f"wrote {config.output}", soft_wrap=True)
+    save(accuracy_over_speed(comparison), path)
+    return Outcome(data=asdict(comparison), shown=[_table(comparison)], files=[path])
 
 
 def _accuracy(given: str) -> tuple[str, float]:

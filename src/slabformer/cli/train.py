@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from slabformer.cli.recipe import config_of, ending_well, recipe_parser, write_outcome
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
+from slabformer.cli.recipe import config_of, ending_well, outcome_of, recipe_parser
 from slabformer.tasks.classification.config import TrainConfig
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab train`: a recipe, and any of its keys."""
-    description = "Train a classifier while its LayerNorm fades out."
-    return recipe_parser("slab train", description, "recipes/digits.yaml", TrainConfig)
+    return recipe_parser(
+        "slab train",
+        "Train a classifier while its LayerNorm fades out. A run that was stopped goes on from its output folder.",
+        TrainConfig,
+        examples=[
+            "slab train --config recipes/digits.yaml --output runs/digits",
+            "slab train --config recipes/slab_swin_tiny.yaml --data /data/imagenet",
+        ],
+    )
 
 
 def to_train_config(config: Namespace) -> TrainConfig:
@@ -19,11 +28,11 @@ def to_train_config(config: Namespace) -> TrainConfig:
     return config_of(parser(), config, TrainConfig)
 
 
-def run(config: Namespace) -> None:
+def run(config: Namespace) -> Outcome | None:
     """Train as the options say; exit code 143 after SIGTERM, 130 after SIGINT, 1 if training fails."""
     from slabformer.tasks.classification.train import train
     from slabformer.tasks.engine.console import ConsoleObserver
 
     with ending_well():
         result = train(to_train_config(config), observers=[ConsoleObserver()])
-    write_outcome(result, result.metrics)
+    return outcome_of(result, result.metrics)

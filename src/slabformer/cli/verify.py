@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from slabformer._defaults import RTOL
 from slabformer.cli.common import example_images
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.settings import ExistingPath, PositiveInt, Tolerance
 
 if TYPE_CHECKING:
@@ -18,13 +19,18 @@ if TYPE_CHECKING:
     from slabformer.tasks.saved_model import ModelInfo
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab verify`."""
+    from slabformer._defaults import RTOL
 
-    made = ArgumentParser(
-        prog="slab verify",
-        description="Compare the outputs of two models; exit code 1 when they differ by more than --rtol, or 4 times "
-        "the distance of the reference's own outputs to those in float64.",
+    made = Parser(
+        "slab verify",
+        "Compare the outputs of two models; exit code 1 when they differ by more than --rtol, or 4 times the distance "
+        "of the reference's own outputs to those in float64.",
+        [
+            "slab verify runs/train/model.safetensors fused.safetensors",
+            "slab verify model.safetensors fused.safetensors --images photos/ --rtol 1e-4",
+        ],
     )
     made.add_argument(
         "reference", type=ExistingPath, help="what is right: a .safetensors file or a folder that slab wrote"
@@ -38,14 +44,13 @@ def parser() -> ArgumentParser:
     return made
 
 
-def run(config: Namespace) -> None:
-    """Print the differences.
+def run(config: Namespace) -> Outcome:
+    """The differences; a fault if they are too large.
 
     Raises:
-        VerificationError: If they are too large.
         ValueError: If the models take different images.
     """
-    from slabformer.surgery.verify import verify
+    from slabformer.surgery.verify import VerificationError, verify
     from slabformer.tasks.saved_model import load_model
 
     (reference, info), (candidate, other) = load_model(config.reference), load_model(config.candidate)
@@ -54,15 +59,19 @@ def run(config: Namespace) -> None:
             f"{config.reference} takes images of {info.input_size}, {config.candidate} of {other.input_size}"
         )
     batches = read_batches(config.images, info, config.batch_size) or [example_images(info, config.batch_size)]
-    result = verify(reference, candidate, batches, config.rtol)
+    try:
+        result = verify(reference, candidate, batches, config.rtol)
+    except VerificationError as error:
+        return Outcome(data={"equal": False, "reason": str(error)}, fault=str(error))
     own = result.note if result.own_error is None else f"{result.own_error:.3e}"
-    sys.stdout.write(
-        f"{'largest difference':<24}{result.max_abs:.3e}\n"
-        f"{'relative to the scale':<24}{result.max_rel:.3e} ({result.allowed:.3e} allowed)\n"
-        f"{'rounding of reference':<24}{own}\n"
-        f"{'same top-1':<24}{result.top1_agreement:.1%} of {sum(map(len, batches))}"
-        f"{' random' * (not config.images)} images\n"
+    images = sum(map(len, batches))
+    lines = (
+        f"{'largest difference':<24}{result.max_abs:.3e}",
+        f"{'relative to the scale':<24}{result.max_rel:.3e} ({result.allowed:.3e} allowed)",
+        f"{'rounding of reference':<24}{own}",
+        f"{'same top-1':<24}{result.top1_agreement:.1%} of {images}{' random' * (not config.images)} images",
     )
+    return Outcome(data={"equal": True, **asdict(result), "images": images}, shown=lines)
 
 
 def read_batches(paths: list[Path], info: ModelInfo, batch_size: int) -> list[Tensor]:

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from slabformer._extras import require
-from slabformer.cli.common import console, is_file, load, needs_weights
-from slabformer.cli.data import ExamplesFormatter
+from slabformer.cli.common import is_file, load, needs_weights
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.settings import ExistingFile, FigureToWrite, Fraction, NonEmptyStr, NonNegativeInt, Pixels
 
 if TYPE_CHECKING:
@@ -20,21 +20,19 @@ if TYPE_CHECKING:
     from slabformer.figures.attention_picture import Panel
 
 logger = logging.getLogger(__name__)
-EXAMPLES = """examples:
-  slab visualize deit_tiny_patch16_224 slab_deit_tiny --pretrained --without-local
-  slab visualize slab_deit_tiny=slab_deit_tiny.pth runs/mine/model.safetensors --image dog.jpg --at 0.3 0.6
-  slab visualize slab_pvt_tiny --pretrained --layers 0 stages.3.blocks.1 --heads 0 1
-"""
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab visualize`."""
-    made = ArgumentParser(
-        prog="slab visualize",
-        description="What a token attends to: the effective attention of chosen layers and heads over the image and\n"
-        "token by token, softmax and linear alike, for several models in one figure.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    made = Parser(
+        "slab visualize",
+        "What a token attends to: the effective attention of chosen layers and heads over the image and token by "
+        "token, softmax and linear alike, for several models in one figure.",
+        [
+            "slab visualize deit_tiny_patch16_224 slab_deit_tiny --pretrained",
+            "slab visualize slab_deit_tiny=slab_deit_tiny.pth --image dog.jpg --at 0.3 0.6",
+            "slab visualize slab_pvt_tiny --layers 0 stages.3.blocks.1 --heads 0 1",
+        ],
     )
     made.add_argument(
         "models", type=NonEmptyStr, nargs="+", help=".safetensors files, names that timm knows, or NAME=PUBLISHED.pth"
@@ -56,11 +54,11 @@ def parser() -> ArgumentParser:
     made.add_argument(
         "--without-local", action="store_true", help="show linear attention also without its depthwise convolution"
     )
-    made.add_argument("--output", type=FigureToWrite, default=Path("attention.png"), help="a .png, .svg or .pdf")
+    made.add_argument("--output", type=FigureToWrite, default=Path("attention.png"), help="the figure")
     return made
 
 
-def run(config: Namespace) -> None:
+def run(config: Namespace) -> Outcome:
     """Record, draw, write.
 
     Raises:
@@ -69,16 +67,18 @@ def run(config: Namespace) -> None:
     from slabformer.figures.attention_picture import attention_figure
     from slabformer.figures.plots import save
 
+    path = config.output
     image = _image(config.image)
     columns = [column for model in config.models for column in _columns(config, model, image)]
     rows = list(zip(*columns, strict=True))
-    save(attention_figure(rows, at=(config.at[0], config.at[1]), heads=config.heads), config.output)
-    console().print(f"wrote {config.output}", soft_wrap=True)
+    save(attention_figure(rows, at=(config.at[0], config.at[1]), heads=config.heads), path)
+    return Outcome(data={"models": [column[0].model for column in columns]}, files=[path])
 
 
 def _image(path: Path | None) -> Image.Image:
     from PIL import Image
 
+    from slabformer._extras import require
     from slabformer.tasks.images import UNREADABLE, read_image
 
     if path is None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.console import Console
 
-from slabformer._detector import DetectorConfig
 from slabformer._norm_names import OutputNormName
-from slabformer.cli.common import available_device, console, is_file
-from slabformer.cli.data import ExamplesFormatter
+from slabformer.cli.common import available_device, is_file
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, NonNegativeInt, Pixels, Seconds, Threads
 
 if TYPE_CHECKING:
@@ -20,23 +20,20 @@ if TYPE_CHECKING:
     from slabformer.models.detection.mask_rcnn import Detector
     from slabformer.tasks.detection.saved import DetectorInfo
 
-EXAMPLES = """examples:
-  slab detect bench swin_tiny_prepbn --threads 1 --output benchmarks/results/detection/swin_tiny_prepbn
-  slab detect bench slab_swin_tiny --size 800 1333 --no-compile
-  slab detect bench runs/detection_digits/model.safetensors --size 128 128
-"""
 LAYERNORM, SOFTMAX, GIVEN = "LayerNorm", "LayerNorm, softmax", "PRepBN"
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab detect bench`."""
-    made = ArgumentParser(
-        prog="slab detect bench",
-        description="Time backbone (with feature pyramid) and whole detector (without pasting masks) on one image: "
-        "with LayerNorm, with PRepBN, and fused, in turns in one process. Weights are random, whatever the file holds; "
-        "scores are spread so that there are detections to make masks of.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    made = Parser(
+        "slab detect bench",
+        "Time backbone (with feature pyramid) and whole detector (without pasting masks) on one image: with LayerNorm, "
+        "with PRepBN, and fused, in turns in one process. Weights are random, whatever the file holds; scores are "
+        "spread so that there are detections to make masks of.",
+        [
+            "slab detect bench swin_tiny_prepbn --threads 1 --output runs/latency",
+            "slab detect bench slab_swin_tiny --size 800 1333 --no-compile",
+        ],
     )
     made.add_argument(
         "model", type=NonEmptyStr, help="name of a backbone, or a .safetensors detector: its sizes are taken"
@@ -50,18 +47,16 @@ def parser() -> ArgumentParser:
     made.add_argument(
         "--sampling-ratio", type=NonNegativeInt | None, help="of box features: 0 as published, 2 is faster"
     )
-    made.add_argument("--device", type=DeviceName, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
-    made.add_argument("--threads", type=Threads | None, help="torch's threads on a CPU; all cores by default")
-    made.add_argument(
-        "--compile", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="also compiled backbones"
-    )
-    made.add_argument("--seconds", type=Seconds, default=60.0, help="of measuring")
+    made.add_argument("--device", type=DeviceName, default="cpu", metavar="DEVICE", help="where to run")
+    made.add_argument("--threads", type=Threads | None, help="threads of torch on a CPU; all cores by default")
+    made.add_argument("--compile", type=bool, default=True, help="also compiled backbones")
+    made.add_argument("--seconds", type=Seconds, default=60.0, help="time to measure for")
     made.add_argument("--output", type=FolderToWrite | None, help="folder for latency.csv, latency.md and latency.json")
     return made
 
 
-def run(config: Namespace) -> None:
-    """Measure, print, write."""
+def run(config: Namespace) -> Outcome:
+    """Measure and write."""
     import torch
 
     from slabformer.bench.detector import measure_latency
@@ -82,14 +77,13 @@ def run(config: Namespace) -> None:
             name=info.backbone,
             progress=status.update,
         )
-    output = console()
-    output.print(report.table())
-    if config.output is not None:
-        output.print("wrote", *map(str, report.write(config.output)), soft_wrap=True)
+    files = [] if config.output is None else report.write(config.output)
+    return Outcome(data=asdict(report), shown=[report.table()], files=files)
 
 
 def _info(config: Namespace) -> DetectorInfo:
     """What to build, with the options' switches."""
+    from slabformer._detector import DetectorConfig
     from slabformer.tasks.detection.saved import DetectorInfo, load_detector
 
     if is_file(config.model):
@@ -105,7 +99,6 @@ def _info(config: Namespace) -> DetectorInfo:
 
 def _variants(info: DetectorInfo) -> dict[str, DetectorInfo]:
     """What to time, the baseline that speed-ups are over first."""
-
     import torch
 
     from slabformer.models.detection.backbones import create_backbone

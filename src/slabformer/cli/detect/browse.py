@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from slabformer._files import replaced
-from slabformer.cli.recipe import config_of, recipe_parser
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
+from slabformer.cli.recipe import recipe_parser, settings_of
 from slabformer.settings import NonNegativeInt, OutputFile, PositiveInt
-from slabformer.tasks.detection.config import Split, TrainConfig
+from slabformer.tasks.detection.config import TrainConfig
 
 
-def parser() -> ArgumentParser:
-    """Options of `slab detect browse`: those of training, of which data and augmentation count."""
+def parser() -> Parser:
+    """Options of `slab detect browse`: those of training that decide what it sees."""
+    from slabformer.tasks.detection.config import Split
 
-    made = recipe_parser("slab detect browse", "", "recipes/detection_slab_swin_tiny_1x.yaml", TrainConfig)
-    made.description = "Draw the first images of an epoch as they are trained on, with boxes, masks and names."
-    made.usage = "slab detect browse [--data PATH] [--config RECIPE] [--out FILE] [--num N] [any key of training]"
+    made = recipe_parser(
+        "slab detect browse",
+        "Draw the first images of an epoch as they are trained on, with boxes, masks and names.",
+        TrainConfig,
+        examples=[
+            "slab detect browse --data photos --output batches.png",
+            "slab detect browse --config recipes/detection_slab_swin_tiny_1x.yaml --num 32",
+        ],
+        sections=("data", "augment", "seed"),
+    )
     made.add_argument(
-        "--out",
+        "--output",
+        dest="picture",
         type=Annotated[Path, OutputFile(".png", ".jpg", ".jpeg", ".webp")],
         default=Path("batches.png"),
+        aliases=["--out"],
         help="the picture",
     )
     made.add_argument("--num", type=PositiveInt, default=16, help="images in it")
@@ -32,14 +43,15 @@ def parser() -> ArgumentParser:
     return made
 
 
-def run(config: Namespace) -> None:
-    """Draw and say where."""
+def run(config: Namespace) -> Outcome:
+    """Draw."""
     from slabformer.tasks.detection.browse import browse
     from slabformer.tasks.detection.drawing import to_pil
     from slabformer.tasks.detection.loader import create_loader
 
-    settings = config_of(parser(), config, dict)
+    settings = settings_of(parser(), config)
+    picture = config.picture
     loader = create_loader(settings["data"], settings["augment"], config.split, batch_size=4, seed=settings["seed"])
-    with replaced(config.out) as temporary:
+    with replaced(picture) as temporary:
         to_pil(browse(loader, config.num, epoch=config.epoch)).save(temporary)
-    sys.stdout.write(f"{config.out}\n")
+    return Outcome(data={"images": min(config.num, loader.order.count), "split": config.split}, files=[picture])

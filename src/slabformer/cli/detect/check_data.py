@@ -6,80 +6,79 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from slabformer.cli.common import console
-from slabformer.cli.data import STDOUT, progress_bar, write_json
-from slabformer.cli.recipe import config_of, recipe_parser
-from slabformer.settings import FolderToWrite, JsonToWrite
-from slabformer.tasks.detection.config import DetectionData, TrainConfig
+from slabformer.cli.data import progress_bar
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
+from slabformer.cli.recipe import recipe_parser, settings_of
+from slabformer.settings import FolderToWrite
+from slabformer.tasks.detection.config import TrainConfig
 
 if TYPE_CHECKING:
     from slabformer.tasks.detection.check import SplitReport
+    from slabformer.tasks.detection.config import DetectionData
 
 
-def parser() -> ArgumentParser:
-    """Options of `slab detect check-data`: those of training, of which the data counts."""
-    made = recipe_parser("slab detect check-data", "", "recipes/detection_slab_swin_tiny_1x.yaml", TrainConfig)
-    made.description = (
+def parser() -> Parser:
+    """Options of `slab detect check-data`: those of training that name the data."""
+    made = recipe_parser(
+        "slab detect check-data",
         "Look at images and annotations as training would: counts per class, what would be left out, what is missing "
-        "or damaged. Exit code 2 if the data could not be trained on."
-    )
-    made.usage = (
-        "slab detect check-data [--data PATH] [--decode] [--fix OUTPUT] [--json FILE] [--config RECIPE] "
-        "[any key of training]"
+        "or damaged. Exit code 1 if the data could not be trained on.",
+        TrainConfig,
+        examples=["slab detect check-data --data photos --decode", "slab detect check-data --data photos -o mended"],
+        sections=("data",),
+        json_files=True,
     )
     made.add_argument("--decode", action="store_true", help="read every image to its end, to find truncated ones")
     made.add_argument(
-        "--fix",
+        "--output",
+        dest="mended",
         type=FolderToWrite | None,
-        metavar="OUTPUT",
+        aliases=["--fix"],
         help="write mended annotations into this folder; what means nothing is left out, and all of it is told",
-    )
-    made.add_argument(
-        "--json", type=JsonToWrite | None, help="also write the report as JSON; - for standard output alone"
     )
     return made
 
 
-def run(config: Namespace) -> None:
-    """Check and print.
-
-    Raises:
-        ValueError: If training would refuse the data, after all was told.
-    """
+def run(config: Namespace) -> Outcome:
+    """Check, mend where asked, and check again; what training would refuse is a fault."""
     from slabformer.tasks.detection.check import check_data
 
-    data = config_of(parser(), config, dict)["data"]
+    data = settings_of(parser(), config)["data"]
     with progress_bar("check", None) as advance:
         reports = check_data(data, decode=config.decode, progress=advance)
-    if config.json != STDOUT:
-        for report in reports:
-            _print(report)
-        console().print(_class_table(reports))
-    write_json(config.json, [report.to_dict() for report in reports])
-    if config.fix is not None:
-        data, reports = _fixed(data, config.fix, config.decode)
-    reasons = [finding.what for report in reports for finding in report.findings if finding.stops]
-    if reasons:
-        raise ValueError(f"the data cannot be used as it is: {'; '.join(dict.fromkeys(reasons))}")
+    shown: list[RenderableType] = [part for report in reports for part in _parts(report)]
+    shown.append(_class_table(reports))
+    found = [report.to_dict() for report in reports]
+    if config.mended is not None:
+        data, lines = _mended(data, config.mended)
+        shown += lines
+        reports = check_data(data, decode=config.decode)
+    reasons = dict.fromkeys(finding.what for report in reports for finding in report.findings if finding.stops)
+    fault = f"the data cannot be used as it is: {'; '.join(reasons)}" if reasons else ""
+    return Outcome(data=found, shown=shown, fault=fault)
 
 
-def _fixed(data: DetectionData, output: Path, decode: bool) -> tuple[DetectionData, list[SplitReport]]:
-    """Mend the annotations of ``data``, say what became of them, and look at the result."""
-    from slabformer.tasks.detection.check import SPLITS, check_data, mend_data
+def _mended(data: DetectionData, output: Path) -> tuple[DetectionData, list[str]]:
+    """``data`` with mended annotations, and what became of them."""
+    from slabformer.tasks.detection.check import SPLITS, mend_data
     from slabformer.tasks.detection.dataset import locate
 
     images = {split: str(locate(data, split)[0]) for split in SPLITS}
-    written = {}
+    written, lines = {}, []
     for file in mend_data(data, output):
-        console().print(f"{file.split}: {escape(str(file.path))}", soft_wrap=True)
+        lines.append(f"{file.split}: {file.path}")
         for did, counts in (("mended", file.changed), ("left out", file.removed)):
-            for what, count in counts.items():
-                console().print(f"  {did} {count}: {escape(what)}", soft_wrap=True)
+            lines += [f"  {did} {count}: {what}" for what, count in counts.items()]
         written[file.split] = str(file.path)
+    lines.append(
+        f"use them with --data.train-annotations {written['train']} --data.val-annotations {written['validation']}"
+    )
     mended = replace(
         data,
         train_images=images["train"],
@@ -87,21 +86,19 @@ def _fixed(data: DetectionData, output: Path, decode: bool) -> tuple[DetectionDa
         train_annotations=written["train"],
         val_annotations=written["validation"],
     )
-    options = f"--data.train_annotations {written['train']} --data.val_annotations {written['validation']}"
-    console().print(f"use them with {escape(options)}", soft_wrap=True)
-    return mended, check_data(mended, decode=decode)
+    return mended, lines
 
 
-def _print(report: SplitReport) -> None:
+def _parts(report: SplitReport) -> list[RenderableType]:
     size = f"{report.num_images} images, {report.num_objects} objects"
-    console().print(f"{report.split}: {size} in {escape(report.annotations)}", soft_wrap=True)
+    line = f"{report.split}: {size} in {report.annotations}"
     if not report.findings:
-        return
+        return [line]
     table = Table("found", "how often", "first", "", show_edge=False)
     for finding in report.findings:
         verdict = "[red]stops[/red]" if finding.stops else ""
         table.add_row(finding.what, str(finding.count), escape(", ".join(finding.examples)), verdict)
-    console().print(table)
+    return [line, table]
 
 
 def _class_table(reports: list[SplitReport]) -> Table:

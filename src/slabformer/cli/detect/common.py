@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
+from slabformer.cli.parser import Parser
 from slabformer.settings import NonEmptyStr, PositiveInt
-from slabformer.tasks.detection.config import DetectionAugment, DetectionData
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ SMALL = 256
 SHAPES = ((3, 4), (7, 5), (1, 1), (2, 3))
 
 
-def add_picture_options(parser: ArgumentParser) -> None:
+def add_picture_options(parser: Parser) -> None:
     """``--data`` and ``--num-images``."""
     parser.add_argument(
         "--data", type=NonEmptyStr | None, help="compare on validation images of this data set, or of digits"
@@ -36,13 +36,11 @@ def compared_pictures(config: Namespace, info: DetectorInfo) -> Iterator[Tensor]
     """Images ``(3, H, W)`` in [0, 1], in the size for evaluation.
 
     Raises:
-        ValueError: If there are to be none.
         FileNotFoundError: If the data set is not where it should be.
     """
+    from slabformer.tasks.detection.config import DetectionAugment, DetectionData
     from slabformer.tasks.detection.loader import create_loader
 
-    if config.num_images < 1:
-        raise ValueError(f"--num-images must be at least 1, got {config.num_images}")
     if config.data is None:
         return _random_pictures(config.num_images, min(info.size, SMALL), info.max_size)
     data = DetectionData(path=config.data, masks=False)

@@ -7,45 +7,32 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.table import Table
 
-from slabformer._files import write_csv, write_text
-from slabformer.cli.common import console
-from slabformer.cli.data import (
-    STDOUT,
-    ExamplesFormatter,
-    add_device_option,
-    device_called,
-    each_form,
-    launched_accelerator,
-    write_json,
-)
-from slabformer.settings import ExistingFile, FileToWrite, InputPath, JsonToWrite, NonEmptyStr, PositiveInt, Workers
-from slabformer.tasks.detection.config import DetectionAugment, DetectionData
+from slabformer.cli.data import add_device_option, device_called, each_form, launched_accelerator
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
+from slabformer.settings import ExistingFile, FileToWrite, InputPath, NonEmptyStr, PositiveInt, Workers
 
 if TYPE_CHECKING:
     from slabformer.tasks.detection.loader import DetectionLoader
     from slabformer.tasks.detection.metrics import ClassResult, DetectionResult
     from slabformer.tasks.detection.saved import DetectorInfo
 
-EXAMPLES = """examples:
-  slab detect eval runs/detection_digits/model.safetensors --data digits
-  slab detect eval runs/detection_digits/model.safetensors --data digits --fused
-  slab detect eval model.safetensors --data /data/coco --classes classes.csv --results results.json
-  slab detect eval model.safetensors --images photos --annotations photos.json --json -
-  torchrun --nproc-per-node 8 -m slabformer.cli.main detect eval model.safetensors --data /data/coco
-"""
 
-
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab detect eval`."""
-    made = ArgumentParser(
-        prog="slab detect eval",
-        description="COCO's twelve numbers for boxes and for masks, of the deployed form, and of the blend too while "
-        "gamma is above 0.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    made = Parser(
+        "slab detect eval",
+        "COCO's twelve numbers for boxes and for masks, of the deployed form, and of the blend too while gamma is "
+        "above 0.",
+        [
+            "slab detect eval runs/detection_digits/model.safetensors --data digits --fused",
+            "slab detect eval m.safetensors --data /data/coco --classes classes.csv --json",
+            "torchrun --nproc-per-node 8 -m slabformer detect eval m.safetensors --data ...",
+        ],
+        json_files=True,
     )
     made.add_argument("model", type=ExistingFile, help="a .safetensors file that `slab detect train` or `fuse` wrote")
     made.add_argument(
@@ -67,28 +54,23 @@ def parser() -> ArgumentParser:
     made.add_argument("--fused", action="store_true", help="fold the norms of the backbone before evaluating")
     made.add_argument("--boxes", action="store_true", help="boxes alone, for annotations without masks")
     made.add_argument(
-        "--backend",
-        type=Literal["auto", "faster-coco-eval", "pycocotools"],
-        default="auto",
-        help="auto, faster-coco-eval or pycocotools",
+        "--backend", type=Literal["auto", "faster-coco-eval", "pycocotools"], default="auto", help="what computes AP"
     )
     made.add_argument(
         "--classes", type=FileToWrite | None, help="also show every class's AP, and write it to this CSV file"
     )
     made.add_argument("--results", type=FileToWrite | None, help="also write all detections as COCO's results.json")
-    made.add_argument(
-        "--json", type=JsonToWrite | None, help="also write the figures as JSON; - for standard output alone"
-    )
     return made
 
 
-def run(config: Namespace) -> None:
-    """Evaluate and print tables; under torchrun every process takes its share, and the first one prints."""
+def run(config: Namespace) -> Outcome | None:
+    """Evaluate; under torchrun every process takes its share, and the first one tells."""
     with launched_accelerator(config) as accelerator:
-        _run(config, accelerator)
+        return _run(config, accelerator)
 
 
-def _run(config: Namespace, accelerator: Any) -> None:
+def _run(config: Namespace, accelerator: Any) -> Outcome | None:
+    from slabformer._files import write_text
     from slabformer.deployment.detector import fuse_detector
     from slabformer.tasks.detection.evaluate import collect
     from slabformer.tasks.detection.saved import compare_classes, load_detector
@@ -106,13 +88,15 @@ def _run(config: Namespace, accelerator: Any) -> None:
         if not results and config.results is not None:
             detections = metrics.results()  # every rank must ask
         results[name] = metrics.compute()
-    if accelerator is None or accelerator.is_main_process:
-        _tell(config, results)
-        if config.results is not None:
-            write_text(config.results, json.dumps(detections))
+    if accelerator is not None and not accelerator.is_main_process:
+        return None
+    if config.results is not None:
+        write_text(config.results, json.dumps(detections))
+    return _outcome(config, results)
 
 
 def _loader(config: Namespace, info: DetectorInfo, accelerator: Any) -> DetectionLoader:
+    from slabformer.tasks.detection.config import DetectionAugment, DetectionData
     from slabformer.tasks.detection.loader import create_loader
 
     if config.data is None and (config.images is None or config.annotations is None):
@@ -135,16 +119,14 @@ def _loader(config: Namespace, info: DetectorInfo, accelerator: Any) -> Detectio
     )
 
 
-def _tell(config: Namespace, results: dict[str, DetectionResult]) -> None:
-    """Print and write the figures."""
+def _outcome(config: Namespace, results: dict[str, DetectionResult]) -> Outcome:
+    """The figures of each form; those of every class where asked for, also in a file."""
     deployed = next(iter(results.values()))
-    if config.json != STDOUT:
-        console().print(_table(f"{config.model.name}, {deployed.num_images:,} images, %", results))
-        if config.classes is not None:
-            console().print(_class_table(deployed.per_class))
-    write_json(config.json, {form: result.to_dict() for form, result in results.items()})
+    shown = [_table(f"{config.model.name}, {deployed.num_images:,} images, %", results)]
     if config.classes is not None:
+        shown.append(_class_table(deployed.per_class))
         write_classes(config.classes, deployed.per_class)
+    return Outcome(data={form: result.to_dict() for form, result in results.items()}, shown=shown)
 
 
 def _table(title: str, results: dict[str, DetectionResult]) -> Table:
@@ -176,6 +158,8 @@ def _class_table(rows: list[ClassResult]) -> Table:
 
 def write_classes(path: Path, rows: list[ClassResult]) -> None:
     """One line a class: name, objects, AP and AP50 of boxes and of masks, empty where there is none."""
+    from slabformer._files import write_csv
+
     columns = ("name", "num_objects", "box_ap", "box_ap50", "mask_ap", "mask_ap50")
     values = ({column: getattr(row, column) for column in columns} for row in rows)
     write_csv(path, ({column: _figure(value) for column, value in row.items()} for row in values), columns)

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from slabformer._defaults import MAX_CANDIDATES, RUNTIME_PIXELS
-from slabformer._files import replaced
-from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.settings import ExistingFile, NonNegativeFloat, OutputFile, Pixels, PositiveInt
 
-EXAMPLES = """examples:
-  slab detect export fused.safetensors --output detector.onnx --data digits
-  slab detect export fused.safetensors --output portrait.onnx --size 1333 800
-"""
 
-
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab detect export`."""
+    from slabformer._defaults import MAX_CANDIDATES, RUNTIME_PIXELS
 
-    made = ArgumentParser(
-        prog="slab detect export",
-        description="Write a detector as ONNX for one image of up to a fixed size, compared with PyTorch on images. "
-        "Masks come out inside their boxes, 28x28.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    made = Parser(
+        "slab detect export",
+        "Write a detector as ONNX for one image of up to a fixed size, compared with PyTorch on images. Masks come out "
+        "inside their boxes, 28x28.",
+        [
+            "slab detect export fused.safetensors --output detector.onnx --data digits",
+            "slab detect export fused.safetensors --output portrait.onnx --size 1333 800",
+        ],
     )
     made.add_argument("model", type=ExistingFile, help="a .safetensors file that `slab detect train` or `fuse` wrote")
     made.add_argument(
@@ -47,14 +44,16 @@ def parser() -> ArgumentParser:
     return made
 
 
-def run(config: Namespace) -> None:
+def run(config: Namespace) -> Outcome:
     """Export and compare; the file appears when it has passed."""
+    from slabformer._files import replaced
     from slabformer.export.detector import export_detector
     from slabformer.tasks.detection.saved import DetectorInfo, load_detector
 
+    output = config.output
     detector, info = load_detector(config.model)
     images = compared_pictures(config, info)
-    with replaced(config.output) as temporary:
+    with replaced(output) as temporary:
         agreement = export_detector(
             detector,
             images,
@@ -64,8 +63,9 @@ def run(config: Namespace) -> None:
             pixels=config.pixels,
             metadata={DetectorInfo.KEY: info.to_json()},
         )
-    sys.stdout.write(
-        f"{config.output}: {config.output.stat().st_size / 1e6:.1f} MB; {agreement.num_detections} detections on "
-        f"{agreement.num_images} images agree with PyTorch: boxes to {agreement.max_pixels:.1e} pixels, scores to "
-        f"{agreement.max_score:.1e}\n"
+    size = output.stat().st_size
+    told = (
+        f"{output}: {size / 1e6:.1f} MB; {agreement.num_detections} detections on {agreement.num_images} images agree "
+        f"with PyTorch: boxes to {agreement.max_pixels:.1e} pixels, scores to {agreement.max_score:.1e}"
     )
+    return Outcome(data={"path": output, "bytes": size, "agreement": asdict(agreement)}, shown=[told])

@@ -8,41 +8,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.markup import escape
 from rich.table import Table
 
 from slabformer._files import replaced
-from slabformer.cli.common import console
-from slabformer.cli.data import (
-    STDOUT,
-    ExamplesFormatter,
-    add_device_option,
-    device_called,
-    progress_bar,
-    write_json,
-)
-from slabformer.settings import ExistingFile, FolderToWrite, Fraction, JsonToWrite, NonEmptyStr
+from slabformer.cli.data import add_device_option, device_called, progress_bar
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
+from slabformer.settings import ExistingFile, FolderToWrite, Fraction, NonEmptyStr
 
 if TYPE_CHECKING:
     from slabformer.tasks.detection.predict import Detect, PicturePrediction
     from slabformer.tasks.detection.saved import DetectorInfo
 
 logger = logging.getLogger(__name__)
-EXAMPLES = """examples:
-  slab detect predict runs/detection_digits/model.safetensors photo.jpg --out found
-  slab detect predict detector.onnx photos/ 'more/*.png' --score 0.5 --json -
-"""
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab detect predict`."""
-    made = ArgumentParser(
-        prog="slab detect predict",
-        description="Boxes, masks, names and scores of what is on pictures: photographs turned upright, transparency "
-        "laid on white.\nA picture that cannot be read costs one line and, when the others are done, exit code 1.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    made = Parser(
+        "slab detect predict",
+        "Boxes, masks, names and scores of what is on pictures: photographs turned upright, transparency laid on "
+        "white. A picture that cannot be read costs one line and, when the others are done, exit code 1.",
+        [
+            "slab detect predict runs/detection_digits/model.safetensors photo.jpg -o found",
+            "slab detect predict detector.onnx photos/ 'more/*.png' --score 0.5 --json",
+        ],
+        json_files=True,
     )
     made.add_argument(
         "model", type=ExistingFile, help="a .safetensors file of `slab detect train` or `fuse`, or an .onnx file"
@@ -51,27 +44,25 @@ def parser() -> ArgumentParser:
         "images", type=NonEmptyStr, nargs="+", help="image files, folders of them, and patterns like 'a/*.jpg'"
     )
     made.add_argument("--score", type=Fraction, default=0.3, help="least score of an object")
-    made.add_argument("--out", type=FolderToWrite | None, help="folder for the pictures with what was found, as PNG")
     made.add_argument(
-        "--json", type=JsonToWrite | None, help="also write what was found, masks as COCO's RLE; - for stdout"
+        "--output",
+        type=FolderToWrite | None,
+        aliases=["--out"],
+        help="folder for the pictures with what was found, as PNG",
     )
     add_device_option(made)
     return made
 
 
-def run(config: Namespace) -> None:
-    """Predict, draw, print a table.
-
-    Raises:
-        RuntimeError: If a picture could not be read, after all others are done.
-    """
+def run(config: Namespace) -> Outcome:
+    """Predict and draw; pictures that could not be read are a fault, told after all others are done."""
     from slabformer.tasks.detection.drawing import to_pil
     from slabformer.tasks.detection.predict import draw, picture_paths, predict
 
     paths = picture_paths(config.images)
     detect, info = _load(config)
-    if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
+    if config.output is not None:
+        config.output.mkdir(parents=True, exist_ok=True)
     predictions: list[PicturePrediction] = []
     with progress_bar("predict", len(paths)) as advance:
         for name, prediction in zip(
@@ -80,16 +71,16 @@ def run(config: Namespace) -> None:
             advance()
             if prediction.error is not None:
                 logger.warning("cannot read %s: %s", prediction.path, prediction.error)
-            elif config.out is not None:
-                with replaced(config.out / name) as temporary:
+            elif config.output is not None:
+                with replaced(config.output / name) as temporary:
                     to_pil(draw(prediction)).save(temporary)
             predictions.append(prediction)
-    if config.json != STDOUT:
-        console().print(_table(predictions))
-    write_json(config.json, [prediction.to_dict() for prediction in predictions])
     failed = sum(prediction.error is not None for prediction in predictions)
-    if failed:
-        raise RuntimeError(f"{failed} of {len(predictions)} pictures could not be read")
+    return Outcome(
+        data=[prediction.to_dict() for prediction in predictions],
+        shown=[_table(predictions)],
+        fault=f"{failed} of {len(predictions)} pictures could not be read" if failed else "",
+    )
 
 
 def picture_names(paths: Sequence[Path]) -> list[str]:

@@ -6,57 +6,57 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.console import Console
 
-import slabformer as sf
-from slabformer.cli.common import console
-from slabformer.cli.data import ExamplesFormatter
 from slabformer.cli.lm.common import available_accelerator, check_no_file, quiet_transformers
-from slabformer.measure.rows import Variant
+from slabformer.cli.options import parse
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.settings import DeviceName, FolderToWrite, NonEmptyStr, PositiveInt, Seconds, Threads
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-EXAMPLES = """examples:
-  slab lm bench runs/llama_micro_prepbn
-  slab lm bench recipes/llama_350m_prepbn.yaml --threads 1 --prompt-tokens 16 --output results
-  slab lm bench recipes/llama_350m_prepbn.yaml --device cuda --bf16
-"""
+    from slabformer.measure.rows import Variant
+
 RECIPE = (".yaml", ".yml")
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab lm bench`."""
-    made = ArgumentParser(
-        prog="slab lm bench",
-        description="Time reading a prompt and writing tokens: a model as given, fused, its RMSNorm baseline and its "
-        "ceiling (norms deleted), in turns in one process.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    made = Parser(
+        "slab lm bench",
+        "Time reading a prompt and writing tokens: a model as given, fused, its RMSNorm baseline and its ceiling "
+        "(norms deleted), in turns in one process.",
+        [
+            "slab lm bench runs/llama_micro_prepbn",
+            "slab lm bench recipes/llama_350m_prepbn.yaml --threads 1 --output results",
+            "slab lm bench recipes/llama_350m_prepbn.yaml --device cuda --bf16",
+        ],
     )
     made.add_argument(
         "model", type=NonEmptyStr, help="a folder or hub name, or a recipe (.yaml): random weights of its sizes"
     )
-    made.add_argument("--device", type=DeviceName, default="cpu", help="cpu, or a GPU: cuda, cuda:1")
+    made.add_argument("--device", type=DeviceName, default="cpu", metavar="DEVICE", help="where to run")
     made.add_argument("--bf16", action="store_true", help="weights and arithmetic in bfloat16")
     made.add_argument("--batch-sizes", type=PositiveInt, nargs="+", default=[1, 8], help="texts at once")
     made.add_argument("--prompt-tokens", type=PositiveInt, default=128, help="length of the prompt")
-    made.add_argument("--threads", type=Threads | None, help="torch's threads on a CPU; all cores by default")
+    made.add_argument("--threads", type=Threads | None, help="threads of torch on a CPU; all cores by default")
+    made.add_argument("--compile", type=bool, default=True, help="also under torch.compile")
     made.add_argument(
-        "--compile", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="also under torch.compile"
-    )
-    made.add_argument(
-        "--seconds", type=Seconds, default=20.0, help="of measuring at each batch size, for prompts and tokens each"
+        "--seconds",
+        type=Seconds,
+        default=20.0,
+        help="time to measure for, at each batch size, for prompts and tokens each",
     )
     made.add_argument("--output", type=FolderToWrite | None, help="folder for decode.csv, decode.json and decode.md")
     return made
 
 
-def run(config: Namespace) -> None:
-    """Measure, print, write."""
+def run(config: Namespace) -> Outcome:
+    """Measure and write."""
     import torch
 
     from slabformer.bench.decoding import compare_decoding
@@ -66,8 +66,9 @@ def run(config: Namespace) -> None:
         check_no_file(config.output)
     device = available_accelerator(config.device)
     with Console(stderr=True).status("loading") as status:
+        model = _model(config.model, device, torch.bfloat16 if config.bf16 else torch.float32)
         report = compare_decoding(
-            _variants(_model(config.model, device, torch.bfloat16 if config.bf16 else torch.float32)),
+            _variants(model),
             batch_sizes=config.batch_sizes,
             prompt_tokens=config.prompt_tokens,
             threads=config.threads,
@@ -76,33 +77,27 @@ def run(config: Namespace) -> None:
             name=Path(config.model).stem,
             progress=status.update,
         )
-    output = console()
-    output.print(report.table())
-    if config.output is not None:
-        output.print("wrote", *map(str, report.write(config.output)), soft_wrap=True)
+    files = [] if config.output is None else report.write(config.output)
+    return Outcome(data=report.to_dict(), shown=[report.table()], files=files)
 
 
 def _model(given: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder, or one with random weights, as large as a recipe says."""
-    from torch import nn
-
-    from slabformer.nn.controls import repbn_modules
     from slabformer.tasks.language.folders import load_model_folder
 
     if Path(given).suffix not in RECIPE:
         return load_model_folder(given, dtype, device)
+    from torch import nn
+
+    import slabformer as sf
     from slabformer.cli.lm.train import parser as recipe_options
     from slabformer.cli.lm.train import to_train_config
     from slabformer.models.llama import SlabLlamaForCausalLM
+    from slabformer.nn.controls import repbn_modules
     from slabformer.tasks.language.build import config_of_model
     from slabformer.tasks.language.fusing import tokens_for
 
-    options = recipe_options()
-    options.exit_on_error = False
-    try:
-        recipe = to_train_config(options.parse_args(["--config", given]))
-    except ArgumentError as error:
-        raise ValueError(f"{given} is no recipe: {' '.join(str(error).split())}") from error
+    recipe = to_train_config(parse(recipe_options(), ["--config", given], "slab lm train"))
     vocab_size = recipe.model.vocab_size or recipe.tokenizer.vocab_size
     model: Any = SlabLlamaForCausalLM(config_of_model(recipe.model, vocab_size, norm_start="zeros"))
     model.to(device).eval()
@@ -114,6 +109,7 @@ def _model(given: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMo
 
 def _variants(model: PreTrainedModel) -> dict[Variant, PreTrainedModel]:
     """The forms to compare: of a model that has RMSNorms it is the baseline, and its converted copy "as given"."""
+    import slabformer as sf
     from slabformer.bench.decoding import without_norms
     from slabformer.nn.controls import prepbn_modules, repbn_modules
     from slabformer.tasks.language.fusing import fuse_language_model

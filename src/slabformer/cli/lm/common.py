@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from slabformer._extras import check_installed
+from slabformer._extras import check_installed, require
+from slabformer.cli.parser import Parser
 from slabformer.settings import DeviceOrAuto, NonEmptyStr
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ MODEL_HELP = "a folder that slab lm wrote, or any causal language model that tra
 
 def quiet_transformers() -> None:
     """Bars for shards of weights are not for our users."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
+    require("transformers", extra="lm").utils.logging.disable_progress_bar()
     logging.getLogger("datasets").setLevel(logging.ERROR)
 
 
@@ -42,10 +41,10 @@ def available_accelerator(name: str) -> torch.device:
     return available_device(name)
 
 
-def add_model_options(parser: ArgumentParser) -> None:
+def add_model_options(parser: Parser) -> None:
     """``MODEL``, where it runs and in which arithmetic."""
     parser.add_argument("model", type=NonEmptyStr, help=MODEL_HELP)
-    parser.add_argument("--device", type=DeviceOrAuto, default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--device", type=DeviceOrAuto, default="auto", metavar="DEVICE", help="where to run")
     parser.add_argument("--bf16", action="store_true", help="weights and arithmetic in bfloat16")
 
 

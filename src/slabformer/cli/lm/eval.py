@@ -4,35 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.table import Table
 
-import slabformer as sf
-from slabformer.cli.common import console
-from slabformer.cli.data import STDOUT, ExamplesFormatter, progress_bar, write_json
+from slabformer.cli.data import progress_bar
 from slabformer.cli.lm.common import add_model_options, load
-from slabformer.settings import JsonToWrite, NonEmptyStr, PositiveInt
-from slabformer.tasks.language.rows import Unit
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
+from slabformer.settings import NonEmptyStr, PositiveInt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EXAMPLES = """examples:
-  slab lm eval runs/llama_micro_prepbn --data book.txt
-  slab lm eval runs/llama_micro_prepbn --tasks quiz.jsonl --fused
-  slab lm eval llama-350m --tasks published --json result.json
-"""
 ALL_PUBLISHED = "published"
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab lm eval`."""
-    made = ArgumentParser(
-        prog="slab lm eval",
-        description="Perplexity of a text by a sliding window, and zero-shot accuracy on tasks of "
-        "lm-evaluation-harness ('published': the paper's nine) or on files of questions.",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+    from slabformer.tasks.language.rows import Unit
+
+    made = Parser(
+        "slab lm eval",
+        "Perplexity of a text by a sliding window, and zero-shot accuracy on tasks of lm-evaluation-harness "
+        "('published': the paper's nine) or on files of questions.",
+        [
+            "slab lm eval runs/llama_micro_prepbn --data book.txt",
+            "slab lm eval runs/llama_micro_prepbn --tasks quiz.jsonl --fused",
+            "slab lm eval llama-350m --tasks published --json",
+        ],
+        json_files=True,
     )
     add_model_options(made)
     made.add_argument("--data", type=NonEmptyStr | None, help="a text: files, a folder, hf:NAME, or pydoc")
@@ -51,14 +51,11 @@ def parser() -> ArgumentParser:
     made.add_argument("--limit", type=PositiveInt | None, help="questions of each task")
     made.add_argument("--batch-size", type=PositiveInt, default=8, help="texts at once")
     made.add_argument("--fused", action="store_true", help="fold the norms before evaluating")
-    made.add_argument(
-        "--json", type=JsonToWrite | None, help="also write the figures as JSON; - for standard output alone"
-    )
     return made
 
 
-def run(config: Namespace) -> None:
-    """Evaluate and print tables."""
+def run(config: Namespace) -> Outcome:
+    """Evaluate."""
     from slabformer.tasks.language.fusing import fuse_language_model
 
     if config.data is None and not config.tasks:
@@ -67,19 +64,20 @@ def run(config: Namespace) -> None:
     if config.fused:
         model, _ = fuse_language_model(model)
     figures: dict[str, Any] = {}
+    shown: list[Table] = []
     if config.data is not None:
         figures["perplexity"] = _perplexities(config, model, tokenizer)
+        shown.append(_perplexity_table(config.model, figures["perplexity"]))
     if config.tasks:
         figures["tasks"] = _tasks(config, model, tokenizer)
-    if config.json != STDOUT:
-        for name, rows in figures.items():
-            console().print((_perplexity_table if name == "perplexity" else _task_table)(config.model, rows))
-    write_json(config.json, figures)
+        shown.append(_task_table(config.model, figures["tasks"]))
+    return Outcome(data=figures, shown=shown)
 
 
 def _perplexities(
     config: Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, float]]:
+    import slabformer as sf
     from slabformer.nn.controls import prepbn_modules
     from slabformer.tasks.language.evaluate import read_documents, sliding_perplexity
 

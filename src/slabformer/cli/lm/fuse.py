@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
+from rich.console import RenderableType
 
-from slabformer.cli.common import console
 from slabformer.cli.fuse import fuse_table
 from slabformer.cli.lm.common import add_model_options, folder_to_write, load_model
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
 from slabformer.settings import FolderToWrite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Options of `slab lm fuse`."""
-    made = ArgumentParser(
-        prog="slab lm fuse",
-        description="Fold every norm into its neighbours, verify, save. MODEL comes from slab lm train, "
-        "slab lm import, or anybody's Trainer with a ProgressiveCallback.",
+    made = Parser(
+        "slab lm fuse",
+        "Fold every norm into its neighbours, verify, save. MODEL comes from slab lm train, slab lm import, or "
+        "anybody's Trainer with a ProgressiveCallback.",
+        ["slab lm fuse runs/llama_micro_prepbn --output fused", "slab lm fuse runs/books --untie -o fused --overwrite"],
     )
     add_model_options(made)
     made.add_argument("--output", type=FolderToWrite, required=True, help="folder to write")
@@ -29,8 +33,8 @@ def parser() -> ArgumentParser:
     return made
 
 
-def run(config: Namespace) -> None:
-    """Fuse, verify, print, save; nothing is saved that differs."""
+def run(config: Namespace) -> Outcome:
+    """Fuse, verify, save; nothing is saved that differs."""
     from slabformer.tasks.language.folders import save_model_folder
     from slabformer.tasks.language.fusing import check_finished
     from slabformer.tasks.language.tokens import tokenizer_beside
@@ -39,21 +43,22 @@ def run(config: Namespace) -> None:
     model = load_model(config)
     check_finished(model, config.model)
     tokenizer = tokenizer_beside(config.model, model.config.vocab_size)
-    save_model_folder(fuse_verified(model, untie=config.untie), tokenizer, config.output)
-    console().print(f"saved {config.output}", soft_wrap=True)
+    fused, data, shown = fuse_verified(model, untie=config.untie)
+    save_model_folder(fused, tokenizer, config.output)
+    return Outcome(data=data, shown=shown, files=[config.output])
 
 
-def fuse_verified(model: PreTrainedModel, *, untie: bool) -> PreTrainedModel:
-    """``model`` without norms, held against it; prints where they went, and which had to stay."""
+def fuse_verified(
+    model: PreTrainedModel, *, untie: bool
+) -> tuple[PreTrainedModel, dict[str, Any], list[RenderableType]]:
+    """``model`` without norms, held against it, and where they went, as data and for people."""
     from slabformer.surgery.verify import verify
     from slabformer.tasks.language.fusing import LogitsOf, fuse_language_model, tokens_for, what_stays
 
     fused, report = fuse_language_model(model, untie=untie)
-    output = console()
-    output.print(fuse_table(report))
     cases = [(tokens_for(model, 2, length, seed),) for seed, length in ((1, 16), (2, 7))]
     result = verify(LogitsOf(model), LogitsOf(fused), cases)
-    output.print(f"{report.summary()}\n{result}")
+    shown: list[RenderableType] = [fuse_table(report), f"{report.summary()}\n{result}"]
     if stays := what_stays(model, report):
-        output.print(stays, soft_wrap=True)
-    return fused
+        shown.append(stays)
+    return fused, {**report.to_dict(), "verify": asdict(result)}, shown

@@ -29,7 +29,7 @@ class RateSchedule:
         if config.warmup_steps >= self.total:
             raise ValueError(
                 f"lr_schedule.warmup_steps ({config.warmup_steps}) must be below the {self.total} steps of training; "
-                f"give --lr_schedule.warmup_steps {self.total // 10}, or more epochs"
+                f"give --lr-schedule.warmup-steps {self.total // 10}, or more epochs"
             )
         if config.name == "step" and config.milestones and config.milestones[-1] >= epochs:
             raise ValueError(f"lr_schedule.milestones {config.milestones} must be below epochs ({epochs})")

@@ -79,7 +79,7 @@ def compare_classes(info: DetectorInfo, class_names: list[str], what: str = "the
     if len(info.class_names) != len(class_names):
         raise ValueError(
             f"the detector knows {len(info.class_names)} classes, {what} {len(class_names)}; to train it on, "
-            "--model.new_predictors true drops its layers that name classes and starts them anew"
+            "--model.new-predictors drops its layers that name classes and starts them anew"
         )
     pairs = zip(info.class_names, class_names, strict=True)
     different = [(label, *names) for label, names in enumerate(pairs, start=1) if names[0] != names[1]]

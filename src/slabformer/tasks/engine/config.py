@@ -34,7 +34,7 @@ def _optimizers() -> set[str]:
 
 #: moved by the step; timm's `plateau` is moved by a metric
 LrScheduleName = Literal["cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt"]
-OptimizerName = Annotated[str, Known(_optimizers, "one of timm.optim.list_optimizers()")]
+OptimizerName = Annotated[str, Known(_optimizers, "an optimizer that timm knows")]
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ class OptimizerConfig(Settings):
     """timm's optimizers by name; parameters of one dimension are not decayed."""
 
     name: OptimizerName = "adamw"
-    """Any of `timm.optim.list_optimizers()`."""
+    """Any of timm's, by its name there."""
     lr: PositiveFloat = 5e-4
     """Learning rate for a batch of `lr_base_batch`."""
     lr_base_batch: PositiveInt | None = 512

@@ -1,0 +1,7 @@
+"""``python -m slabformer`` is ``slab``."""
+
+import sys
+
+from slabformer.cli.main import main
+
+sys.exit(main())
