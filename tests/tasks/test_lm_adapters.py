@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import slabformer as sf
 from slabformer.nn.controls import prepbn_modules
@@ -57,11 +57,8 @@ class Adapted(nn.Module):
 
 def begin(model: nn.Module) -> ProgressiveCallback:
     callback: Any = ProgressiveCallback()
-    args, state = (
-        TrainingArguments(report_to="none", use_cpu=True),
-        type("State", (), {"max_steps": 4, "global_step": 0}),
-    )
-    callback.on_train_begin(args, state, None, model=model)
+    args = TrainingArguments(report_to="none", use_cpu=True)
+    callback.on_train_begin(args, TrainerState(max_steps=4), None, model=model)
     return callback
 
 
