@@ -7,10 +7,11 @@ WORKERS ?= 2
 CONSTRAINTS = constraints.txt
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(WARNINGS)
-# deprecations in other packages fail where the newest versions are tried, and there alone; what one package does to
-# another is out of our hands: PEFT 0.21 reads the old name in transformers 5.24
+# deprecations in other packages fail where the newest versions are tried, and there alone; what these packages do among
+# themselves is out of our hands: PEFT 0.21 reads the old name in transformers 5.24, torch 2.14 scripts torch.func.jvp
 DEPRECATIONS = -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning \
-	-W "ignore:\`is_gradient_checkpointing\` is deprecated:FutureWarning"
+	-W "ignore:\`is_gradient_checkpointing\` is deprecated:FutureWarning" \
+	-W "ignore:\`torch.jit.script\` is:FutureWarning"
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-all test-newest test-oldest lock check coverage release clean
