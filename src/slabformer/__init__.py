@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from slabformer.nn.controls import blended, copy_gamma_, norm_parameters, set_token_mask, sync_norms_, token_mask
     from slabformer.nn.norms import NormType, norm_types, register_norm
     from slabformer.progressive import ProgressiveSchedule
+    from slabformer.surgery.attention import align_attention_, convert_attention_
     from slabformer.surgery.audit import audit
     from slabformer.surgery.convert import convert_norms_
     from slabformer.surgery.fit import fit_norms_
@@ -45,8 +46,10 @@ __all__ = [
     "TokenBatchNorm",
     "VerificationError",
     "VerifyResult",
+    "align_attention_",
     "audit",
     "blended",
+    "convert_attention_",
     "convert_norms_",
     "copy_gamma_",
     "deploy",
@@ -77,6 +80,7 @@ _NAMES = {
     "nn.controls": ("blended", "copy_gamma_", "norm_parameters", "set_token_mask", "sync_norms_", "token_mask"),
     "nn.norms": ("NormType", "norm_types", "register_norm"),
     "progressive": ("ProgressiveSchedule",),
+    "surgery.attention": ("align_attention_", "convert_attention_"),
     "surgery.audit": ("audit",),
     "surgery.convert": ("convert_norms_",),
     "surgery.fit": ("fit_norms_",),

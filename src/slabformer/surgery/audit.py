@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from slabformer.nn.affine import Affine
 from slabformer.nn.norms import norm_type
-from slabformer.surgery.batches import eval_mode
+from slabformer.surgery.batches import NO_BATCH, eval_mode, model_device, to_device
+from slabformer.surgery.conversion_plan import ConversionPlan
 from slabformer.surgery.convert import LeftNorm, find_layer_norms, nothing_to_convert, replace_norms_
 from slabformer.surgery.fuse.report import FuseReport
 from slabformer.surgery.fuse.search.decide import propose
@@ -26,6 +28,7 @@ from slabformer.surgery.fuse.tree.norms import Norm, find_norms, tail_of
 from slabformer.surgery.fuse.tree.sharing import Untied
 from slabformer.surgery.reasons import Reason
 from slabformer.surgery.recognise import HOOKS
+from slabformer.surgery.sensitivity import NormCost, Outputs, norm_costs
 
 #: what code that is no module of its own normalises with
 NORM_FUNCTIONS = (F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm)
@@ -51,34 +54,97 @@ class NormTime:
         return self.norms / self.total
 
 
+@dataclass(frozen=True)
+class AuditReport(FuseReport):
+    """What fusing would do, and what losing each norm would cost.
+
+    Attributes:
+        costs: One per norm where the audit was given data.
+        plan: Which norms to convert, where it was given data.
+    """
+
+    costs: tuple[NormCost, ...] = ()
+    plan: ConversionPlan | None = None
+
+    def cost_table(self) -> str:
+        """One line a norm, aligned: how well a line stands in for it, where the error is, what losing it costs."""
+        kept = set() if self.plan is None else set(self.plan.keep)
+        width = max((len(cost.name) for cost in self.costs), default=4)
+        lines = [f"{'norm':<{width}}  {'R2':>6}  {'alone':>8}  plan     error in"]
+        for cost in self.costs:
+            choice = "keep" if cost.name in kept else "convert"
+            lines.append(f"{cost.name:<{width}}  {cost.r2:6.3f}  {cost.alone:8.2g}  {choice:<7}  {cost.where()}")
+        return "\n".join([*lines, "" if self.plan is None else self.plan.summary()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        plan = None if self.plan is None else self.plan.to_dict()
+        return super().to_dict() | {"costs": [asdict(cost) for cost in self.costs], "plan": plan}
+
+
 def audit(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | list[Any],
+    example_inputs: Tensor | tuple[Any, ...] | list[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     fixed_size: bool = False,
     untie: bool = False,
-) -> FuseReport:
+    batches: Iterable[Any] | None = None,
+    num_batches: int | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    outputs: Outputs | None = None,
+    budget: float | None = None,
+) -> AuditReport:
     """What :func:`slabformer.fuse` would do with every norm once it is converted and trained; nothing is changed.
 
-    Only the architecture counts: parameters may be on the meta device, then the inputs must be there too. A channel
-    that training drives to a scale of 0 can still keep a norm that stands in front of padding.
+    Without data only the architecture counts: parameters may be on the meta device, then the inputs must be there too.
+    A channel that training drives to a scale of 0 can still keep a norm that stands in front of padding. With
+    ``batches`` of data, the trained model is also asked what losing each norm would cost, and which ones to take::
+
+        report = slabformer.audit(model, batches=loader, budget=0.003)  # at most 0.3 % of the outputs' cosine
+        slabformer.convert_norms_(model, plan=report.plan)
 
     Args:
         model: With its own norms, converted, or anything between; in any mode.
-        example_inputs: As for :func:`slabformer.fuse`.
+        example_inputs: As for :func:`slabformer.fuse`; the first of ``batches`` if there are any and this is left out.
         example_kwargs: The same.
         fixed_size: The same.
         untie: The same.
+        batches: Data, as for :func:`slabformer.recalibrate_`; padding is left out by ``attention_mask``. Each norm
+            takes a forward of all of them.
+        num_batches: Stop after so many; 8 by default.
+        forward: As for :func:`slabformer.recalibrate_`.
+        outputs: ``outputs(model, batch)`` returns the tensors ``(*, C)`` whose cosine counts, an embedding for example;
+            by default those that the forward returns, each token for itself.
+        budget: What the norms that are taken may cost together, before training; None takes those that cost at most
+            0.1 each.
 
     Returns:
         One outcome per norm; ``left`` holds what looks like a norm and cannot be converted.
 
     Raises:
         TypeError: If the example inputs are of the wrong kind.
-        ValueError: If the model has nothing that looks like a norm, or cannot be copied.
+        ValueError: If the model has nothing that looks like a norm, or cannot be copied; with data as
+            :func:`slabformer.surgery.sensitivity.norm_costs`.
     """
-    examples = check_examples(example_inputs, example_kwargs)
+    costs: tuple[NormCost, ...] = ()
+    plan: ConversionPlan | None = None
+    if batches is not None:
+        batches = iter(batches)
+        first = next(batches, None)
+        if first is None:
+            raise ValueError(NO_BATCH)
+        if example_inputs is None and example_kwargs is None:
+            example_inputs, example_kwargs = _as_example(to_device(first, model_device(model)))
+        batches = itertools.chain([first], batches)
+        costs, plan = norm_costs(
+            model, batches, num_batches=num_batches, forward=forward, outputs=outputs, budget=budget
+        )
+    elif budget is not None:
+        raise ValueError("a budget needs data; pass batches=...")
+    if example_inputs is None and example_kwargs is None:
+        raise ValueError("an audit needs example inputs, or batches of data")
+    examples = check_examples(() if example_inputs is None else example_inputs, example_kwargs)
     copied = deployed_copy(model).eval()
     norms, left = _as_affines_(copied)
     left += _norms_in_code(model, examples, [name for norm in norms for name in norm.names] + [n.name for n in left])
@@ -89,8 +155,20 @@ def audit(
             parameter.shape, default=1
         ):  # a fresh LayerScale is next to 0, a trained one is not
             parameter.data = torch.ones_like(parameter)
-    plan = propose(copied, norms, examples, fixed_size, Untied(copied) if untie else None) if norms else None
-    return FuseReport(plan.outcomes(norms) if plan else (), shapes_of(examples), left)
+    folds = propose(copied, norms, examples, fixed_size, Untied(copied) if untie else None) if norms else None
+    found = folds.outcomes(norms) if folds else ()
+    return AuditReport(found, shapes_of(examples), left, costs=costs, plan=plan)
+
+
+def _as_example(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
+    """A batch as example inputs, as :func:`slabformer.surgery.batches.call_model` feeds it."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        return (batch[0],), None
+    if isinstance(batch, Tensor):
+        return (batch,), None
+    raise TypeError(f"a batch of type {type(batch).__name__} is no example input; pass example_inputs too")
 
 
 def _as_affines_(model: nn.Module) -> tuple[list[Norm], tuple[LeftNorm, ...]]:

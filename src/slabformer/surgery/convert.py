@@ -8,7 +8,7 @@ import itertools
 import logging
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from slabformer.nn.norms import NormType, check_eta, norm_type, norm_types, norm
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.repbn import RepBN
 from slabformer.settings import Fraction, NonNegativeFloat, Number, checked
+from slabformer.surgery.conversion_plan import ConversionPlan, names_to_take
 from slabformer.surgery.one_input import optional_arguments, take_one_input_
 from slabformer.surgery.reasons import Reason, Why
 from slabformer.surgery.recognise import HOOKS, Lookalike, NormForm, Verdict, recognise
@@ -65,6 +66,7 @@ def convert_norms_(
     model: nn.Module,
     filter: Callable[[nn.Module, str], bool] | None = None,
     *,
+    plan: ConversionPlan | Collection[str] | None = None,
     norm: NormName = "prepbn",
     progressive: bool | None = None,
     eta: Number | None = None,
@@ -83,6 +85,7 @@ def convert_norms_(
     Args:
         model: Edited in place.
         filter: Called with ``(module, name)`` of each such norm; false leaves it as it is.
+        plan: Names of the norms to convert, or what :func:`slabformer.audit` recommends on data; the others stay.
         norm: What to convert to: "prepbn", which holds the old norm while it fades; "repbn" or "batchnorm" from the
             start; "layernorm", "rmsnorm" or "dyt" as baselines; or the name of a registered norm. Norms that are of
             that kind already are left. Where the new kind has an offset or a gain, it takes that of the old one.
@@ -97,7 +100,8 @@ def convert_norms_(
         looks like a norm and was left.
 
     Raises:
-        ValueError: If nothing matched, ``model`` itself is the norm, or ``norm`` is unknown.
+        ValueError: If nothing matched, ``model`` itself is the norm, ``norm`` is unknown, or ``plan`` names a norm that
+            the model does not have.
     """
     if progressive is not None:
         warnings.warn(
@@ -110,7 +114,12 @@ def convert_norms_(
     settings = {"bn_eps": eps, "momentum": momentum} | ({} if eta is None else {"eta": check_eta(row, eta)})
     recognised, left = find_layer_norms(model)
     others = {name: form for name, form in recognised.items() if form.kind != row.name}
-    asked = {name: form for name, form in others.items() if filter is None or filter(model.get_submodule(name), name)}
+    planned = set(recognised) if plan is None else names_to_take(plan, recognised)
+    asked = {
+        name: form
+        for name, form in others.items()
+        if name in planned and (filter is None or filter(model.get_submodule(name), name))
+    }
     found = {name: form for name, form in asked.items() if form.channel_dim == -1 or "channel_dim" in row.settings}
     left += tuple(
         LeftNorm(

@@ -174,7 +174,8 @@ class _Fit:
         return _Line(weight, offset / total, mean, var)
 
     def _weight(self, name: str) -> Tensor:
-        products, squares = 0.0, 0.0
+        products: Tensor | float = 0.0
+        squares: Tensor | float = 0.0
         for other in self._tied_to(name, "weight"):
             sums = self._sums[other].relative
             inv_std = torch.rsqrt(self._population(other)[1] + self._norms[other].rep.eps)

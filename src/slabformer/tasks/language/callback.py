@@ -116,8 +116,9 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
             optimizer=optimizer,
             start=state.global_step,
         )
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__, {})
-        schedule_state = saved.get("attributes", {}).get("schedule_state") if isinstance(saved, dict) else None
+        callbacks: Any = state.stateful_callbacks or {}
+        saved = callbacks.get(type(self).__name__)
+        schedule_state = saved["attributes"].get("schedule_state") if isinstance(saved, dict) else None
         if schedule_state is not None and schedule_state["steps_done"] == state.global_step:
             self.schedule.load_state_dict(schedule_state)
         if self.align:

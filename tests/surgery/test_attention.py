@@ -1,0 +1,234 @@
+"""Softmax attention becomes linear attention on the same projections, and comes near what it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slabformer as sf
+from slabformer.nn.converted_attention import ConvertedLinearAttention
+from slabformer.surgery.attention import find_attentions
+from tolerances import FLOAT32, assert_close
+
+timm = pytest.importorskip("timm", reason="its models are the subjects")
+SIZE = 32
+
+
+def vit(**changes: Any) -> nn.Module:
+    settings = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    torch.manual_seed(0)
+    return timm.models.VisionTransformer(**settings | changes).eval()
+
+
+def images(count: int = 3, size: int = SIZE) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, 3, size, size, generator=generator) for _ in range(count)]
+
+
+def stock(kind: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="its models are the subjects")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = getattr(transformers, f"{kind}Config")(image_size=SIZE, patch_size=4, **sizes)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}Model")(config).eval()
+
+
+@pytest.fixture(scope="module")
+def aligned() -> tuple[nn.Module, nn.Module, dict[str, float], dict[str, float]]:
+    """Teacher, student, and errors after the start and after training."""
+    teacher = vit()
+    student = copy.deepcopy(teacher)
+    sf.convert_attention_(student)
+    start = sf.align_attention_(student, teacher, images(), steps=0)
+    trained = sf.align_attention_(student, teacher, images(), steps=40)
+    return teacher, student, start, trained
+
+
+@pytest.mark.parametrize(
+    ("model", "prefix"),
+    [
+        (lambda: vit(), 1),
+        (lambda: vit(reg_tokens=2), 3),
+        (lambda: vit(class_token=False, global_pool="avg"), 0),
+        (lambda: stock("ViT"), 1),
+        (lambda: stock("DeiT"), 2),
+        (lambda: stock("Dinov2"), 1),
+        (lambda: stock("Dinov2WithRegisters"), 5),
+        (lambda: stock("Beit"), 1),
+        (lambda: stock("CLIPVision"), 1),
+        (lambda: stock("SiglipVision"), 0),
+    ],
+    ids=["timm", "registers", "pooled", "vit", "deit", "dinov2", "dinov2_registers", "beit", "clip", "siglip"],
+)
+def test_models_of_timm_and_transformers_convert(model: Any, prefix: int) -> None:
+    model = model()
+    before = model.state_dict()
+    names = sf.convert_attention_(model)
+    assert len(names) == 2
+    assert not names.left
+    for name in names:
+        new = model.get_submodule(name)
+        assert isinstance(new, ConvertedLinearAttention)
+        assert (new.grid_size, new.num_prefix_tokens) == ((8, 8), prefix)
+    kept = model.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in before.items()), "projections keep names and values"
+    assert {name.rpartition(".")[2] for name in kept.keys() - before.keys()} <= {
+        *("positional_encoding", "prefix_encoding", "weight", "bias")
+    }
+    model.train()
+    output = model(images(1)[0])
+    (output if isinstance(output, Tensor) else output[0]).square().mean().backward()
+    assert all(model.get_submodule(name).dwc.weight.grad is not None for name in names)
+
+
+def test_attention_is_the_formula() -> None:
+    """ReLU features, table on the keys, one normaliser, depthwise convolution on the patches alone."""
+    model = vit(reg_tokens=1)
+    sf.convert_attention_(model, plan=["blocks.0.attn"])
+    attention = model.blocks[0].attn
+    for parameter in (attention.positional_encoding, attention.prefix_encoding, attention.dwc.weight):
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 66, 32)
+    q, k, v = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in attention.qkv(x).chunk(3, -1))
+    table = torch.cat([attention.prefix_encoding, attention.positional_encoding], 1)
+    q, k = q.relu(), (k + table.unflatten(-1, (2, 16)).transpose(1, 2)).relu()
+    weights = q @ k.transpose(2, 3)
+    expected = weights / (weights.sum(-1, keepdim=True) + 1e-6) @ v
+    maps = v[:, :, 2:].transpose(2, 3).reshape(4, 16, 8, 8)
+    expected[:, :, 2:] += attention.dwc(maps).flatten(2).transpose(1, 2).unflatten(0, (2, 2))
+    expected = attention.proj(expected.transpose(1, 2).flatten(2))
+    assert_close(attention(x), expected, FLOAT32)
+
+
+def test_alignment_brings_attention_near_its_teacher(aligned: Any) -> None:
+    teacher, student, start, trained = aligned
+    untouched = copy.deepcopy(teacher)
+    sf.convert_attention_(untouched)
+    x = images(1)[0]
+
+    def distance(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float((model.forward_features(x) - teacher.forward_features(x)).square().mean())
+
+    assert set(start) == {"blocks.0.attn", "blocks.1.attn"}
+    assert all(trained[name] < 0.9 * start[name] for name in start)
+    assert distance(student) < distance(untouched)
+
+
+def test_training_that_makes_it_worse_is_undone(aligned: Any, caplog: pytest.LogCaptureFixture) -> None:
+    teacher, _, start, _ = aligned
+    student = copy.deepcopy(teacher)
+    sf.convert_attention_(student)
+    assert sf.align_attention_(student, teacher, images(), steps=3, lr=10.0) == pytest.approx(start)
+    assert "it keeps its start; lower lr" in caplog.text
+
+
+def test_the_start_solves_what_it_can_express() -> None:
+    """Where the teacher is a linear attention with a depthwise branch, the start finds that branch."""
+    teacher = vit()
+    student = copy.deepcopy(teacher)
+    sf.convert_attention_(student)
+    attention = student.blocks[0].attn
+    wanted = copy.deepcopy(attention)
+    nn.init.normal_(wanted.dwc.weight, std=0.3)
+    nn.init.normal_(wanted.dwc.bias)
+    from slabformer.surgery.attention import _Seen, _start
+
+    x = torch.randn(8, 65, 32)
+    with torch.no_grad():
+        _start(attention, [_Seen(x, wanted.mixed(x), wanted(x))])
+    assert_close(attention.dwc.weight, wanted.dwc.weight, 0.05)
+    assert_close(attention.dwc.bias, wanted.dwc.bias, 0.05)
+
+
+def test_alignment_leaves_the_teacher_and_all_else_alone(aligned: Any) -> None:
+    teacher, student, _, _ = aligned
+    assert all(torch.equal(value, vit().state_dict()[name]) for name, value in teacher.state_dict().items())
+    attention = ("attn.",)
+    mine = {n: v for n, v in student.state_dict().items() if not any(part in n for part in attention)}
+    assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in mine.items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+    assert all(p.grad is None for p in student.parameters())
+    assert not student.training
+
+
+def test_converted_attention_takes_other_image_sizes() -> None:
+    model = vit(dynamic_img_size=True)
+    sf.convert_attention_(model)
+    assert model(images(1, 48)[0]).shape == (2, 5)
+
+
+def test_norms_and_attention_go_together_and_fuse() -> None:
+    model = vit()
+    sf.convert_attention_(model)
+    sf.convert_norms_(model)
+    for norm in model.modules():
+        if isinstance(norm, sf.PRepBN):
+            norm.set_gamma(0)
+    sf.testing.randomize_norms_(model)
+    fused, report = sf.fuse(model.eval(), images(1)[0])
+    assert report.num_kept == 0
+    sf.verify(model, fused, images(1)[0])
+
+
+def test_mixtures_are_a_matter_of_names() -> None:
+    model = vit()
+    assert list(sf.convert_attention_(model, plan=["blocks.1.attn"])) == ["blocks.1.attn"]
+    assert type(model.blocks[0].attn).__name__ == "Attention"
+    model = vit()
+    assert list(sf.convert_attention_(model, lambda module, name: "0" in name)) == ["blocks.0.attn"]
+
+
+def test_keys_that_are_padding_do_not_count() -> None:
+    model = vit()
+    sf.convert_attention_(model)
+    attention, mask = model.blocks[0].attn, torch.ones(2, 65, dtype=torch.bool)
+    mask[:, 50:] = False
+    x = torch.randn(2, 65, 32)
+    spoiled = x.masked_fill(~mask[..., None], 7.0)
+    assert_close(attention(spoiled, mask)[:, :1], attention(x, mask)[:, :1], FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: vit(qk_norm=True), "it computes more than softmax attention on its projections"),
+        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28), "its forward also takes rope"),
+    ],
+    ids=["qk_norm", "rope"],
+)
+def test_what_is_more_than_softmax_attention_is_left_with_a_reason(model: Any, reason: str) -> None:
+    model = model()
+    _, left = find_attentions(model)
+    assert left
+    with pytest.raises(ValueError, match=reason):
+        sf.convert_attention_(model)
+
+
+def test_what_cannot_be_converted_or_aligned_is_said() -> None:
+    teacher, student = vit(), vit()
+    with pytest.raises(ValueError, match="no softmax attention of Linear to convert"):
+        sf.convert_attention_(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"names 1 attentions that cannot be converted \(first: 'blocks.7.attn'\)"):
+        sf.convert_attention_(student, plan=["blocks.7.attn"])
+    assert type(student.blocks[0].attn).__name__ == "Attention"
+    with pytest.raises(ValueError, match="no converted attention; call convert_attention_"):
+        sf.align_attention_(student, teacher, images())
+    wrapped = nn.Sequential(student.blocks)
+    with pytest.raises(ValueError, match=r"does not say how its tokens lie; pass grid_size="):
+        sf.convert_attention_(wrapped)
+    assert len(sf.convert_attention_(wrapped, grid_size=(8, 8), num_prefix_tokens=1)) == 2
+    student = vit()
+    sf.convert_attention_(student)
+    with pytest.raises(ValueError, match=r"the teacher has no softmax attention 'blocks.0.attn'"):
+        sf.align_attention_(student, student, images())
+    with pytest.raises(ValueError, match="there was no batch"):
+        sf.align_attention_(student, teacher, [])
+    with pytest.raises(ValueError, match=r"outputs of the teacher's blocks.0.attn are not finite"):
+        sf.align_attention_(student, teacher, [torch.full((1, 3, SIZE, SIZE), float("nan"))])
+    with pytest.raises(ValueError, match="linear attention takes tokens and a mask of keys, got is_causal"):
+        student.blocks[0].attn(torch.randn(1, 65, 32), is_causal=True)
