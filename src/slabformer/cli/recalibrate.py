@@ -25,7 +25,7 @@ def parser() -> Parser:
         "Replace the running statistics of every norm by those of the training images; parameters stay.",
         [
             "slab recalibrate model.safetensors --data digits -o new.safetensors",
-            "slab recalibrate m.safetensors --data PATH --num-batches 1000 -o new.safetensors",
+            "slab recalibrate m.safetensors --data PATH --num-batches 99 -o new.safetensors",
         ],
     )
     add_model_options(made)

@@ -97,7 +97,10 @@ def _model(given: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMo
     from slabformer.tasks.language.build import config_of_model
     from slabformer.tasks.language.fusing import tokens_for
 
-    recipe = to_train_config(parse(recipe_options(), ["--config", given], "slab lm train"))
+    try:
+        recipe = to_train_config(parse(recipe_options(), ["--config", given], "slab lm train"))
+    except ValueError as error:
+        raise ValueError(f"{given} is no recipe: {error}") from error
     vocab_size = recipe.model.vocab_size or recipe.tokenizer.vocab_size
     model: Any = SlabLlamaForCausalLM(config_of_model(recipe.model, vocab_size, norm_start="zeros"))
     model.to(device).eval()
