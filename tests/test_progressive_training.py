@@ -89,6 +89,11 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_what_is_read_back_is_seen() -> None:
+    with NoSync(), pytest.raises(AssertionError, match="aten::_local_scalar_dense"):
+        float(torch.ones(1))
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 @pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "checkpointed"])
 def test_training_never_reads_back_from_the_device(reentrant: bool | None, mask: Tensor | None) -> None:

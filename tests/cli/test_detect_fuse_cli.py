@@ -10,7 +10,7 @@ import torch
 
 from detectors import pictures, saved, small_detector, without_folding
 from slabformer.cli.main import main
-from slabformer.nn import PRepBN
+from slabformer.nn import Affine, PRepBN
 from slabformer.tasks.detection.saved import load_detector
 
 
@@ -71,3 +71,15 @@ def test_pictures_that_are_not_there_are_told(
     model = saved(tmp_path / "model.safetensors")
     assert main(["detect", "fuse", str(model), "--output", str(tmp_path / "fused.safetensors"), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_modules_of_the_backbone_that_are_named_keep_their_maps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, output = saved(tmp_path / "model.safetensors"), tmp_path / "fused.safetensors"
+    norm = "body.body.stages.0.blocks.0.norm1"
+    assert main(["detect", "fuse", str(model), "--output", str(output), "--num-images", "1", "--keep", f"{norm}*"]) == 0
+    kept = [name for name, module in load_detector(output)[0].backbone.named_modules() if isinstance(module, Affine)]
+    assert kept == [norm]
+    assert main(["detect", "fuse", str(model), "--output", str(output), "--keep", "stage"]) == 2
+    assert "keep='stage' matches no module" in capsys.readouterr().err

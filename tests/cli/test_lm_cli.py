@@ -17,12 +17,13 @@ from csv_files import csv_rows
 from language_models import SIZES, sentences, somebody_elses, trained_looking, write_lines
 from reference_files import description, published_state
 from slabformer.cli.main import main
+from slabformer.nn import Affine
 from slabformer.nn.controls import prepbn_modules
 from slabformer.tasks.language.config import TokenizerConfig
-from slabformer.tasks.language.folders import save_model_folder
+from slabformer.tasks.language.folders import load_model_folder, save_model_folder
 from slabformer.tasks.language.fusing import fuse_language_model
 from slabformer.tasks.language.tokens import train_tokenizer
-from tolerances import PATIENCE
+from tolerances import FLOAT32, PATIENCE, assert_close
 
 GOLDEN = "llama_prepbn_tiny"
 
@@ -279,3 +280,13 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 2, done.stderr
     assert f"slab: slabformer needs {hidden} for this; pip install 'slabformer[{extra}]'" in done.stderr
+
+
+def test_layers_that_are_named_keep_their_norms_outputs(tmp_path: Path) -> None:
+    norm = "model.layers.0.input_layernorm"
+    save_model_folder(trained_looking(), None, tmp_path / "model")
+    assert lm("fuse", tmp_path / "model", "--output", tmp_path / "fused", "--keep", norm) == 0
+    fused = load_model_folder(tmp_path / "fused")
+    assert [name for name, module in fused.named_modules() if isinstance(module, Affine)] == [norm]
+    tokens = torch.arange(8)[None]
+    assert_close(fused(input_ids=tokens).logits, trained_looking()(input_ids=tokens).logits, FLOAT32)

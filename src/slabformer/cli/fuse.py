@@ -39,13 +39,7 @@ def parser() -> Parser:
     )
     add_model_options(made)
     made.add_argument("--output", type=ModelToWrite, required=True, help="the fused model, a .safetensors file")
-    made.add_argument(
-        "--keep",
-        type=NonEmptyStr,
-        nargs="+",
-        default=[],
-        help="modules whose outputs stay, by name or pattern: 'blocks.*'",
-    )
+    add_keep_option(made, "blocks.*")
     made.add_argument(
         "--outputs",
         type=NonEmptyStr,
@@ -60,6 +54,12 @@ def parser() -> Parser:
     )
     made.add_argument("--rtol", type=Tolerance, default=RTOL, help="largest difference, relative to outputs' scale")
     return made
+
+
+def add_keep_option(parser: Parser, example: str) -> None:
+    """``--keep``, with a pattern of names as an ``example``."""
+    help = f"modules whose outputs stay, by name or pattern: '{example}'"
+    parser.add_argument("--keep", type=NonEmptyStr, nargs="+", default=[], help=help)
 
 
 def run(config: Namespace) -> Outcome:

@@ -19,7 +19,9 @@ Size = tuple[int, int]
 TRACED: tuple[Size, ...] = ((224, 224), (192, 320))
 
 
-def fuse_detector(detector: Detector, sizes: Sequence[Size] = TRACED) -> tuple[Detector, FuseReport]:
+def fuse_detector(
+    detector: Detector, sizes: Sequence[Size] = TRACED, *, keep: Sequence[str] = ()
+) -> tuple[Detector, FuseReport]:
     """Fold the norms of ``detector``'s backbone into their neighbours, on a copy; detections do not change.
 
     Backbone and feature pyramid are fused in one piece, so that output norms fold into the pyramid unless they are
@@ -28,13 +30,14 @@ def fuse_detector(detector: Detector, sizes: Sequence[Size] = TRACED) -> tuple[D
     Args:
         detector: In eval mode.
         sizes: Heights and widths of images, multiples of 32, that the backbone is traced at.
+        keep: Modules of the backbone whose outputs must stay, as :func:`slabformer.fuse` takes them.
 
     Raises:
         ValueError: As :func:`slabformer.fuse`.
     """
     device = next(detector.parameters()).device
     examples = [torch.randn(1, 3, *size, device=device) for size in sizes]
-    backbone, report = fuse(detector.backbone, examples)
+    backbone, report = fuse(detector.backbone, examples, keep=keep)
     # as if the detector's own backbone had been copied before
     return copy.deepcopy(detector, {id(detector.backbone): backbone}), report
 

@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from rich.console import RenderableType
 
 from slabformer.cli.detect.common import add_picture_options, compared_pictures
-from slabformer.cli.fuse import fuse_table
+from slabformer.cli.fuse import add_keep_option, fuse_table
 from slabformer.cli.outcome import Outcome
 from slabformer.cli.parser import Parser
 from slabformer.settings import ExistingFile, ModelToWrite, NonNegativeFloat
@@ -20,12 +20,14 @@ def parser() -> Parser:
 
     made = Parser(
         "slab detect fuse",
-        "Fold every norm of the backbone into its neighbours, compare detections, save.",
+        "Fold every norm of the backbone into its neighbours, compare detections, save. Detections stay the same; maps "
+        "inside the backbone do where --keep names them. A detector has no other methods that could be asked to stay.",
         ["slab detect fuse model.safetensors --data photos -o fused.safetensors"],
         json_files=True,
     )
     made.add_argument("model", type=ExistingFile, help="a .safetensors file that `slab detect train` wrote")
     made.add_argument("--output", type=ModelToWrite, required=True, help="the fused detector, a .safetensors file")
+    add_keep_option(made, "body.body.stages.*")
     add_picture_options(made)
     made.add_argument(
         "--pixels", type=NonNegativeFloat, default=PIXELS, help="largest distance of a box's edge that passes"
@@ -45,7 +47,7 @@ def run(config: Namespace) -> Outcome:
     if info.fused:
         raise ValueError(f"{config.model} is fused already")
     images = compared_pictures(config, info)
-    fused, report = fuse_detector(detector)
+    fused, report = fuse_detector(detector, keep=config.keep)
     if config.data is None:  # on noise a detector is sure of nothing
         for form in (detector, fused):
             form.roi_heads.score_thresh = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,12 +22,13 @@ SHAPES = ((2, 9), (1, 5))
 
 
 def fuse_language_model(
-    model: PreTrainedModel, *, untie: bool = False, allow_gamma: bool = False
+    model: PreTrainedModel, *, keep: Sequence[str] = (), untie: bool = False, allow_gamma: bool = False
 ) -> tuple[PreTrainedModel, sf.FuseReport]:
     """A copy of ``model`` whose norms are folded into q, k, v, gate, up and the head.
 
     Args:
         model: A causal language model in eval mode.
+        keep: Modules whose outputs must stay, as :func:`slabformer.fuse` takes them.
         untie: Give the head weights of its own, where it shares the embedding's: else the last norm stays, since a
             shared weight cannot take it over. Outputs are the same; the model grows by the size of the head.
         allow_gamma: Fuse PRepBNs that still hold their norm, as RepBN.
@@ -35,7 +37,7 @@ def fuse_language_model(
         ValueError: As :func:`slabformer.fuse`.
     """
     examples = [(tokens_for(model, *shape),) for shape in SHAPES]
-    fused, report = sf.fuse(model, examples, {"use_cache": False}, untie=untie, allow_gamma=allow_gamma)
+    fused, report = sf.fuse(model, examples, {"use_cache": False}, keep=keep, untie=untie, allow_gamma=allow_gamma)
     assert isinstance(fused, PreTrainedModel)
     if isinstance(fused, SlabLlamaForCausalLM) and not report.num_kept:
         fused.config.norm = "folded"  # so that from_pretrained builds it without norms
