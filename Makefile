@@ -8,7 +8,7 @@ CONSTRAINTS = constraints.txt
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(WARNINGS)
 # deprecations in other packages fail where the newest versions are tried, and there alone; what these packages do among
-# themselves is out of our hands: PEFT 0.21 reads the old name in transformers 5.24, torch 2.14 scripts torch.func.jvp
+# themselves is out of our hands: PEFT 0.21 and jit.trace read the old name in transformers 5.24, torch 2.14 scripts jvp
 DEPRECATIONS = -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning \
 	-W "ignore:\`is_gradient_checkpointing\` is deprecated:FutureWarning" \
 	-W "ignore:\`torch.jit.script\` is:FutureWarning"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from children import ended
 from csv_files import csv_rows
 from image_folders import fill_classes, fill_splits, picture
 from saved_digits import digits_model, save_digits_model
@@ -87,7 +88,8 @@ def test_two_processes_count_every_image_once_and_print_once(model_file: str, tm
         )
         for rank in ("0", "1")
     ]
-    printed = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
+    with ended(ranks):
+        printed = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert ["slab_deit_micro on digits" in text for text in printed] == [True, False]
     figures, expected = json.loads((tmp_path / "r.json").read_text())["deployed"], by_hand()

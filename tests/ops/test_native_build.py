@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from children import ended
 from ops.attention_cases import make_case
 from slabformer.ops.native import build
 from slabformer.ops.native.linear_attention import native_linear_attention, prepare
@@ -117,7 +118,8 @@ def test_processes_that_build_at_once_do_not_meet(folder):
         "library('linear_attention.cpp', D=16, E=16, Token='float').linear_attention"
     )
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-    assert [process.wait(timeout=PATIENCE) for process in running] == [0, 0, 0]
+    with ended(running):
+        assert [process.wait(timeout=PATIENCE) for process in running] == [0, 0, 0]
     assert len(list(folder.iterdir())) == 1
 
 

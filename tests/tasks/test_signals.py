@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from children import ended
 from coco_files import write_root
 from image_folders import fill_splits
 from slabformer.tasks.classification.config import AugmentConfig, DataConfig
@@ -58,10 +59,11 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(start: str, sign
     process = subprocess.Popen(
         [sys.executable, tmp_path / "script.py", start], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "delivered\n"
-    os.killpg(process.pid, signum)
-    output, _ = process.communicate(timeout=PATIENCE)
+    with ended([process]):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "delivered\n"
+        os.killpg(process.pid, signum)
+        output, _ = process.communicate(timeout=PATIENCE)
     assert output == f"{int(signum)} [0, 1, 2, 3, 4, 5, 6, 7]\n"
     assert process.returncode == 0
 
