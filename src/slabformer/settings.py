@@ -239,6 +239,8 @@ FractionBelowOne = Annotated[float, Range(ge=0, lt=1)]
 PositiveFraction = Annotated[float, Range(gt=0, le=1)]
 #: finite, and nothing else
 Number = Annotated[float, Where(ANY, lambda value: True)]
+#: initial skip weight of RepBN, a number or by name: "published" is that of the paper's vision models
+Eta = Number | Literal["published"]
 #: what torch, NumPy and Python all take
 Seed = Annotated[int, Range(ge=0, lt=MOST_64)]
 Epochs = Annotated[int, Range(ge=1, le=100_000)]

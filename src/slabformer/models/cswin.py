@@ -27,7 +27,7 @@ from slabformer.models.weights.official import PublishedLayout, State
 from slabformer.nn.norms import NormLayer, resolve_norm_layer
 from slabformer.nn.resample import Grid
 from slabformer.nn.stripes import StripeAttention, WindowLinearAttention
-from slabformer.settings import FractionBelowOne, ImageSize, Number, PositiveFloat, PositiveInt, checked
+from slabformer.settings import Eta, FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked
 
 NUM_STAGES = 4
 #: what published blocks hold, in their order
@@ -139,7 +139,7 @@ class CSWin(PyramidTransformer):
         norm: Name of a norm in the table (:mod:`slabformer.nn.norms`), such as "prepbn" or "layernorm"; or a
             constructor.
         norm_eps: LayerNorm's and RMSNorm's epsilon.
-        eta: Initial skip weight of PRepBN and RepBN; their own default where None.
+        eta: Initial skip weight of PRepBN and RepBN, a number or "published" (1); 0 by default.
         proj_drop_rate: Dropout after projections and in the MLPs.
         drop_path_rate: Stochastic depth of the last block, rising from 0.
         kwargs: As for :class:`PyramidTransformer`.
@@ -175,7 +175,7 @@ class CSWin(PyramidTransformer):
         qkv_bias: bool = True,
         norm: str | NormLayer = "prepbn",
         norm_eps: PositiveFloat = 1e-5,
-        eta: Number | None = None,
+        eta: Eta | None = None,
         proj_drop_rate: FractionBelowOne = 0.0,
         drop_path_rate: FractionBelowOne = 0.0,
         **kwargs: Any,

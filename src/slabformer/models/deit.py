@@ -21,7 +21,7 @@ from slabformer.models.weights.pretrained import fit_head, fit_stem, fit_tables
 from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.nn.norms import NormLayer, resolve_norm_layer
 from slabformer.nn.resample import Grid
-from slabformer.settings import ImageSize, Number, PositiveFloat, PositiveInt, checked
+from slabformer.settings import Eta, ImageSize, PositiveFloat, PositiveInt, checked
 
 
 class DeiT(VisionTransformer):
@@ -31,7 +31,7 @@ class DeiT(VisionTransformer):
         norm: Name of a norm in the table (:mod:`slabformer.nn.norms`), such as "prepbn" or "layernorm"; or a
             constructor.
         norm_eps: LayerNorm's and RMSNorm's epsilon.
-        eta: Initial skip weight of PRepBN and RepBN; their own default where None.
+        eta: Initial skip weight of PRepBN and RepBN, a number or "published" (1); 0 by default.
         img_size: Height and width of images, in pixels.
         patch_size: Height and width of patches, in pixels.
         embed_dim: Channels ``C`` of tokens.
@@ -50,7 +50,7 @@ class DeiT(VisionTransformer):
         norm: str | NormLayer = "prepbn",
         norm_eps: PositiveFloat = 1e-6,
         *,
-        eta: Number | None = None,
+        eta: Eta | None = None,
         img_size: ImageSize = 224,
         patch_size: ImageSize = 16,
         embed_dim: PositiveInt = 768,

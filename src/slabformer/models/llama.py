@@ -26,11 +26,12 @@ from slabformer.nn import PRepBN, RepBN, TokenBatchNorm
 from slabformer.nn.affine import Folded
 from slabformer.nn.attention_masks import keep_padding_out
 from slabformer.nn.norms import check_eta, norm_type, type_of
+from slabformer.nn.repbn import eta_of
 from slabformer.settings import (
+    Eta,
     FractionBelowOne,
     Known,
     NonNegativeFloat,
-    Number,
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
@@ -51,7 +52,7 @@ RANGES: dict[str, Any] = {
     "bn_momentum": PositiveFraction,
     "norm": LlamaNorm,
     "norm_start": NormStart,
-    "eta": Number | None,
+    "eta": Eta | None,
 }
 
 
@@ -77,7 +78,7 @@ class SlabLlamaConfig(LlamaConfig):
 
     norm: str = "prepbn"
     norm_start: NormStart = "zeros"
-    eta: float | None = None
+    eta: Eta | None = None
     bn_eps: float = 1e-6
     bn_momentum: float = 0.1
 
@@ -125,7 +126,7 @@ class SlabLlamaPreTrainedModel(ModelHooks, LlamaPreTrainedModel):
             plain = isinstance(module, TokenBatchNorm)
             start = 0.0 if self.config.norm_start == "zeros" and not plain else 1.0
             init.constant_(module.weight, start)
-            skip = 0.0 if plain else start if self.config.eta is None else self.config.eta
+            skip = 0.0 if plain else start if self.config.eta is None else eta_of(self.config.eta)
             init.constant_(module.eta, skip)
             init.zeros_(module.bias)
             init.zeros_(module.running_mean)

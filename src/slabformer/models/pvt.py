@@ -28,7 +28,7 @@ from slabformer.models.weights.official import PublishedLayout
 from slabformer.nn.attention_variants import PyramidAttention, PyramidLinearAttention, Resize
 from slabformer.nn.norms import NormLayer, resolve_norm_layer
 from slabformer.nn.resample import Grid
-from slabformer.settings import FractionBelowOne, ImageSize, Number, PositiveFloat, PositiveInt, checked
+from slabformer.settings import Eta, FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked
 
 
 class PVT(PyramidTransformer):
@@ -42,7 +42,7 @@ class PVT(PyramidTransformer):
         norm: Name of a norm in the table (:mod:`slabformer.nn.norms`), such as "prepbn" or "layernorm"; or a
             constructor.
         norm_eps: LayerNorm's and RMSNorm's epsilon.
-        eta: Initial skip weight of PRepBN and RepBN; their own default where None.
+        eta: Initial skip weight of PRepBN and RepBN, a number or "published" (1); 0 by default.
         img_size: That position tables are made for; others are resampled to.
         in_chans: Channels of the images.
         embed_dims: Channels of each stage.
@@ -83,7 +83,7 @@ class PVT(PyramidTransformer):
         norm: str | NormLayer = "prepbn",
         norm_eps: PositiveFloat = 1e-6,
         *,
-        eta: Number | None = None,
+        eta: Eta | None = None,
         img_size: ImageSize = 224,
         in_chans: PositiveInt = 3,
         embed_dims: Sequence[PositiveInt] = (64, 128, 320, 512),

@@ -22,7 +22,7 @@ from slabformer.nn.shifted_windows import (
     relative_position_index,
     resample_bias_table,
 )
-from slabformer.settings import FractionBelowOne, ImageSize, Number, PositiveFloat, PositiveInt, checked
+from slabformer.settings import Eta, FractionBelowOne, ImageSize, PositiveFloat, PositiveInt, checked
 
 BIAS_TABLE = "relative_position_bias_table"
 #: of the published models
@@ -91,7 +91,7 @@ class Swin(PyramidTransformer):
         norm: Name of a norm in the table (:mod:`slabformer.nn.norms`), such as "prepbn" or "layernorm"; or a
             constructor.
         norm_eps: LayerNorm's and RMSNorm's epsilon.
-        eta: Initial skip weight of PRepBN and RepBN; their own default where None.
+        eta: Initial skip weight of PRepBN and RepBN, a number or "published" (1); 0 by default.
         proj_drop_rate: Dropout after projections and in the MLPs.
         attn_drop_rate: Dropout of softmax weights.
         drop_path_rate: Stochastic depth of the last block, rising from 0.
@@ -128,7 +128,7 @@ class Swin(PyramidTransformer):
         qkv_bias: bool = True,
         norm: str | NormLayer = "prepbn",
         norm_eps: PositiveFloat = 1e-5,
-        eta: Number | None = None,
+        eta: Eta | None = None,
         proj_drop_rate: FractionBelowOne = 0.0,
         attn_drop_rate: FractionBelowOne = 0.0,
         drop_path_rate: FractionBelowOne = 0.0,

@@ -22,7 +22,7 @@ from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.repbn import RepBN
 from slabformer.nn.token_batch_norm import TokenBatchNorm
 from slabformer.ops.precision import wide
-from slabformer.settings import Number, check
+from slabformer.settings import Eta, check
 
 ScaleShift = tuple[Tensor, Tensor]
 NormLayer = Callable[..., nn.Module]
@@ -304,7 +304,7 @@ def is_from_here(module: nn.Module) -> bool:
     return row is not None and row.build is not None and not type(module).__module__.startswith("torch.")
 
 
-def resolve_norm_layer(norm: str | NormLayer, eps: float | None = None, eta: float | None = None) -> NormLayer:
+def resolve_norm_layer(norm: str | NormLayer, eps: float | None = None, eta: Eta | None = None) -> NormLayer:
     """Constructor ``norm(dim, device=, dtype=)`` of the norm of that name; any other callable as it is.
 
     Args:
@@ -324,13 +324,13 @@ def resolve_norm_layer(norm: str | NormLayer, eps: float | None = None, eta: flo
     return row.layer(**{key: value for key, value in given.items() if value is not None})
 
 
-def check_eta(row: NormType, eta: float) -> float:
-    """``eta``, a finite number for a norm that has a skip weight.
+def check_eta(row: NormType, eta: Eta) -> Eta:
+    """``eta``, a finite number or "published", for a norm that has a skip weight.
 
     Raises:
         ValueError: If it is not, or ``row`` has none.
     """
-    check("eta", eta, Number)
+    check("eta", eta, Eta)
     if "eta" not in row.settings:
         having = [name for name, other in norm_types().items() if "eta" in other.settings]
         raise ValueError(f"eta is for norms with a skip ({', '.join(having)}), and {row.name!r} has none; leave it out")

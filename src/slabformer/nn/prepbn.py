@@ -14,7 +14,7 @@ from slabformer.nn.float32 import KeepsFloat32
 from slabformer.nn.repbn import RepBN
 from slabformer.nn.sync import StatisticsSync
 from slabformer.ops.rep_norm import keep_in_graph
-from slabformer.settings import ChannelDim, Fraction, NonNegativeFloat, Number, PositiveInt, checked
+from slabformer.settings import ChannelDim, Eta, Fraction, NonNegativeFloat, PositiveInt, checked
 
 Phase = Literal["warm", "fading", "done"]
 
@@ -42,7 +42,7 @@ class PRepBN(KeepsFloat32):
         eps: LayerNorm's, when ``norm`` is None.
         bn_eps: BatchNorm's.
         momentum: BatchNorm's.
-        eta: Initial skip weight of RepBN.
+        eta: Initial skip weight of RepBN, 0 or "published" (1) or any other.
         norm: The norm that fades, any module of the input's shape; ``nn.LayerNorm(dim, eps)`` by default.
         channel_dim: Axis of the channels: -1 for tokens, 1 for maps (then ``norm`` must take maps too).
 
@@ -66,7 +66,7 @@ class PRepBN(KeepsFloat32):
         eps: NonNegativeFloat = 1e-6,
         bn_eps: NonNegativeFloat = 1e-5,
         momentum: Fraction | None = 0.1,
-        eta: Number = 1.0,
+        eta: Eta = 0.0,
         norm: nn.Module | None = None,
         channel_dim: ChannelDim = -1,
         device: Device = None,

@@ -25,9 +25,12 @@ from slabformer.ops.moments import (
 )
 from slabformer.ops.precision import has_float64
 from slabformer.ops.rep_norm import rep_norm
-from slabformer.settings import ChannelDim, Fraction, NonNegativeFloat, Number, PositiveInt, checked
+from slabformer.settings import ChannelDim, Eta, Fraction, NonNegativeFloat, PositiveInt, checked
 
 logger = logging.getLogger(__name__)
+
+#: of every RepBN in the published vision models
+PUBLISHED_ETA = 1.0
 
 
 class RepBN(KeepsFloat32, BatchNorm):
@@ -45,7 +48,9 @@ class RepBN(KeepsFloat32, BatchNorm):
         dim: Channels ``C``.
         eps: Added to the variance.
         momentum: Weight of a batch in the running statistics; None averages all batches alike.
-        eta: Initial skip weight: 1 in the paper's vision models, 0 in its language model.
+        eta: Initial skip weight. With 0 the output is bounded as BatchNorm's is; "published" is 1, that of the paper's
+            vision models, which lets the residual stream through and explodes in deep ones (docs/log.md). Trained like
+            any weight.
         channel_dim: Axis of the channels: -1 for tokens, 1 for maps.
 
     Shape:
@@ -74,7 +79,7 @@ class RepBN(KeepsFloat32, BatchNorm):
         *,
         eps: NonNegativeFloat = 1e-5,
         momentum: Fraction | None = 0.1,
-        eta: Number = 1.0,
+        eta: Eta = 0.0,
         channel_dim: ChannelDim = -1,
         device: Device = None,
         dtype: torch.dtype | None = None,
@@ -85,7 +90,7 @@ class RepBN(KeepsFloat32, BatchNorm):
         statistics_dtype = accumulation_dtype(dtype or torch.get_default_dtype())
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
-        self.initial_eta = float(eta)
+        self.initial_eta = eta_of(eta)
         self._make_skip(device, dtype)
         self.register_buffer("running_mean", torch.zeros(dim, device=device, dtype=statistics_dtype))
         self.register_buffer("running_var", torch.ones(dim, device=device, dtype=statistics_dtype))
@@ -302,6 +307,11 @@ class RepBN(KeepsFloat32, BatchNorm):
     def extra_repr(self) -> str:
         """Channels and settings."""
         return f"{self.normalized_shape[0]}, eps={self.eps}, momentum={self.momentum}, channel_dim={self.channel_dim}"
+
+
+def eta_of(eta: Eta) -> float:
+    """The number that ``eta`` stands for."""
+    return PUBLISHED_ETA if isinstance(eta, str) else float(eta)
 
 
 def _fit(mask: Tensor, shape: torch.Size) -> Tensor | None:

@@ -19,7 +19,7 @@ from slabformer.nn.affine import Folded
 from slabformer.nn.norms import NormType, check_eta, norm_type, norm_types, norms_of, type_of
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.repbn import RepBN
-from slabformer.settings import Fraction, NonNegativeFloat, Number, checked
+from slabformer.settings import Eta, Fraction, NonNegativeFloat, checked
 from slabformer.surgery.conversion_plan import ConversionPlan, names_to_take
 from slabformer.surgery.one_input import optional_arguments, take_one_input_
 from slabformer.surgery.reasons import Reason, Why
@@ -69,7 +69,7 @@ def convert_norms_(
     plan: ConversionPlan | Collection[str] | None = None,
     norm: NormName = "prepbn",
     progressive: bool | None = None,
-    eta: Number | None = None,
+    eta: Eta | None = None,
     eps: NonNegativeFloat = 1e-5,
     momentum: Fraction | None = 0.1,
 ) -> ConvertedNorms:
@@ -90,8 +90,7 @@ def convert_norms_(
             start; "layernorm", "rmsnorm" or "dyt" as baselines; or the name of a registered norm. Norms that are of
             that kind already are left. Where the new kind has an offset or a gain, it takes that of the old one.
         progressive: An older spelling, until 0.3: False for ``norm="repbn"``.
-        eta: Initial skip weight of RepBN and PRepBN: 1 by default and in the paper's vision models, 0 in its language
-            model.
+        eta: Initial skip weight of RepBN and PRepBN: 0 by default, or "published", 1, as in the paper's vision models.
         eps: Added to the variance of BatchNorm, RepBN and PRepBN; other norms take the old norm's.
         momentum: Of their running statistics.
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 #: share of the old norm's output on the fitted model's own stream in what a norm is fitted to; the rest is the
 #: teacher's. It keeps errors from adding up where the stream has drifted (docs/log.md)
-OWN_SHARE = 0.25
+OWN_SHARE = 0.5
 #: a line per channel through fewer tokens than this is told about
 FEW_TOKENS = 16
 #: a channel that varies less than this share of the one that varies most, after standardising, is constant
@@ -49,7 +49,7 @@ def fit_norms_(
     takes in each batch before the batch goes on, and serves all later ones.
 
     The fit is one line per channel. Errors count relative to a token's standard deviation, so that tokens of massive
-    activations do not decide alone, and a quarter of the target is the old norm's output on the fitted model's own
+    activations do not decide alone, and half of the target is the old norm's output on the fitted model's own
     tokens. ``eta`` becomes 0: the gain alone holds the slope. Running statistics are those of the fitted model's
     activations. A norm that is called several times, or whose gain is tied to another's, gets one fit for all.
 

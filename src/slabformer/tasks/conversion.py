@@ -14,7 +14,7 @@ import slabformer as sf
 from slabformer._norm_names import NormName
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.norms import is_from_here, norm_type, norm_types, norms_of, type_of
-from slabformer.settings import Fraction, NonEmptyStr, PositiveFloat, check_fields
+from slabformer.settings import Eta, Fraction, NonEmptyStr, PositiveFloat, check_fields
 from slabformer.surgery.convert import find_layer_norms, was_converted
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class NormSettings(Protocol):
     """What recipes of images say about norms."""
 
     norm: str | None
-    eta: float | None
+    eta: Eta | None
     convert_norms: bool
 
 

@@ -12,6 +12,7 @@ from slabformer._norm_names import NormName
 from slabformer.settings import (
     Arguments,
     Epochs,
+    Eta,
     Fraction,
     FractionBelowOne,
     NonEmptyStr,
@@ -82,8 +83,8 @@ class ModelConfig(Settings):
     norm: NormName | None = None
     """Which norm; the model's own by default. A model of ours is built with it; in any other one, in `weights` and with
     `convert_norms` every LayerNorm and RMSNorm is converted to it, its weights kept."""
-    eta: Number | None = None
-    """Initial skip weight of PRepBN and RepBN; null for their own."""
+    eta: Eta | None = None
+    """Initial skip weight of PRepBN and RepBN, a number or `published` (1); 0 by default."""
     convert_norms: bool = False
     """Turn every LayerNorm and RMSNorm into `norm`, PRepBN by default, before training, their weights kept."""
 

@@ -11,11 +11,11 @@ from slabformer._norm_names import NormName, OutputNormName
 from slabformer.settings import (
     Arguments,
     Epochs,
+    Eta,
     Fraction,
     NonEmptyStr,
     NonNegativeInt,
     NotEmpty,
-    Number,
     Pixels,
     PositiveFloat,
     PositiveInt,
@@ -79,8 +79,8 @@ class ModelConfig(Settings):
     norm: NormName | None = None
     """Of the backbone; its own by default, `layernorm` for its baseline. A model of the zoo is built with it; in one of
     timm's, and with `convert_norms`, every LayerNorm and RMSNorm is converted to it."""
-    eta: Number | None = None
-    """Initial skip weight of the backbone's PRepBN and RepBN; null for their own."""
+    eta: Eta | None = None
+    """Initial skip weight of the backbone's PRepBN and RepBN, a number or `published` (1); 0 by default."""
     output_norm: OutputNormName | None = None
     """Of the maps that the pyramid takes: as published by default; with `prepbn` no LayerNorm is left at all."""
     published: bool = False

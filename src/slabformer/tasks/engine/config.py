@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from slabformer._extras import require
 from slabformer.settings import (
     Arguments,
+    Eta,
     FractionBelowOne,
     Known,
     NonEmptyStr,
@@ -73,7 +74,7 @@ class LrConfig(Settings):
     """Epochs at the lowest rate, after `epochs`."""
 
 
-def refuse_two_norms(norm: str | None, eta: float | None, arguments: Mapping[str, Any]) -> None:
+def refuse_two_norms(norm: str | None, eta: Eta | None, arguments: Mapping[str, Any]) -> None:
     """Refuse a norm, or its skip weight, that is given as a setting of its own and among a model's ``arguments``.
 
     Raises:
