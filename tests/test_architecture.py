@@ -60,7 +60,7 @@ ARROWS = {
     "nn": GROUND | {"ops"},
     "progressive": GROUND | {"ops", "nn"},
     "surgery": GROUND | {"ops", "nn", "progressive"},
-    "distillation": GROUND | {"ops", "nn", "progressive", "surgery", "models"},
+    "distillation": GROUND | {"ops", "nn", "progressive", "surgery"},
     "testing": GROUND | {"ops", "nn"},
     "models": GROUND | FOREIGN | {"ops", "nn"},
     "tasks": ON_CORE,

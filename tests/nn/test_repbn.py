@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from slabformer import RepBN
+from slabformer import PRepBN, RepBN
 from small_norms import C, trained
 from tolerances import ALGEBRA, FLOAT32, assert_close
 
@@ -149,3 +150,26 @@ def test_warm_statistics_average_first_then_follow_momentum() -> None:
     for batch in batches[4:]:
         norm(batch)
     assert_close(norm.running_mean, 0.75 * (0.75 * means[:4].mean(0) + 0.25 * means[4]) + 0.25 * means[5], ALGEBRA)
+
+
+@pytest.mark.parametrize(("given", "eta"), [({}, 0), ({"eta": "published"}, 1), ({"eta": 0.3}, 0.3)])
+def test_skip_starts_closed_unless_the_published_start_is_asked_for(given: dict[str, Any], eta: float) -> None:
+    for norm in (RepBN(C, **given), PRepBN(C, **given).rep):
+        assert norm.eta.item() == pytest.approx(eta)
+        nn.init.constant_(norm.eta, 7)
+        norm.reset_parameters()
+        assert norm.eta.item() == pytest.approx(eta)
+
+
+def test_start_of_the_skip_is_a_number_or_a_known_name() -> None:
+    with pytest.raises(ValueError, match="eta must be a finite number or 'published', got 'publishd'"):
+        RepBN(C, eta="publishd")
+
+
+def test_deep_stream_stays_bounded_from_the_start() -> None:
+    torch.manual_seed(0)
+    norms = nn.ModuleList(RepBN(C) for _ in range(24))
+    x = y = torch.randn(64, C)
+    for norm in norms:
+        y = y + norm(y)
+    assert y.std() < 30 * x.std()  # 1e7 times with the published start

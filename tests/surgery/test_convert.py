@@ -176,8 +176,8 @@ def test_an_error_leaves_nothing_half_converted(settings: dict[str, Any]) -> Non
 
 def test_settings_reach_repbn() -> None:
     model = block()
-    convert_norms_(model, eta=0.0, eps=1e-3, momentum=None)
-    assert model[0].rep.eta == 0
+    convert_norms_(model, eta=0.25, eps=1e-3, momentum=None)
+    assert model[0].rep.eta == 0.25
     assert model[0].rep.eps == 1e-3
     assert model[0].rep.momentum is None
     assert model[0].eps == 1e-5

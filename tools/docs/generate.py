@@ -30,7 +30,7 @@ NORMS = """
 Every model takes `norm="NAME"`: `timm.create_model("slab_swin_tiny", norm="batchnorm")`, `SlabLlamaConfig(norm="dyt")`,
 and on the command line `slab train --model.norm rmsnorm`, `slab detect train --model.norm repbn`, `slab lm train
 --model.norm batchnorm`. `convert_norms_(model, norm="NAME")` converts any other model's LayerNorms and RMSNorms, their
-gain and offset kept. `eta` is the initial skip weight of PRepBN and RepBN.
+gain and offset kept. `eta` is the initial skip weight of PRepBN and RepBN: 0 by default, or `published`, 1.
 
 - *by name*: what `norm` takes.
 - *converted*: how `convert_norms_` recognises what it converts: by what a module computes, whatever its class, or by
