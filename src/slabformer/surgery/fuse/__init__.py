@@ -75,15 +75,17 @@ def fuse(
     """Fold the norms of ``model`` into their neighbours, on a deep copy; outputs do not change.
 
     Each RepBN, PRepBN, BatchNorm and Affine is one scale and shift per channel in eval mode. The model is traced with
-    ``torch.export``; from each norm the map is followed through operations that commute with it. If all that it
-    reaches are Linears and unpadded Convs, they take it over; else what its input is made of does, where that feeds
-    nothing else: Linears and Convs, tables of embeddings, class tokens and other parameters, and sums of them; else,
-    where only zero padding stands in the way, what follows takes over the scale and the residual stream in front is
-    moved by the rest; else an :class:`Affine` stays in its place, and the report says why. Changes are tried on a copy
-    in float64 first, and folds that would change an output are left out. A single example of images is tried at
-    another size as well, and where the outputs differ that size becomes an example too: code such as ``if pad > 0``
-    shows in no graph. Other inputs whose size matters need several examples, and so do other ways in: a table that took
-    a norm over holds what the norm made of its rows, which ``inputs_embeds`` must then be, too.
+    ``torch.export``; from each norm the map is followed through operations that commute with it. If all that it reaches
+    are Linears and unpadded Convs, they take it over; else what its input is made of does, where that feeds nothing
+    else: Linears and Convs, tables of embeddings, class tokens and other parameters, and sums of them; else, where only
+    zero padding stands in the way, what follows takes over the scale and the residual stream in front is moved by the
+    rest; else, where the norm's output is the residual stream, as in post-norm blocks, what reads that takes over the
+    map and what is added to it is divided by the scale; else an :class:`Affine` stays in its place, and the report says
+    why. Changes are tried on a copy in float64 first, and folds that would change an output are left out. A single
+    example of images is tried at another size as well, and where the outputs differ that size becomes an example too:
+    code such as ``if pad > 0`` shows in no graph. Other inputs whose size matters need several examples, and so do
+    other ways in: a table that took a norm over holds what the norm made of its rows, which ``inputs_embeds`` must then
+    be, too.
 
     Only the forward is held fast unless ``outputs`` and ``keep`` say more: a norm behind the last block may go into the
     head, so that ``forward_features`` returns what comes before it. The report names the methods that this is true of.
