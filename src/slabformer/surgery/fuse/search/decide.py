@@ -21,8 +21,6 @@ from slabformer.surgery.fuse.tree.norms import Norm, Pad, find_norms
 from slabformer.surgery.fuse.tree.sharing import Untied
 from slabformer.surgery.reasons import Reason, RefusalError, Why
 
-#: reasons that a residual stream behind the norm gives
-OF_STREAMS = {Reason.FEEDS_SUM}
 #: reasons whose words begin with the norm's output
 OF_READERS = {
     *(Reason.MODEL_OUTPUT, Reason.FEEDS_SUM, Reason.FEEDS_OPERATION, Reason.FEEDS_NORM, Reason.KEPT_OUTPUT),
@@ -35,8 +33,8 @@ LARGEST_FILL = 1e3
 #: a stream that is moved further than this, in units of what the norm takes for its spread, rounds visibly there
 LARGEST_MOVE = 64.0
 #: a residual stream is divided by scales between one over this and this: channels keep their digits, whatever their
-#: scale, but half precision has few exponents; 1e8 for other dtypes
-LARGEST_CARRIED = {torch.float16: 64.0}
+#: scale, but half precision has few exponents
+LARGEST_CARRIED, LARGEST_CARRIED_IN_FLOAT16 = 1e8, 64.0
 
 
 def propose(
@@ -152,14 +150,15 @@ class _Decider:
     def carry(self, norm: Norm) -> Edit:
         """Forward with the scale carried along the sums that read it, for a norm that has no other way."""
         earlier = self.plan.reasons[norm.index]
-        if not OF_STREAMS.intersection(earlier.codes):
+        if Reason.FEEDS_SUM not in earlier.codes:
             raise RefusalError.of(earlier)
         try:
             edit = Edit(norm.index, "forward", self.along_sums(norm))
             need_range(self.model, self.norms, self.known.pads, self.plan.edits, edit)
             return edit
         except RefusalError as error:
-            raise RefusalError.of(Why.joined([earlier, error.why], "; ")) from error
+            is_new = not set(error.why.codes).issubset(earlier.codes)
+            raise RefusalError.of(Why.joined([earlier, error.why], "; ") if is_new else earlier) from error
 
     def along_sums(self, norm: Norm) -> tuple[Target, ...]:
         """All that reads the norm, or a sum with it, and all that joins it there."""
@@ -295,7 +294,7 @@ def _need_small_move(model: nn.Module, target: Target, scale: Tensor, shift: Ten
 
 def _need_carried(scale: Tensor, dtype: torch.dtype) -> None:
     """Refuse to divide a residual stream by a scale that ``dtype`` could not hold the result of."""
-    largest = LARGEST_CARRIED.get(dtype, 1e8)
+    largest = LARGEST_CARRIED_IN_FLOAT16 if dtype is torch.float16 else LARGEST_CARRIED
     size = scale.abs()
     channel = first_beyond(torch.maximum(size, 1 / size), largest)
     if channel is not None:
