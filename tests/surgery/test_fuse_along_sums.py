@@ -191,6 +191,34 @@ def test_a_post_norm_decoder_with_cross_attention_loses_all_but_the_last() -> No
     assert [o.name for o in report if o.action == "kept"] == ["decoder.norm"]
 
 
+class PostNormViT(nn.Module):
+    """Patches, a class token, a position table, and blocks as the first Transformer had them."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 8, 4, 4)
+        self.cls_token, self.pos_embed = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8))
+        self.norm_pre = nn.LayerNorm(8)
+        self.attn = nn.ModuleList(nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(depth))
+        self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(depth))
+        self.norm1 = nn.ModuleList(nn.LayerNorm(8) for _ in range(depth))
+        self.norm2 = nn.ModuleList(nn.LayerNorm(8) for _ in range(depth))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        x = self.norm_pre(torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed)
+        for attn, mlp, norm1, norm2 in zip(self.attn, self.mlp, self.norm1, self.norm2, strict=True):
+            x = norm1(x + attn(x, x, x, need_weights=False)[0])
+            x = norm2(x + mlp(x))
+        return self.head(x[:, 0])
+
+
+def test_a_post_norm_vit_loses_all_norms() -> None:
+    _, report = fused(converted(PostNormViT()), tokens(2, 3, 8, 8))
+    assert report.num_kept == 0
+
+
 def test_an_audit_shows_it() -> None:
     report = audit(Encoder(), X.float())
     assert (len(report), report.num_kept) == (6, 0)
