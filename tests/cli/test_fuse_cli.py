@@ -51,9 +51,10 @@ def test_norms_and_methods_that_are_named_stay(model: Path, tmp_path: Path, caps
     assert "forward_features" in json.loads(report.read_text())["changed_methods"]
     assert main(["fuse", str(model), *files, "--keep", "blocks.0.norm?", "--outputs", "forward_features"]) == 0
     found = json.loads(report.read_text())
-    kept = {row["name"]: row["reason"] for row in found["norms"] if row["action"] == "kept"}
-    assert kept["blocks.0.norm1"] == kept["blocks.0.norm2"] == "keep names it"
-    assert "the output of forward_features" in kept["norm"]
+    kept = {row["name"]: row["codes"] for row in found["norms"] if row["action"] == "kept"}
+    assert kept["blocks.0.norm1"] == kept["blocks.0.norm2"] == ["keep"]
+    assert kept["norm"][0] == "kept-output"
+    assert "[keep]" in "".join(capsys.readouterr().out.split())
     assert found["changed_methods"] == []
     with torch.no_grad():
         unfused, fused = load_model(model)[0], load_model(output)[0]
