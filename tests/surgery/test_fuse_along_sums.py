@@ -157,6 +157,29 @@ def test_scales_out_of_the_range_of_the_dtype_keep_the_norm(
         assert "its scale of channel 3 is too" in report["norm"].reason
 
 
+def test_a_norm_that_stays_ends_the_row_and_the_next_begins_anew() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(m.embed(x) + x)
+        for number, norm in enumerate(m.norms):
+            y = norm(y + m.branches[number](y.clone()))
+        return m.head(y)
+
+    model = net(
+        forward,
+        norm=Affine(6),
+        norms=nn.ModuleList(Affine(6) for _ in range(3)),
+        branches=nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 6)) for _ in range(3)),
+        embed=nn.Linear(6, 6),
+        head=nn.Linear(6, 6),
+    )
+    with torch.no_grad():
+        for norm in (model.norm, model.norms[0], model.norms[1]):
+            norm.weight[3] = 1e-5
+    _, report = fused(model, X)
+    assert [o.action for o in report] == ["forward", "kept", "forward", "forward"]
+    assert report["norms.0"].codes[-1] == Reason.SCALE_NEAR_ZERO
+
+
 # --- models --------------------------------------------------------------------------------------------------------
 
 
