@@ -71,7 +71,8 @@ ARROWS = {
     "figures": BELOW | {"measure"},
     "bench": BELOW | {"measure", "deployment", "figures"},
     "quickstart": ON_CORE | {"tasks"} | LEAVING,
-    "cli": ON_CORE | {"tasks", "quickstart"} | LEAVING,
+    "converting": ON_CORE | {"tasks"} | LEAVING,
+    "cli": ON_CORE | {"tasks", "quickstart", "converting"} | LEAVING,
     "__init__": ON_CORE | {"deployment"},
 }
 

@@ -40,6 +40,7 @@ CAPTIONS = {
     PUBLIC: "the public names",
     "tasks": "data, training, evaluation",
     "quickstart": "the life of a model",
+    "converting": "a trained model's norms",
     "cli": "the slab command",
 }
 WIDTH, BOX, HEIGHT, GAP = 900, 172, 44, 40

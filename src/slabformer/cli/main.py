@@ -24,6 +24,7 @@ from slabformer.cli.suggest import did_you_mean
 VERBS = {
     "quickstart": ("slabformer.cli.quickstart", "train, fuse, verify and benchmark a small model on real digits"),
     "train": ("slabformer.cli.train", "train a classifier while its LayerNorm fades out"),
+    "convert": ("slabformer.cli.convert", "a trained model loses its norms: fit, fade, distil, fuse, verify, report"),
     "eval": ("slabformer.cli.eval", "accuracy of a model on a data set"),
     "recalibrate": ("slabformer.cli.recalibrate", "replace running statistics by those of the whole training set"),
     "fuse": ("slabformer.cli.fuse", "fold every norm into its neighbours, verify, save"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from jsonargparse import ArgumentError, Namespace
 
@@ -24,9 +24,9 @@ UNKNOWN_KEY = re.compile(
 )
 
 
-def add_settings(parser: Parser, kind: type) -> None:
-    """Every field of a dataclass as an option, nested ones by dotted names."""
-    parser.add_class_arguments(kind)
+def add_settings(parser: Parser, kind: type, skip: Collection[str] = ()) -> None:
+    """Every field of a dataclass as an option, but for those to ``skip``, nested ones by dotted names."""
+    parser.add_class_arguments(kind, skip=set(skip))
     hints = nested_hints(kind)
     for action in parser._actions:
         if action.dest in hints:

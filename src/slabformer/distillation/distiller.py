@@ -113,18 +113,23 @@ class Distiller:
         blocks = {own: outputs[name] for own, name in self.blocks.items()}
         return Targets(compared_outputs(output, self.teacher.model, self.kind), blocks)
 
-    def compare(self, batch: Any, model: nn.Module | None = None, targets: Targets | None = None) -> Comparison:
+    def compare(
+        self, batch: Any, model: nn.Module | None = None, targets: Targets | None = None, *, keep_labels: bool = False
+    ) -> Comparison:
         """Run both on ``batch`` and hold them against each other.
 
         Args:
-            batch: As for :func:`slabformer.recalibrate_`; labels are not looked at.
+            batch: As for :func:`slabformer.recalibrate_`.
             model: Called in the student's place: it wrapped or compiled.
             targets: Of this batch, from :meth:`targets`; computed by default.
+            keep_labels: Let the student have the labels in a batch that is a mapping, so that its output holds the loss
+                of its own; they never reach the teacher.
 
         Raises:
             ValueError: If teacher or batch do not fit the student.
         """
-        batch = without_labels(to_device(batch, _device_of(self.student)))
+        batch = to_device(batch, _device_of(self.student))
+        batch = batch if keep_labels else without_labels(batch)
         targets = self.targets(batch) if targets is None else targets
         capture = self._captures[0]
         with capture.running():

@@ -177,6 +177,7 @@ class Trainer(Training):
             gamma=gamma,
             lr=lr,
             images_per_second=self.meter.samples_per_second(),
+            grad_norm=None if not logged or self._update.grad_norm is None else float(self._update.grad_norm),
         )
         self._tell("on_step", report)
 

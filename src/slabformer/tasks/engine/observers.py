@@ -51,6 +51,8 @@ class StepReport:
     """Speed since the last logged step."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """What ``loss`` is the sum of, if it has parts; empty between logged steps."""
+    grad_norm: float | None = None
+    """Of the step's gradient before it was clipped; None between logged steps."""
 
 
 class Observer:

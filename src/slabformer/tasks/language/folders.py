@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import slabformer.models.llama  # noqa: F401 (registers ours)
 from slabformer._files import errors_of, sync_file, sync_folder, workspace
@@ -24,7 +31,14 @@ from slabformer.settings import shown
 from slabformer.tasks.engine.checkpoint import CheckpointFolders
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.engine.folder import Found, RunFolder
-from slabformer.tasks.language.foreign import CONFIG, FUSED_WEIGHTS, is_foreign, load_foreign, save_foreign
+from slabformer.tasks.language.foreign import (
+    CONFIG,
+    FUSED_WEIGHTS,
+    encoder_class,
+    is_foreign,
+    load_foreign,
+    save_foreign,
+)
 from slabformer.tasks.language.trainer import latest_checkpoint
 
 #: written last, since a folder with one of them is a whole model
@@ -48,10 +62,40 @@ def load_model_folder(
         foreign = load_foreign(Path(model), dtype).to(device).eval()
         assert isinstance(foreign, PreTrainedModel)
         return foreign
+    return _read_model(AutoModelForCausalLM, model, dtype).to(device).eval()
+
+
+def load_encoder_folder(folder: str | Path) -> tuple[PreTrainedModel, Any]:
+    """The model that a folder's configuration names, in float32 and eval mode, and its tokenizer or image processor.
+
+    Encoders of text or images, with a head or without; causal language models too. The processor is None where the
+    folder holds none.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If there is no model in it, its weights do not fit, or its norms were converted before.
+    """
+    check_source(folder)
+    if is_foreign(Path(folder)):
+        raise ValueError(f"{str(folder)!r} holds a model whose norms were converted before; give the original")
+    try:
+        settings = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"no model at {str(folder)!r}: {' '.join(str(error).split())[:200]}") from error
+    model = _read_model(encoder_class(settings) or AutoModelForCausalLM, folder, torch.float32).eval()
+    reader: Any = AutoImageProcessor if model.main_input_name == "pixel_values" else AutoTokenizer
+    try:
+        return model, reader.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError):
+        return model, None
+
+
+def _read_model(loader: Any, model: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """What ``loader``, a class of transformers, reads: all of its weights, and no others."""
     _check_pickles(Path(model))
     try:
         with _without_load_report():
-            read: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+            read: Any = loader.from_pretrained(model, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError, UnpicklingError) as error:
         pickled = isinstance(error, UnpicklingError)
         reason = why_unreadable(error) if pickled else " ".join(str(error).split())[:200]
@@ -61,7 +105,7 @@ def load_model_folder(
     found = [f"{len(names)} tensors {what} (first: {names[0]})" for what, names in wrong.items() if names]
     if found:
         raise ValueError(f"the weights in {str(model)!r} do not fit its configuration: {', '.join(found)}")
-    return loaded.to(device).eval()
+    return loaded
 
 
 def check_source(model: str | Path) -> None:

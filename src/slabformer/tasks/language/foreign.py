@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def save_foreign(model: PreTrainedModel, folder: Path) -> None:
     if norms and not is_buildable(model):
         sf.save_fused(model, folder / FUSED_WEIGHTS)
         model.config.save_pretrained(folder)
-        if model.generation_config is not None:
+        if getattr(model, "generation_config", None) is not None:  # encoders have none
             model.generation_config.save_pretrained(folder)
         return
     if converted_norms(model):
@@ -105,9 +106,19 @@ def as_slab_llama(model: LlamaForCausalLM) -> SlabLlamaForCausalLM:
 
 def fresh_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A model of transformers' own for ``config``, norms and all; the random numbers drawn are not missed elsewhere."""
+    encoder = encoder_class(config)
     with torch.random.fork_rng(devices=[]):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype) if encoder is None else encoder(config)
+    return model.to(dtype)
+
+
+def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that ``config`` names, unless it is a causal language model's or not transformers'."""
+    for name in config.architectures or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel) and not name.endswith("ForCausalLM"):
+            return named
+    return None
 
 
 def _noted(folder: Path) -> list[Conversion]:

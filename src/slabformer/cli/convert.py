@@ -1,0 +1,50 @@
+"""`slab convert`: a trained model loses its norms, held against itself on data without labels."""
+
+from __future__ import annotations
+
+from jsonargparse import Namespace, set_parsing_settings
+
+from slabformer.cli.options import add_settings
+from slabformer.cli.outcome import Outcome
+from slabformer.cli.parser import Parser
+from slabformer.cli.recipe import config_of, ending_well, outcome_of
+from slabformer.converting.config import ConvertConfig
+from slabformer.settings import NonEmptyStr
+
+
+def parser() -> Parser:
+    """Options of `slab convert`: a model, its data, and the other fields of :class:`ConvertConfig`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    made = Parser(
+        "slab convert",
+        "A trained model loses its norms, held against itself on data without labels: fit, fade, distil, recalibrate, "
+        "fuse, verify, report. A run that was stopped goes on from its output folder.",
+        [
+            "slab convert model.safetensors --data photos/ -o runs/convert",
+            "slab convert path/to/encoder --data sentences.txt -o runs/encoder",
+        ],
+    )
+    made.add_argument(
+        "model",
+        type=NonEmptyStr,
+        help="a .safetensors file that slab wrote, a name in timm, or a folder of transformers",
+    )
+    add_settings(made, ConvertConfig, skip={"model"})
+    return made
+
+
+def to_convert_config(config: Namespace) -> ConvertConfig:
+    """The parsed options as a :class:`ConvertConfig`."""
+    return config_of(parser(), config, ConvertConfig)
+
+
+def run(config: Namespace) -> Outcome | None:
+    """Convert as the options say; exit code 143 after SIGTERM, 130 after SIGINT, 1 if it fails."""
+    from slabformer.converting.run import convert
+    from slabformer.tasks.engine.console import ConsoleObserver
+
+    with ending_well():
+        result = convert(to_convert_config(config), observers=[ConsoleObserver()])
+    summary = result.summary
+    norms = {name: summary[name] for name in ("norms_folded", "norms_kept")}
+    return outcome_of(result, {**summary["fused"], **norms})

@@ -1,0 +1,1 @@
+"""The whole way of a trained model that loses its norms: fit, fade, distil, recalibrate, fuse, verify, report."""

@@ -1,0 +1,65 @@
+"""The recipe of a conversion as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from slabformer._loss_weights import LossWeights
+from slabformer.settings import (
+    NonEmptyStr,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Workers,
+)
+from slabformer.tasks.engine.config import HARMLESS, FadeConfig, RunConfig
+
+
+@dataclass(kw_only=True)
+class ConvertConfig(RunConfig):
+    """How a trained model loses its norms, held against itself on data that needs no labels."""
+
+    model: NonEmptyStr
+    """A `.safetensors` file that slab wrote, a name in timm, whose released weights are fetched, or a folder of
+    transformers."""
+    data: NonEmptyStr
+    """What it is run on. For images a folder, `hfds/NAME`, `torch/NAME` or `digits`; for text a file, folder or pattern
+    of .txt, .jsonl or .parquet files, or `hf:NAME`. Labels are not looked at."""
+    steps: PositiveInt = 1000
+    """Optimizer steps of the distillation."""
+    lr: PositiveFloat | None = None
+    """Highest learning rate; by default 3e-4, and less from 100 million parameters on, with the square root of the
+    size."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Of matrices; norms and biases are not decayed."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest norm of the gradient; null does not clip."""
+    gamma: FadeConfig = field(default_factory=lambda: FadeConfig(fade=0.6))
+    """How the norms fade."""
+    weights: LossWeights = field(default_factory=LossWeights)
+    """Of the losses against the teacher."""
+    fit_batches: PositiveInt = 16
+    """Batches that the start is fitted to."""
+    recalibrate_batches: PositiveInt = 64
+    """Batches that the statistics are taken from at the end."""
+    evaluations: PositiveInt = 10
+    """How often the deployed form is held against the teacher on the way."""
+    held_out: PositiveInt = 256
+    """Samples for that, which are not trained on."""
+    image_size: PositiveInt | None = None
+    """Height and width of the images; by default what the model was trained with."""
+    max_length: PositiveInt = 128
+    """Most tokens of a text; longer ones are cut."""
+    split_seed: Seed = 0
+    """Picks the held-out images."""
+    batch_size: PositiveInt = 32
+    """Samples of one process in one batch."""
+    output: NonEmptyStr = field(default="runs/convert", metadata=HARMLESS)
+    """Folder of this run; given again, the run goes on where it stopped."""
+    log_every: PositiveInt = field(default=10, metadata=HARMLESS)
+    """Optimizer steps between logged ones."""
+    tensorboard: bool = field(default=False, metadata=HARMLESS)
+    """Write TensorBoard events."""
+    num_workers: Workers = field(default=0, metadata=HARMLESS)
+    """Processes that decode images; no effect on what is trained."""
