@@ -223,7 +223,8 @@ def _is_shown(action: argparse.Action) -> bool:
 def type_of(action: argparse.Action) -> Any:
     """An option's type with its rules, a list where it takes several values; None for a switch."""
     hint = getattr(action, "checked_type", getattr(action, "_typehint", None))
-    return hint if hint is None or action.nargs in (None, "?") else list[hint]  # type: ignore[valid-type]
+    single = hint is None or action.nargs in (None, "?") or isinstance(action, ActionYesNo)
+    return hint if single else list[hint]  # type: ignore[valid-type]
 
 
 def is_needed(action: argparse.Action) -> bool:

@@ -16,7 +16,7 @@ from slabformer.converting.report import write_report
 from slabformer.converting.result import COLUMNS, PARTS, ConvertResult, similarity
 from slabformer.converting.subjects import num_parts, open_subject
 from slabformer.distillation import Distiller, Teacher
-from slabformer.models.padding import keep_padding_out_everywhere_
+from slabformer.nn.attention_masks import keep_padding_out_everywhere_
 from slabformer.surgery.batches import call_model, to_device
 from slabformer.tasks.engine.build import (
     build_gamma_schedule,
