@@ -6,7 +6,7 @@ VENV ?= .venv
 WORKERS ?= 2
 CONSTRAINTS = constraints.txt
 BIN = $(VENV)/bin
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(WARNINGS)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(WARNINGS)
 # deprecations in other packages fail where the newest versions are tried, and there alone; what these packages do among
 # themselves is out of our hands: PEFT 0.21 and jit.trace read the old name in transformers 5.24, torch 2.14 scripts jvp
 DEPRECATIONS = -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning \

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Iterator
 
@@ -40,6 +42,16 @@ def _allocator() -> Iterator[None]:
     """No test changes for good how this process allocates; a process of its own shows what that does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(allocator, "_tell", lambda library, settings: True)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _sources() -> Iterator[None]:
+    """The source of a class is read once: each parser of a recipe looks for the docstrings of the same ones."""
+    read = inspect.getsource
+    remembered = functools.cache(read)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", lambda found: (remembered if isinstance(found, type) else read)(found))
         yield
 
 
