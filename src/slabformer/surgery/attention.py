@@ -45,6 +45,8 @@ _SAME = 1e-3
 _PROBE = (2, 10)
 #: added to the diagonal of the normal equations, relative to its mean
 _RIDGE = 1e-3
+#: shifted copies of values that are in memory at once
+_ELEMENTS = 2**23
 #: places of the keys' ReLU that the start tries, in standard deviations of the keys
 _SHIFTS = (0.0, 0.5, 1.0, 2.0)
 
@@ -255,7 +257,7 @@ def align_attention_(
     teacher: nn.Module,
     batches: Iterable[Any],
     *,
-    fit_batches: PositiveInt = 4,
+    fit_batches: PositiveInt = 2,
     steps: NonNegativeInt = 100,
     lr: PositiveFloat = 3e-4,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -264,7 +266,8 @@ def align_attention_(
 
     First a start in closed form: the depthwise branch by least squares against what linear attention misses, and the
     place of the keys' ReLU by trying a few. Then ``steps`` of AdamW on each attention's own squared error. One forward
-    of the teacher a batch serves all of them; no gradient leaves an attention.
+    of the teacher a batch serves all of them; no gradient leaves an attention. Memory: inputs and heads of every
+    attention on the batches of the start, or on one batch of training.
 
     Args:
         model: Converted by :func:`convert_attention_`; edited in place.
@@ -314,7 +317,6 @@ class _Seen(NamedTuple):
 
     x: Tensor
     mixed: Tensor
-    y: Tensor
 
 
 Pairs = Mapping[str, tuple[ConvertedLinearAttention, nn.Module]]
@@ -332,10 +334,9 @@ def _teacher_of(teacher: nn.Module, name: str, student: ConvertedLinearAttention
 
 @torch.no_grad()
 def _captured(teacher: nn.Module, pairs: Pairs, call: Callable[[nn.Module, Any], Any], batch: Any) -> dict[str, _Seen]:
-    """Inputs, heads and outputs of the teacher's attentions on ``batch``."""
+    """Inputs and heads of the teacher's attentions on ``batch``."""
     inputs: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
     handles = []
     for name, (student, module) in pairs.items():
 
@@ -345,24 +346,20 @@ def _captured(teacher: nn.Module, pairs: Pairs, call: Callable[[nn.Module, Any],
         def middle(_: nn.Module, args: Any, name: str = name) -> None:
             heads[name] = args[0]
 
-        def end(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            outputs[name] = output[0] if isinstance(output, tuple) else output
-
         handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         handles.append(module.get_submodule(student._out[0]).register_forward_pre_hook(middle))
-        handles.append(module.register_forward_hook(end))
     try:
         call(teacher, batch)
     finally:
         for handle in handles:
             handle.remove()
-    missing = [name for name in pairs if name not in outputs]
+    missing = [name for name in pairs if name not in heads]
     if missing:
         raise ValueError(f"the teacher's forward does not call {missing[0]}")
-    wrong = [name for name, output in outputs.items() if not output.isfinite().all()]
+    wrong = [name for name, mixed in heads.items() if not mixed.isfinite().all()]
     if wrong:
         raise ValueError(f"outputs of the teacher's {wrong[0]} are not finite; check the data")
-    return {name: _Seen(inputs[name], heads[name], outputs[name]) for name in pairs}
+    return {name: _Seen(inputs[name], heads[name]) for name in pairs}
 
 
 @torch.no_grad()
@@ -395,18 +392,21 @@ def _depthwise(student: ConvertedLinearAttention, seen: list[_Seen]) -> tuple[fl
     normal: Tensor | float = 0.0
     wanted: Tensor | float = 0.0
     square, size = 0.0, 0.0
-    for x, mixed, _ in seen:
+    for x, mixed in seen:
         grid = student.grid_of(x)
         q, k, v = student.heads(*student.projected(x))
         linear = student.attend(q, k, v.contiguous(), grid)
-        target = wide(student.split(mixed)[:, :, prefix:] - linear[:, :, prefix:]).flatten(0, 1)  # (B h, N, D)
-        maps = wide(v[:, :, prefix:]).flatten(0, 1).transpose(1, 2).unflatten(2, grid)  # (B h, D, H, W)
-        taps = F.unfold(maps, side, padding=side // 2).unflatten(1, (maps.shape[1], -1))  # (B h, D, K K, N)
-        taps = torch.cat([taps, torch.ones_like(taps[:, :, :1])], dim=2)
-        normal = normal + torch.einsum("bdkn,bdln->dkl", taps, taps)
-        wanted = wanted + torch.einsum("bdkn,bnd->dk", taps, target)
-        square += float(target.square().sum())
-        size += float(wide(mixed[:, prefix:]).square().sum())
+        targets = (student.split(mixed)[:, :, prefix:] - linear[:, :, prefix:]).flatten(0, 1)  # (B h, N, D)
+        values = v[:, :, prefix:].flatten(0, 1).transpose(1, 2).unflatten(2, grid)  # (B h, D, H, W)
+        rows = max(1, _ELEMENTS // (values[0].numel() * side**2))
+        for maps, target in zip(values.split(rows), targets.split(rows), strict=True):
+            maps, target = wide(maps), wide(target)
+            taps = F.unfold(maps, side, padding=side // 2).unflatten(1, (maps.shape[1], -1))  # (b, D, K K, N)
+            taps = torch.cat([taps, torch.ones_like(taps[:, :, :1])], dim=2)
+            normal = normal + torch.einsum("bdkn,bdln->dkl", taps, taps)
+            wanted = wanted + torch.einsum("bdkn,bnd->dk", taps, target)
+            square += float(target.square().sum())
+        size += float(mixed[:, prefix:].double().square().sum())
     assert isinstance(normal, Tensor)
     assert isinstance(wanted, Tensor)
     ridge = _RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1)
@@ -420,16 +420,20 @@ def _depthwise(student: ConvertedLinearAttention, seen: list[_Seen]) -> tuple[fl
 def _errors(pairs: Pairs, captures: Sequence[Mapping[str, _Seen]]) -> dict[str, float]:
     """Mean over the captured batches."""
     return {
-        name: sum(float(_error(student, capture[name])) for capture in captures) / len(captures)
-        for name, (student, _) in pairs.items()
+        name: sum(float(_error(student, module, capture[name])) for capture in captures) / len(captures)
+        for name, (student, module) in pairs.items()
     }
 
 
-def _error(student: ConvertedLinearAttention, seen: _Seen) -> Tensor:
+def _error(student: ConvertedLinearAttention, teacher: nn.Module, seen: _Seen) -> Tensor:
     """Squared error of the output over the variance of the teacher's."""
     output = student(seen.x)
     output = output[0] if isinstance(output, tuple) else output
-    target = seen.y.float()
+    with torch.no_grad():
+        target = seen.mixed
+        for name in student._out:
+            target = teacher.get_submodule(name)(target)
+        target = target.float()
     return (output.float() - target).square().mean() / target.var(correction=0).clamp(min=1e-12)
 
 
@@ -448,7 +452,7 @@ def _train(
     for batch in batches:
         seen = _captured(teacher, pairs, call, to_device(batch, device))
         with torch.enable_grad():
-            errors = torch.stack([_error(student, seen[name]) for name, (student, _) in pairs.items()])
+            errors = torch.stack([_error(*pair, seen[name]) for name, pair in pairs.items()])
             gradients = torch.autograd.grad(errors.sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
