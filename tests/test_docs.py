@@ -46,3 +46,16 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
 def test_public_names_in_prose_exist(page: Path) -> None:
     unknown = {name for name in re.findall(r"\bsf\.(\w+)", page.read_text()) if not hasattr(sf, name)}
     assert not unknown
+
+
+def test_the_page_about_trained_models_runs() -> None:
+    """From its first line to its last, on the small model that it makes."""
+    pytest.importorskip("timm", reason="the page converts a model of timm")
+    code = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs" / "converting.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    namespace: dict[str, object] = {}
+    exec(compile("\n".join(code), "converting.md", "exec"), namespace)
+    assert "norms folded" in namespace["outcome"].summary()
+    assert set(namespace["order"]) == set(namespace["report"].plan.take)
+    assert len(namespace["names"]) == 2
