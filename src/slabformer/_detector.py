@@ -16,66 +16,68 @@ class DetectorConfig(Settings):
     """Mask R-CNN, or Faster R-CNN without masks, on a feature pyramid."""
 
     num_classes: PositiveInt = 80
-    """Kinds of objects, without background."""
+    """Number of classes, without background."""
     masks: bool = True
-    """Whether to predict masks; False for data with boxes alone."""
+    """Predict masks; switch off for data with boxes alone."""
     fpn_channels: PositiveInt = 256
     """Channels of the feature pyramid."""
     image_mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
-    """Subtracted from images in [0, 1], red first."""
+    """Mean that is subtracted from RGB values in [0, 1]."""
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
-    """Divides images after that."""
+    """Standard deviation that the result is divided by."""
 
     anchor_scale: PositiveFloat = 8.0
-    """Side of a square anchor over the stride of its level, 4 to 64 pixels."""
+    """Side of a square anchor over the stride of its level (4 to 64 pixels)."""
     anchor_ratios: Annotated[tuple[PositiveFloat, ...], NotEmpty()] = (0.5, 1.0, 2.0)
-    """Heights of anchors over their widths."""
+    """Ratios of an anchor's height to its width."""
     rpn_positive_iou: Fraction = 0.7
-    """Overlap with an object from which an anchor is positive."""
+    """An anchor is positive if its IoU with an object is at least this."""
     rpn_negative_iou: Fraction = 0.3
-    """Overlap with all objects below which it is negative."""
+    """An anchor is negative if its IoU with every object is below this."""
     rpn_best_iou: Fraction = 0.3
-    """Overlap from which an object takes the anchors that overlap it most, whatever the two above."""
+    """The anchors with the highest IoU with an object are positive if that IoU is at least this, whatever the two
+    thresholds above."""
     rpn_num_samples: PositiveInt = 256
-    """Anchors of an image that the losses are computed over."""
+    """Anchors per image that the losses are computed over."""
     rpn_positive_fraction: Fraction = 0.5
-    """Share of positive ones among them, at most."""
+    """Largest share of positive anchors among them."""
     rpn_candidates_train: PositiveInt = 2000
-    """Best anchors of each level that become proposals in training, before suppression."""
+    """Best anchors per level that are kept before non-maximum suppression, in training."""
     rpn_candidates_test: PositiveInt = 1000
     """The same in evaluation."""
     rpn_proposals_train: PositiveInt = 1000
-    """Proposals of an image after suppression, all levels together, in training."""
+    """Proposals per image after non-maximum suppression, over all levels, in training."""
     rpn_proposals_test: PositiveInt = 1000
     """The same in evaluation."""
     rpn_nms_iou: Fraction = 0.7
-    """Overlap above which the lesser of two proposals of a level goes."""
+    """IoU above which the lower-scoring of two proposals of a level is suppressed."""
 
     roi_iou: Fraction = 0.5
-    """Overlap with an object from which a proposal stands for it, and below which for background."""
+    """A proposal is assigned to an object if their IoU is at least this, and to the background otherwise."""
     roi_num_samples: PositiveInt = 512
-    """Proposals of an image that the losses are computed over."""
+    """Proposals per image that the losses are computed over."""
     roi_positive_fraction: Fraction = 0.25
-    """Share of those that stand for objects, at most."""
+    """Largest share of proposals that are assigned to objects among them."""
     roi_finest_scale: PositiveFloat = 56.0
-    """Side in pixels of a box up to twice which features come from the finest level, and so on in octaves."""
+    """Boxes with a side below twice this, in pixels, are read from the finest level; each coarser level takes the next
+    octave."""
     roi_sampling_ratio: NonNegativeInt = 0
-    """Samples to a bin of a box's features on either axis; 0 for as many as it has cells. 2 halves the time."""
+    """Samples per bin along each axis when a box's features are read; 0 adapts to the box's size. 2 halves the time."""
     box_fc_dim: PositiveInt = 1024
-    """Width of the two hidden layers that classify boxes."""
+    """Width of the two hidden layers of the box head."""
     box_code_weights: tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat] = (10.0, 10.0, 5.0, 5.0)
-    """Scales of a box's four codes: inverse standard deviations of x, y, width and height."""
+    """Weights of a box's four regression targets x, y, width and height: their inverse standard deviations."""
     mask_num_convs: NonNegativeInt = 4
-    """Convolutions of the mask head."""
+    """Number of convolutions in the mask head."""
     mask_channels: PositiveInt = 256
-    """Their channels."""
+    """Channels of the mask head."""
 
     score_threshold: Fraction = 0.05
-    """Detections of a lower score are dropped."""
+    """Detections with a lower score are dropped."""
     nms_iou: Fraction = 0.5
-    """Overlap above which the lesser of two detections of a class goes."""
+    """IoU above which the lower-scoring of two detections of a class is suppressed."""
     max_detections: PositiveInt = 100
-    """Detections of an image."""
+    """Largest number of detections per image."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built.

@@ -9,18 +9,18 @@ from slabformer.settings import NonNegativeFloat, Settings
 
 @dataclass(kw_only=True)
 class LossWeights(Settings):
-    """Share of each loss in the sum; 0 computes nothing for it."""
+    """Weight of each loss in the sum; a loss of weight 0 is not computed."""
 
     logits: NonNegativeFloat = 1.0
-    """:func:`slabformer.distillation.logit_loss` of outputs that are logits."""
+    """:func:`slabformer.distillation.logit_loss` of logits."""
     features: NonNegativeFloat = 1.0
-    """:func:`slabformer.distillation.feature_loss` of outputs that are features."""
+    """:func:`slabformer.distillation.feature_loss` of features."""
     cosine: NonNegativeFloat = 1.0
-    """:func:`slabformer.distillation.cosine_loss` of features; of tokens, one a token."""
+    """:func:`slabformer.distillation.cosine_loss` of features, token by token if there are tokens."""
     pooled: NonNegativeFloat = 1.0
-    """The same of the mean over a sample's tokens."""
+    """:func:`slabformer.distillation.cosine_loss` of the mean over a sample's tokens."""
     similarity: NonNegativeFloat = 1.0
-    """:func:`slabformer.distillation.similarity_loss` between the samples of a batch, tokens pooled."""
+    """:func:`slabformer.distillation.similarity_loss` between the samples of a batch, whose tokens are averaged."""
     tokens: NonNegativeFloat = 0.0
     """:func:`slabformer.distillation.similarity_loss` between the tokens of a sample."""
     hidden: NonNegativeFloat = 1.0

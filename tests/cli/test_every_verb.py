@@ -116,12 +116,13 @@ def test_help_says_type_range_and_default_in_words(verb: tuple[str, ...], monkey
 def test_the_words_of_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     text = " ".join(parser_of(("train",)).format_help().split())
-    assert "--batch-size INT Samples of one process in one batch (INT >= 1, default 128)" in text
+    assert "--batch-size INT Samples per batch in each process (INT >= 1, default 128)" in text
     assert "(FLOAT 0 to 1, default 0.2)" in text
+    assert re.search(r"--model.name TEXT [^(]* \(default slab_deit_micro\)", text)  # the type is not said twice
     assert "(FLOAT > 0 or null, default 5.0)" in text
     assert "--precision {fp32,bf16,fp16}" in text
     assert "--tensorboard, --no-tensorboard Write TensorBoard events (default on)" in text
-    assert "--overwrite Delete the run that is in `output` and start again (default off)" in text
+    assert "--overwrite Delete the run in `output` and start again (default off)" in text
 
 
 @pytest.mark.parametrize("verb", [("train",), ("detect", "train"), ("lm", "train")], ids=" ".join)

@@ -59,7 +59,7 @@ def parser() -> Parser:
     made.add_argument(
         "--convert", action="store_true", help="first replace the model's LayerNorms; it is its own baseline"
     )
-    made.add_argument("--batch-sizes", type=PositiveInt, nargs="+", default=[1, 8], help="images at once")
+    made.add_argument("--batch-sizes", type=PositiveInt, nargs="+", default=[1, 8], help="images per batch")
     made.add_argument("--threads", type=Threads | None, help="threads of torch on a CPU; all cores by default")
     made.add_argument("--compile", type=bool, default=True, help="also under torch.compile")
     made.add_argument(

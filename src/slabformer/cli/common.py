@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from slabformer.tasks.saved_model import ModelInfo
 
-MODEL_HELP = "a .safetensors file or folder that slab wrote, hf-hub:user/name, or a name that timm knows"
+MODEL_HELP = "a .safetensors file or folder that slab wrote, hf-hub:user/name, or the name of a model in timm"
 
 
 def add_model_options(parser: Parser, *, required: bool = True) -> None:
@@ -29,8 +29,12 @@ def add_model_options(parser: Parser, *, required: bool = True) -> None:
     parser.add_argument(
         "--checkpoint", type=ExistingFile | None, help="published weights (.pth) for a model given by name"
     )
-    parser.add_argument("--pretrained", action="store_true", help="fetch the released weights of a named model")
-    parser.add_argument("--input-size", type=Pixels | None, help="height and width of images, if not the model's own")
+    parser.add_argument(
+        "--pretrained", action="store_true", help="download the released weights of a model given by name"
+    )
+    parser.add_argument(
+        "--input-size", type=Pixels | None, help="height and width of images; by default the model's own"
+    )
 
 
 def load(config: Namespace) -> tuple[nn.Module, ModelInfo]:

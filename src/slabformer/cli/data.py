@@ -33,24 +33,26 @@ def add_data_options(parser: Parser) -> None:
     parser.add_argument(
         "--data", type=NonEmptyStr, required=True, help="a folder, hfds/NAME, torch/NAME, wds/FOLDER, or digits"
     )
-    parser.add_argument("--root", type=NonEmptyStr | None, help="where a named data set lies")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch a torch/ data set")
+    parser.add_argument("--root", type=NonEmptyStr | None, help="folder that a named data set is in")
+    parser.add_argument("--download", action="store_true", help="let torchvision download a torch/ data set")
     parser.add_argument(
-        "--split", type=NonEmptyStr | None, help="sub-folder, split or shard pattern, if not of a usual name"
+        "--split",
+        type=NonEmptyStr | None,
+        help="subfolder, split or shard pattern; by default whichever of the usual names is found",
     )
     parser.add_argument(
         "--validation-fraction",
         type=PositiveFraction,
         default=0.2,
-        help="share held out when a folder holds classes but no splits; 1 takes all",
+        help="share of the images to hold out if a folder has classes but no splits; 1 for all",
     )
     parser.add_argument(
         "--max-unreadable",
         type=ShareOrCount,
         default=0.01,
-        help="unreadable images put up with: a share, or a count from 1 on",
+        help="unreadable images to tolerate: below 1 a share, from 1 on a count",
     )
-    parser.add_argument("--batch-size", type=PositiveInt, default=128, help="images at once")
+    parser.add_argument("--batch-size", type=PositiveInt, default=128, help="images per batch")
     parser.add_argument(
         "--num-workers",
         type=Workers,
@@ -61,7 +63,7 @@ def add_data_options(parser: Parser) -> None:
 
 def add_device_option(parser: Parser) -> None:
     """Where to run."""
-    parser.add_argument("--device", type=DeviceOrAuto, default="auto", metavar="DEVICE", help="where to run")
+    parser.add_argument("--device", type=DeviceOrAuto, default="auto", metavar="DEVICE", help="device to run on")
 
 
 def data_of(config: Namespace, info: ModelInfo, split: Split) -> DataConfig:

@@ -30,7 +30,7 @@ def parser() -> Parser:
 
     made = Parser(
         "slab fuse",
-        "Fold every norm into its neighbours, verify, save.",
+        "Fold every norm into its neighbouring layers, verify that the outputs are the same, and save the fused model.",
         [
             "slab fuse runs/train/model.safetensors --output fused.safetensors",
             "slab fuse slab_swin_tiny --pretrained -o fused.safetensors --keep 'layers.3.*'",
@@ -38,27 +38,33 @@ def parser() -> Parser:
         json_files=True,
     )
     add_model_options(made)
-    made.add_argument("--output", type=ModelToWrite, required=True, help="the fused model, a .safetensors file")
+    made.add_argument("--output", type=ModelToWrite, required=True, help="file to write the fused model to")
     add_keep_option(made, "blocks.*")
     made.add_argument(
         "--outputs",
         type=NonEmptyStr,
         nargs="+",
         default=[],
-        help="methods that stay beside the forward: forward_features",
+        help="methods to keep working besides forward, e.g. forward_features",
     )
-    made.add_argument("--fixed-size", action="store_true", help="fold for this input size alone; others are refused")
+    made.add_argument(
+        "--fixed-size", action="store_true", help="fold for this input size only; the fused model refuses others"
+    )
     made.add_argument("--untie", action="store_true", help="give shared layers separate copies")
     made.add_argument(
-        "--plain", action="store_true", help="only if timm's own model, built without norms, can hold the weights"
+        "--plain",
+        action="store_true",
+        help="fail unless the weights fit timm's own model built without norms, and print how to build it",
     )
-    made.add_argument("--rtol", type=Tolerance, default=RTOL, help="largest difference, relative to outputs' scale")
+    made.add_argument(
+        "--rtol", type=Tolerance, default=RTOL, help="largest difference allowed, relative to the scale of the outputs"
+    )
     return made
 
 
 def add_keep_option(parser: Parser, example: str) -> None:
     """``--keep``, with a pattern of names as an ``example``."""
-    help = f"modules whose outputs stay, by name or pattern: '{example}'"
+    help = f"modules whose outputs must not change, by name or pattern, e.g. '{example}'"
     parser.add_argument("--keep", type=NonEmptyStr, nargs="+", default=[], help=help)
 
 

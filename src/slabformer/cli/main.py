@@ -24,21 +24,24 @@ from slabformer.cli.suggest import did_you_mean
 VERBS = {
     "quickstart": ("slabformer.cli.quickstart", "train, fuse, verify and benchmark a small model on real digits"),
     "train": ("slabformer.cli.train", "train a classifier while its LayerNorm fades out"),
-    "convert": ("slabformer.cli.convert", "a trained model loses its norms: fit, fade, distil, fuse, verify, report"),
-    "eval": ("slabformer.cli.eval", "accuracy of a model on a data set"),
-    "recalibrate": ("slabformer.cli.recalibrate", "replace running statistics by those of the whole training set"),
+    "convert": ("slabformer.cli.convert", "remove the norms of a trained model: fit, fade, distil, fuse, verify, report"),
+    "eval": ("slabformer.cli.eval", "measure the accuracy of a model on a data set"),
+    "recalibrate": ("slabformer.cli.recalibrate", "replace running statistics with those of the whole training set"),
     "fuse": ("slabformer.cli.fuse", "fold every norm into its neighbours, verify, save"),
-    "audit": ("slabformer.cli.audit", "which norms of any model would fold, and why the others would not"),
+    "audit": ("slabformer.cli.audit", "show which norms of any model would fold, and why the others would not"),
     "verify": ("slabformer.cli.verify", "compare the outputs of two models"),
-    "predict": ("slabformer.cli.predict", "name what is on an image"),
+    "predict": ("slabformer.cli.predict", "classify images"),
     "export": ("slabformer.cli.export", "write ONNX or torch.export files, checked against PyTorch"),
-    "quantize": ("slabformer.cli.quantize", "a fused model in 8-bit integers, for CPUs"),
-    "push": ("slabformer.cli.push", "write a model as timm shares models, into a folder or to the Hugging Face hub"),
-    "bench": ("slabformer.cli.bench", "speed of a model, fused and not, beside its LayerNorm baseline and its ceiling"),
-    "report": ("slabformer.cli.report", "accuracy against speed of the models that bench measured"),
-    "visualize": ("slabformer.cli.visualize", "what a token attends to, several models side by side"),
-    "list": ("slabformer.cli.list", "models, published accuracies and released weights"),
-    "completion": ("slabformer.cli.completion", "a script that completes commands and options in bash or zsh"),
+    "quantize": ("slabformer.cli.quantize", "convert a fused model to 8-bit integers, for CPUs"),
+    "push": ("slabformer.cli.push", "publish a model in timm's format, to a folder or the Hugging Face hub"),
+    "bench": (
+        "slabformer.cli.bench",
+        "measure the speed of a model, fused and unfused, beside its LayerNorm baseline and its ceiling",
+    ),
+    "report": ("slabformer.cli.report", "plot accuracy against speed for the models that bench measured"),
+    "visualize": ("slabformer.cli.visualize", "show what a token attends to, in several models side by side"),
+    "list": ("slabformer.cli.list", "list models, published accuracies and released weights"),
+    "completion": ("slabformer.cli.completion", "write a completion script for bash or zsh"),
 }
 #: verb that has verbs of its own -> (package that lists them, what they are about)
 GROUPS = {
@@ -54,10 +57,10 @@ DONE, FAILURE, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 
 #: of every verb
 EXIT_CODES = {
     DONE: "done",
-    FAILURE: "something is wrong with what was checked, or the work failed",
-    USAGE: "wrong use, or bad input",
+    FAILURE: "a check failed, or the command failed",
+    USAGE: "wrong usage, or bad input",
     INTERRUPTED: "interrupted (Ctrl-C)",
-    BROKEN_PIPE: "the reader of the output went away",
+    BROKEN_PIPE: "the output was closed by its reader (broken pipe)",
     TERMINATED: "terminated (SIGTERM)",
 }
 #: packages whose versions decide what works

@@ -85,6 +85,7 @@ class Parser(ArgumentParser):
             print_config="--print-config",
             epilog=notes or None,
         )
+        self._positionals.title = "arguments"
         self.does, self.examples, self.json_files = does, tuple(examples), json_files
         self.add_argument("-h", "--help", action="help", help="show this help and exit")
         if json:
@@ -92,7 +93,7 @@ class Parser(ArgumentParser):
                 "--json",
                 action="store_true",
                 default=argparse.SUPPRESS,
-                help="write the result to standard output as one JSON document; all else goes to standard error",
+                help="write the result to standard output as one JSON document; everything else goes to standard error",
             )
         if json_files:
             self.add_argument("--json-file", type=FileToWrite | None, help=argparse.SUPPRESS)

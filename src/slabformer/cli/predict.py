@@ -36,7 +36,7 @@ def parser() -> Parser:
     made.add_argument("images", type=NonEmptyStr, nargs="+", help="image files, and folders of them")
     add_device_option(made)
     made.add_argument("--top", type=PositiveInt, default=5, help="classes an image")
-    made.add_argument("--batch-size", type=PositiveInt, default=32, help="images at once")
+    made.add_argument("--batch-size", type=PositiveInt, default=32, help="images per batch")
     return made
 
 

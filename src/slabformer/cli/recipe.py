@@ -28,8 +28,8 @@ MOST_USED = (
     *("epochs", "steps", "batch_size", "optimizer.lr"),
 )
 NOTES = (
-    "Settings given after --config override the recipe; every switch has a --no- form for that. --print-config writes "
-    "the settings as a recipe, where names have underscores."
+    "Settings given after --config override the recipe; every switch has a --no- form. In recipes, and in what "
+    "--print-config writes, names have underscores."
 )
 
 
@@ -80,8 +80,10 @@ def recipe_parser(
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = RecipeParser(prog, does, examples, notes=NOTES, **options)
-    parser.add_argument("--config", action="config", help="a YAML file with any of the settings below")
-    next(action for action in parser._actions if action.dest == "print_config").help = "write the settings as a recipe"
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    next(
+        action for action in parser._actions if action.dest == "print_config"
+    ).help = "write the settings as a recipe and exit"
     add_settings(parser, config)
     hints = field_hints(config)
     for action in parser._actions:

@@ -14,7 +14,7 @@ def parser() -> Parser:
     """Options of `slab train`: a recipe, and any of its keys."""
     return recipe_parser(
         "slab train",
-        "Train a classifier while its LayerNorm fades out. A run that was stopped goes on from its output folder.",
+        "Train a classifier while its LayerNorm fades out. A run that was stopped resumes from its output folder.",
         TrainConfig,
         examples=[
             "slab train --config recipes/digits.yaml --output runs/digits",

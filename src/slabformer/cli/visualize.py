@@ -37,7 +37,7 @@ def parser() -> Parser:
     made.add_argument(
         "models", type=NonEmptyStr, nargs="+", help=".safetensors files, names that timm knows, or NAME=PUBLISHED.pth"
     )
-    made.add_argument("--pretrained", action="store_true", help="fetch the released weights of named models")
+    made.add_argument("--pretrained", action="store_true", help="download the released weights of models given by name")
     made.add_argument("--input-size", type=Pixels | None, help="height and width of the image, if not the models' own")
     made.add_argument("--image", type=ExistingFile | None, help="by default a flower that comes with scikit-learn")
     made.add_argument(

@@ -50,8 +50,7 @@ def facts(action: argparse.Action, hint: Any, *, needed: bool, in_recipe: bool) 
     if in_recipe and types.NoneType in get_args(hint) and allowed and action.default is not None:
         allowed += ", or null" if "," in allowed else " or null"
     default = "required" if needed else _default(action, in_recipe)
-    parts = [allowed, default] if allowed and default else [default or (allowed if limit else "")]
-    parts = list(filter(None, parts))
+    parts = list(filter(None, (allowed if allowed != kind else "", default)))  # the kind alone stands behind the flag
     return f" ({('; ' if ',' in allowed else ', ').join(parts)})" if parts else ""
 
 

@@ -17,9 +17,9 @@ def parser() -> Parser:
     """Options of `slab detect train`: a recipe, and any of its keys."""
     return recipe_parser(
         "slab detect train",
-        "Train Mask R-CNN on a backbone whose LayerNorm fades out or is gone. Without options: on digits that are made "
-        "on the spot, in some minutes on a CPU (recipes/detection_digits.yaml); to train on your own data, start from "
-        "a recipe for COCO. A run that was stopped goes on from its output folder.",
+        "Train Mask R-CNN on a backbone whose LayerNorm fades out or is gone. Without options it trains on generated "
+        "images of digits, in a few minutes on a CPU (recipes/detection_digits.yaml); for your own data, start from a "
+        "recipe for COCO. A run that was stopped resumes from its output folder.",
         TrainConfig,
         examples=[
             "slab detect train --output runs/digits",

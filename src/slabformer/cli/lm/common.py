@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 check_installed("transformers", extra="lm")
-MODEL_HELP = "a folder that slab lm wrote, or any causal language model that transformers knows: a folder or hub name"
+MODEL_HELP = "a folder that slab lm wrote, or any causal language model of transformers, by folder or hub name"
 
 
 def quiet_transformers() -> None:
@@ -44,8 +44,8 @@ def available_accelerator(name: str) -> torch.device:
 def add_model_options(parser: Parser) -> None:
     """``MODEL``, where it runs and in which arithmetic."""
     parser.add_argument("model", type=NonEmptyStr, help=MODEL_HELP)
-    parser.add_argument("--device", type=DeviceOrAuto, default="auto", metavar="DEVICE", help="where to run")
-    parser.add_argument("--bf16", action="store_true", help="weights and arithmetic in bfloat16")
+    parser.add_argument("--device", type=DeviceOrAuto, default="auto", metavar="DEVICE", help="device to run on")
+    parser.add_argument("--bf16", action="store_true", help="use bfloat16 for weights and arithmetic")
 
 
 def load(config: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -25,8 +25,8 @@ def parser() -> Parser:
 
     made = Parser(
         "slab lm eval",
-        "Perplexity of a text by a sliding window, and zero-shot accuracy on tasks of lm-evaluation-harness "
-        "('published': the paper's nine) or on files of questions.",
+        "Measure the perplexity of a text with a sliding window, and the zero-shot accuracy on tasks of "
+        "lm-evaluation-harness or on files of questions.",
         [
             "slab lm eval runs/llama_micro_prepbn --data book.txt",
             "slab lm eval runs/llama_micro_prepbn --tasks quiz.jsonl --fused",
@@ -35,21 +35,29 @@ def parser() -> Parser:
         json_files=True,
     )
     add_model_options(made)
-    made.add_argument("--data", type=NonEmptyStr | None, help="a text: files, a folder, hf:NAME, or pydoc")
-    made.add_argument("--document", type=Unit, default="file", help="what a document is in text: file, paragraph, line")
+    made.add_argument(
+        "--data",
+        type=NonEmptyStr | None,
+        help="text for perplexity: a file, folder or pattern, hf:NAME for a data set of the hub, or pydoc (Python's own documentation)",
+    )
+    made.add_argument("--document", type=Unit, default="file", help="unit of text that is a document")
     made.add_argument("--split", type=NonEmptyStr, default="test", help="split of a data set of the hub")
     made.add_argument(
-        "--text-field", type=NonEmptyStr, default="text", help="where the text lies in JSON lines and columns"
+        "--text-field", type=NonEmptyStr, default="text", help="name of the field or column that holds the text"
     )
-    made.add_argument("--max-documents", type=PositiveInt | None, help="read no more of the text")
+    made.add_argument("--max-documents", type=PositiveInt | None, help="stop after this many documents")
     made.add_argument(
-        "--stride", type=PositiveInt | None, help="tokens from window to window; half the context by default"
+        "--stride", type=PositiveInt | None, help="tokens from one window to the next; by default half the context"
     )
     made.add_argument(
-        "--tasks", type=NonEmptyStr, nargs="+", default=[], help="'published', names of the harness, .jsonl files"
+        "--tasks",
+        type=NonEmptyStr,
+        nargs="+",
+        default=[],
+        help="names of tasks in lm-evaluation-harness, .jsonl files, or 'published' for the paper's nine tasks",
     )
-    made.add_argument("--limit", type=PositiveInt | None, help="questions of each task")
-    made.add_argument("--batch-size", type=PositiveInt, default=8, help="texts at once")
+    made.add_argument("--limit", type=PositiveInt | None, help="largest number of questions per task")
+    made.add_argument("--batch-size", type=PositiveInt, default=8, help="texts per batch")
     made.add_argument("--fused", action="store_true", help="fold the norms before evaluating")
     return made
 

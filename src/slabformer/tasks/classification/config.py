@@ -69,24 +69,25 @@ Policy = Annotated[
 
 @dataclass(kw_only=True)
 class ModelConfig(Settings):
-    """Which model is trained, and from where it starts."""
+    """Which model is trained, and what it starts from."""
 
     name: NonEmptyStr = "slab_deit_micro"
-    """Any classifier that timm knows; `slab list` shows ours."""
+    """Name of a classifier in timm; `slab list` shows those of this library."""
     args: Arguments = field(default_factory=dict)
-    """Further arguments for `timm.create_model`, e.g. `drop_path_rate`; classes and image size follow the data."""
+    """Further arguments of `timm.create_model`, e.g. `drop_path_rate`; the number of classes and the image size follow
+    from the data."""
     pretrained: bool = False
     """Start from the released weights."""
     weights: NonEmptyStr | None = None
-    """Start from a `model.safetensors` of the same model, e.g. of its LayerNorm baseline, to convert it. A PRepBN model
-    that has faded before is trained on without its norms."""
+    """Start from a `model.safetensors` file of the same model, or of its LayerNorm baseline, which is then converted.
+    If LayerNorm has faded from the model in the file, training goes on without it."""
     norm: NormName | None = None
-    """Which norm; the model's own by default. A model of ours is built with it; in any other one, in `weights` and with
-    `convert_norms` every LayerNorm and RMSNorm is converted to it, its weights kept."""
+    """Norm to train with; by default the model's own. Models of this library are built with it; in all others, in those
+    from `weights` and with `convert_norms`, every LayerNorm and RMSNorm is converted to it and keeps its weights."""
     eta: Eta | None = None
     """Initial skip weight of PRepBN and RepBN, a number or `published` (1); 0 by default."""
     convert_norms: bool = False
-    """Turn every LayerNorm and RMSNorm into `norm`, PRepBN by default, before training, their weights kept."""
+    """Before training, convert every LayerNorm and RMSNorm to `norm`, by default PRepBN; weights are kept."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,108 +99,109 @@ class DataConfig(Settings):
     """Which images, and how they become the model's input. Defaults are ImageNet's, as published."""
 
     path: NonEmptyStr = "digits"
-    """A folder, `hfds/NAME`, `torch/NAME`, `wds/FOLDER`, or `digits` (1,797 images that scikit-learn brings).
+    """A folder, `hfds/NAME`, `torch/NAME`, `wds/FOLDER`, or `digits` (1,797 images that come with scikit-learn).
 
-    A folder holds `train` and `val` (or `Training` and `Validation`, `training_set` and `test_set` ...) with a
-    sub-folder for each class, or just the classes."""
+    A folder holds `train` and `val` (or `Training` and `Validation`, `training_set` and `test_set`, ...), each with one
+    subfolder per class, or one subfolder per class directly."""
     root: NonEmptyStr | None = None
-    """Where a named data set lies or is downloaded to; the libraries' own caches by default."""
+    """Folder that a named data set is in or is downloaded to; by default the cache of the library that provides it."""
     download: bool = False
-    """Let torchvision download a `torch/` data set that is not there."""
+    """Let torchvision download a missing `torch/` data set."""
     train_split: NonEmptyStr | None = None
-    """Sub-folder, split or shard pattern to train on; found by its usual names by default."""
+    """Subfolder, split or shard pattern to train on; by default whichever of the usual names is found."""
     validation_split: NonEmptyStr | None = None
-    """Sub-folder, split or shard pattern to validate on; found by its usual names by default."""
+    """Subfolder, split or shard pattern to validate on; by default whichever of the usual names is found."""
     validation_fraction: Fraction = 0.2
-    """Share held out when a folder holds classes but no splits; 1 validates on all of it."""
+    """Share of the images to hold out if a folder has classes but no splits; 1 validates on all images."""
     labels: bool = True
-    """False for images without classes, which a teacher makes enough: all that lie in the folder and below it."""
+    """Read labels. Without them every image in the folder and its subfolders is used; training then needs a teacher."""
     split_seed: Seed = 0
-    """Picks the images that `validation_fraction` holds out."""
+    """Seed that selects the images that `validation_fraction` holds out."""
     image_size: Pixels = 224
     """Height and width of the model's input."""
     mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
-    """Subtracted from RGB in [0, 1]."""
+    """Mean that is subtracted from RGB values in [0, 1]."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
-    """Divides what is left."""
+    """Standard deviation that the result is divided by."""
     interpolation: Interpolation = "bicubic"
     """How images are resized."""
     crop_pct: PositiveFraction = 0.875
-    """Centre crop of validation images over their resized shorter side: 224 of 256. 1 for small images."""
+    """Side of the centre crop over the shorter side of the resized validation image: 0.875 crops 224 pixels from 256.
+    Use 1 for small images."""
     max_unreadable: ShareOrCount = 0.01
-    """Unreadable images that are put up with: a share of all below 1, a count from 1 on, 0 for none."""
+    """Unreadable images to tolerate: below 1 a share of all images, from 1 on a count, 0 for none."""
 
 
 @dataclass(kw_only=True)
 class AugmentConfig(Settings):
-    """What training images go through. Defaults are the published ImageNet recipe."""
+    """Augmentation of training images. Defaults are the published ImageNet recipe."""
 
     policy: Literal["timm", "light", "none"] = "timm"
-    """`timm`: random resized crop, flips and what the fields below say. `light`: small shifts and turns of images
-    held in memory, whole batches at once (for `digits`). `none`: as for validation."""
+    """`timm`: random resized crops, flips and the settings below. `light`: small shifts and rotations of whole batches
+    in memory (for `digits`). `none`: as for validation."""
     scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
-    """Share of the image's area that a random crop keeps (`timm`)."""
+    """Range of the share of an image's area that a random crop keeps (`timm`)."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
-    """Aspect ratio of a random crop (`timm`)."""
+    """Range of the aspect ratio of a random crop (`timm`)."""
     hflip: Fraction = 0.5
     """Probability of a horizontal flip (`timm`)."""
     vflip: Fraction = 0.0
     """Probability of a vertical flip (`timm`)."""
     auto_augment: Policy | None = "rand-m9-mstd0.5-inc1"
-    """timm's name of an automatic policy (`timm`)."""
+    """Name of an automatic policy in timm (`timm`)."""
     color_jitter: NonNegativeFloat = 0.4
-    """Strength of brightness, contrast, saturation jitter (`timm`); without effect under RandAugment, as published."""
+    """Strength of brightness, contrast and saturation jitter (`timm`); no effect with RandAugment, as published."""
     re_prob: Fraction = 0.25
     """Probability of random erasing (`timm`)."""
     re_mode: Literal["const", "rand", "pixel"] = "pixel"
-    """What erases: zeros, one random colour, or random pixels (`timm`)."""
+    """Fill of an erased region: zeros, one random colour, or random pixels (`timm`)."""
     re_count: PositiveInt = 1
-    """Most regions erased in one image (`timm`)."""
+    """Largest number of regions erased in one image (`timm`)."""
     light_shift: Fraction = 0.08
-    """Largest shift as a share of height and width (`light`)."""
+    """Largest shift, as a share of height and width (`light`)."""
     light_rotate: Annotated[float, Range(ge=0, le=180)] = 10.0
-    """Largest turn in degrees (`light`)."""
+    """Largest rotation in degrees (`light`)."""
     light_scale: FractionBelowOne = 0.1
     """Largest relative change of size (`light`)."""
     mixup: NonNegativeFloat = 0.8
-    """Mixup alpha, 0 for none; applied by the trainer."""
+    """Mixup alpha; 0 for none."""
     cutmix: NonNegativeFloat = 1.0
-    """CutMix alpha, 0 for none; applied by the trainer."""
+    """CutMix alpha; 0 for none."""
     mixup_prob: Fraction = 1.0
-    """Probability that a batch is mixed at all."""
+    """Probability that a batch is mixed."""
     mixup_switch_prob: Fraction = 0.5
-    """Probability of CutMix where both are on."""
+    """Probability of CutMix if both are on."""
     label_smoothing: FractionBelowOne = 0.1
-    """Share of the target spread over all classes."""
+    """Share of the target that is spread over all classes."""
 
 
 @dataclass(kw_only=True)
 class GammaConfig(FadeConfig):
-    """How LayerNorm fades; without effect on a model without PRepBN."""
+    """How LayerNorm fades; no effect on a model without PRepBN."""
 
     fit_batches: NonNegativeInt = 0
-    """Training batches by which RepBN is first fitted to LayerNorm's output, so that fading starts from the same
+    """Training batches that RepBN is first fitted to LayerNorm's output on, so that the fade starts from the same
     function; 0 keeps the published start."""
 
 
 @dataclass(kw_only=True)
 class EmaConfig(Settings):
-    """A moving average of the weights beside them."""
+    """Exponential moving average of the weights."""
 
     decay: FractionBelowOne = 0.0
-    """Weight of the past in each step, e.g. 0.9999; 0 for no average."""
+    """Decay per step, e.g. 0.9999; 0 for no average."""
     warmup: bool = False
-    """Shorter memory at first, for short runs."""
+    """Start with a lower decay, for short runs."""
 
 
 @dataclass(kw_only=True)
 class DistillConfig(Settings):
-    """What the teacher's word counts; without effect where there is no `teacher`."""
+    """Distillation from the teacher; no effect without `teacher`."""
 
     label_weight: NonNegativeFloat | None = None
-    """Share of the labels' own loss beside those below; by default 1 where there are labels."""
+    """Weight of the loss against the labels, in addition to those below; by default 1 if there are labels."""
     temperature: PositiveFloat = 1.0
-    """Of the logits of both."""
+    """Temperature of the student's and the teacher's logits."""
     weights: LossWeights = field(default_factory=LossWeights)
     """Of the losses against the teacher: of a classifier, `logits` and `hidden`."""
 
@@ -225,15 +227,15 @@ class TrainConfig(RunConfig):
     recalibrate: RecalibrateConfig = field(default_factory=RecalibrateConfig)
     """Statistics at the end."""
     teacher: NonEmptyStr | None = None
-    """What the model is held against: `self`, it with its norms as training finds it; `baseline`, the released
-    LayerNorm model that it replaces; a `.safetensors` file, or a name in timm, whose weights are fetched. Images need
-    no labels then."""
+    """Distil from a teacher: `self`, the model before training, with its norms; `baseline`, the released LayerNorm
+    model that it replaces; a `.safetensors` file; or a name in timm, whose weights are downloaded. Images then need no
+    labels."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """How."""
     epochs: Epochs = 300
-    """Passes over the training data, warm-up included, cool-down not."""
+    """Passes over the training data, including warm-up but not cool-down."""
     num_workers: Workers = field(default=4, metadata=HARMLESS)
-    """Processes that decode images; no effect on what is trained."""
+    """Processes that decode images; no effect on the result."""
 
     def harmless(self) -> set[str]:
         """Dotted keys that may differ when a run goes on."""

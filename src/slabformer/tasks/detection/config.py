@@ -70,37 +70,39 @@ SMALL_DETECTOR: dict[str, Any] = {
 
 @dataclass(kw_only=True)
 class ModelConfig(Settings):
-    """Which backbone the detector stands on, and from where it starts."""
+    """Which backbone the detector uses, and what it starts from."""
 
     backbone: NonEmptyStr = "slab_swin_tiny"
-    """A model of the zoo, or any of timm's that takes `features_only`."""
+    """A model of this library, or any in timm that supports `features_only`."""
     args: Arguments = field(default_factory=lambda: dict(SMALL_BACKBONE))
     """Further arguments of the backbone, e.g. `drop_path_rate`."""
     norm: NormName | None = None
-    """Of the backbone; its own by default, `layernorm` for its baseline. A model of the zoo is built with it; in one of
-    timm's, and with `convert_norms`, every LayerNorm and RMSNorm is converted to it."""
+    """Norm of the backbone; by default its own, `layernorm` for its baseline. Models of this library are built with it;
+    in timm's, and with `convert_norms`, every LayerNorm and RMSNorm is converted to it."""
     eta: Eta | None = None
     """Initial skip weight of the backbone's PRepBN and RepBN, a number or `published` (1); 0 by default."""
     output_norm: OutputNormName | None = None
-    """Of the maps that the pyramid takes: as published by default; with `prepbn` no LayerNorm is left at all."""
+    """Norm of the backbone's outputs to the pyramid; by default as published. With `prepbn` no LayerNorm is left."""
     published: bool = False
-    """Swin's windows of linear attention as published: constants, padded and shifted, instead of the whole map."""
+    """Run Swin's linear attention in windows of constant size, padded and shifted, as published, instead of over the
+    whole map."""
     convert_norms: bool = False
-    """Turn every LayerNorm of a backbone into `norm`, PRepBN by default, before training."""
+    """Before training, convert every LayerNorm of the backbone to `norm`, by default PRepBN."""
     pretrained: bool = False
-    """Start from the backbone's released weights: the published ones, or timm's of its own models."""
+    """Start from the backbone's released weights: the published ones, or for timm's models timm's."""
     backbone_weights: NonEmptyStr | None = None
-    """Start from a classifier: a published `.pth` or a `model.safetensors` that `slab train` wrote."""
+    """Start the backbone from a classifier: a published `.pth` file or a `model.safetensors` that `slab train`
+    wrote."""
     weights: NonEmptyStr | None = None
-    """Start from a whole detector that `slab detect train` wrote; it brings backbone and sizes with it."""
+    """Start from a whole detector that `slab detect train` wrote; it determines the backbone and all sizes."""
     new_predictors: bool = False
-    """Drop the layers of `weights` that name classes, and start them anew: for data with other classes."""
+    """Initialise the layers of `weights` that predict classes anew, for data with other classes."""
     freeze_norms: Literal["auto", "always", "never"] = "auto"
-    """Let running statistics of the backbone's norms stand still; `auto` does where weights brought them."""
+    """Freeze the running statistics of the backbone's norms; `auto` does if they were loaded."""
     freeze_backbone: bool = False
-    """Train the pyramid and the heads alone."""
+    """Train only the pyramid and the heads."""
     checkpoint_activations: bool = False
-    """Compute the backbone's activations again in backward instead of keeping them."""
+    """Recompute the backbone's activations in the backward pass instead of keeping them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,7 +130,7 @@ class DetectionData(Settings):
 
     path: NonEmptyStr = "digits"
     """A folder with `train2017`, `val2017` and `annotations/instances_{train,val}2017.json`, or `digits`: 600 images
-    made of what scikit-learn brings."""
+    made from scikit-learn's digits."""
     train_images: NonEmptyStr | None = None
     """Folder of the images to train on, if not the usual one."""
     train_annotations: NonEmptyStr | None = None
@@ -138,12 +140,12 @@ class DetectionData(Settings):
     val_annotations: NonEmptyStr | None = None
     """COCO file of the images to evaluate on, if not the usual one."""
     orientation: Literal["exif", "stored"] = "exif"
-    """Which pictures were annotated: `exif` for those turned as their EXIF data says, as viewers show them, `stored`
-    for the pixels in the file, as tools show them that ignore EXIF."""
+    """Orientation that the annotations refer to: `exif`, images rotated by their EXIF data, as viewers show them;
+    `stored`, the pixels as they are in the file, as tools without EXIF support show them."""
     masks: bool = True
-    """Whether objects have masks; false for boxes alone."""
+    """Objects have masks; switch off for boxes alone."""
     max_unreadable: ShareOrCount = 0.01
-    """Missing or unreadable images that are put up with: a share of all below 1, a count from 1 on, 0 for none."""
+    """Missing or unreadable images to tolerate: below 1 a share of all images, from 1 on a count, 0 for none."""
 
     @property
     def embedded(self) -> bool:
@@ -162,20 +164,20 @@ class DetectionAugment(Settings):
     """How images become the detector's input. Defaults are the published pipeline of the Swin detectors."""
 
     policy: Literal["multiscale", "single", "none"] = "multiscale"
-    """`multiscale`: a flip, then one of many sizes, every second time of a random crop. `single`: one size and a flip,
-    as published for PVT. `none`: as for validation."""
+    """`multiscale`: a flip and one of many sizes, half the time after a random crop. `single`: a flip and one size, as
+    published for PVT. `none`: as for validation."""
     size: Pixels = 800
-    """Shorter side in evaluation, in pixels; in training too for `single` and `none`."""
+    """Shorter side in pixels, in evaluation, and for `single` and `none` in training too."""
     max_size: Pixels = 1333
-    """Largest longer side: where it would be more, the shorter side is less."""
+    """Limit of the longer side in pixels; the shorter side shrinks with it."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip (`multiscale`, `single`)."""
     sizes: Annotated[tuple[Pixels, ...], NotEmpty()] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    """Shorter sides to draw from (`multiscale`)."""
+    """Shorter sides to choose from at random (`multiscale`)."""
     crop_sizes: Annotated[tuple[Pixels, ...], NotEmpty()] = (400, 500, 600)
-    """Shorter sides to draw from before a crop (`multiscale`)."""
+    """Shorter sides before a crop, to choose from at random (`multiscale`)."""
     crop_range: tuple[Pixels, Pixels] = (384, 600)
-    """Least and largest height and width of a crop (`multiscale`); smaller images keep theirs."""
+    """Smallest and largest height and width of a crop (`multiscale`); smaller images are not cropped."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,20 +187,21 @@ class DetectionAugment(Settings):
 
 @dataclass(kw_only=True)
 class DecayConfig(OptimizerConfig):
-    """timm's optimizers by name, and what they decay."""
+    """Optimizer, one of timm's, and which parameters it decays."""
 
     lr: PositiveFloat = 1e-3
     """Learning rate for a batch of `lr_base_batch`."""
     lr_base_batch: PositiveInt | None = None
-    """Total batch for which the rate is given: it is scaled by total batch / this; null takes it as it is."""
+    """Total batch size that the learning rate is given for: it is multiplied by the actual total batch size over this
+    one. null uses it unscaled."""
     clip_norm: PositiveFloat | None = 1.0
-    """Largest norm of the gradient; null does not clip, as published."""
+    """Clip the gradient to this norm; null does not clip, as published."""
     no_decay: list[NonEmptyStr] = field(
         default_factory=lambda: ["norm", "relative_position_bias_table", "absolute_pos_embed"]
     )
-    """Parameters with one of these in their names are not decayed; `norm` means every RepBN and PRepBN too."""
+    """Do not decay parameters whose names contain one of these; `norm` includes every RepBN and PRepBN."""
     decay_vectors: bool = False
-    """Decay parameters of one dimension too, as published."""
+    """Decay one-dimensional parameters too, as published."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,18 +211,19 @@ class DecayConfig(OptimizerConfig):
 
 @dataclass(kw_only=True)
 class RateConfig(Settings):
-    """Learning rate by optimizer step."""
+    """Learning rate schedule; updated at every optimizer step."""
 
     name: Literal["step", "cosine"] = "step"
-    """`step` falls after each of `milestones`, as published; `cosine` falls to 0 over the whole training."""
+    """`step` multiplies the rate by `decay` after each of `milestones`, as published; `cosine` lowers it to 0 over the
+    whole training."""
     milestones: list[PositiveInt] = field(default_factory=lambda: [8, 11])
-    """Epochs after which it falls."""
+    """Epochs after which the rate falls (`step`)."""
     decay: Fraction = 0.1
-    """Factor of each fall."""
+    """Factor at each milestone (`step`)."""
     warmup_steps: NonNegativeInt = 500
     """Optimizer steps of linear warm-up."""
     warmup_start: Fraction = 0.001
-    """Share of the full rate that it starts from."""
+    """Rate at the start of the warm-up, as a share of the full rate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -250,20 +254,20 @@ class TrainConfig(RunConfig):
     epochs: Epochs = 8
     """Passes over the training data."""
     batch_size: PositiveInt = 8
-    """Images of one process in one batch."""
+    """Images per batch in each process."""
     baseline: bool = field(default=False, metadata=HARMLESS)
     """Also train the LayerNorm baseline, in `output`/baseline."""
     twin: bool | None = field(default=None, metadata=HARMLESS)
     """Deprecated: the old name of `baseline`."""
     cpu_threads: Threads | None = 1
-    """Threads of one process where it trains on a CPU; null leaves it to torch. A detector's many small operations are
-    ten times slower on two threads of a machine that does anything else (7.7 instead of 0.76 s a step, measured)."""
+    """CPU threads of each process; null leaves the number to torch. A detector's many small operations were ten times
+    slower on two threads of a busy machine (7.7 instead of 0.76 s per step)."""
     num_workers: Workers = field(default=0, metadata=HARMLESS)
-    """Processes that decode images; no effect on what is trained."""
+    """Processes that decode images; no effect on the result."""
     output: NonEmptyStr = field(default="runs/detection_digits", metadata=HARMLESS)
-    """Folder of this run; given again, the run goes on where it stopped."""
+    """Folder of this run; a run that was stopped resumes if its folder is given again."""
     log_every: PositiveInt = field(default=20, metadata=HARMLESS)
-    """Optimizer steps between logged ones."""
+    """Optimizer steps between log entries."""
     eval_every: PositiveInt = field(default=4, metadata=HARMLESS)
     """Epochs between evaluations."""
 

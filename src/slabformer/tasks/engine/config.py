@@ -40,38 +40,39 @@ OptimizerName = Annotated[str, Known(_optimizers, "an optimizer that timm knows"
 
 @dataclass(kw_only=True)
 class OptimizerConfig(Settings):
-    """timm's optimizers by name; parameters of one dimension are not decayed."""
+    """Optimizer, one of timm's; one-dimensional parameters are not decayed."""
 
     name: OptimizerName = "adamw"
-    """Any of timm's, by its name there."""
+    """Name of an optimizer in timm."""
     lr: PositiveFloat = 5e-4
     """Learning rate for a batch of `lr_base_batch`."""
     lr_base_batch: PositiveInt | None = 512
-    """Total batch for which the rates are given: all are scaled by total batch / this; None takes them as they are."""
+    """Total batch size that the learning rates are given for: all are multiplied by the actual total batch size over
+    this one. null uses them unscaled."""
     weight_decay: NonNegativeFloat = 0.05
-    """Decoupled where the optimizer is."""
+    """Weight decay; decoupled if the optimizer's is."""
     args: Arguments = field(default_factory=dict)
-    """Further arguments, e.g. `betas`."""
+    """Further arguments of the optimizer, e.g. `betas`."""
     layer_decay: PositiveFraction | None = None
-    """Factor on the learning rate from layer to layer, towards the input."""
+    """Factor by which the learning rate falls from each layer to the one before it."""
     clip_norm: PositiveFloat | None = 5.0
-    """Largest norm of the gradient; null does not clip."""
+    """Clip the gradient to this norm; null does not clip."""
 
 
 @dataclass(kw_only=True)
 class LrConfig(Settings):
-    """timm's learning rate schedules by name, moved every optimizer step."""
+    """Learning rate schedule, one of timm's; updated at every optimizer step."""
 
     name: LrScheduleName = "cosine"
-    """As in timm; `constant`, `wsd` and `rsqrt` need a timm that has them."""
+    """Name of a schedule in timm; `constant`, `wsd` and `rsqrt` need a recent timm."""
     warmup_epochs: NonNegativeFloat = 20
     """Epochs of linear warm-up."""
     warmup_lr: NonNegativeFloat = 5e-7
-    """Rate it starts from; scaled like `optimizer.lr`."""
+    """Learning rate at the start of the warm-up; scaled like `optimizer.lr`."""
     min_lr: NonNegativeFloat = 5e-6
-    """Rate it ends at; scaled like `optimizer.lr`."""
+    """Final learning rate; scaled like `optimizer.lr`."""
     cooldown_epochs: NonNegativeInt = 0
-    """Epochs at the lowest rate, after `epochs`."""
+    """Epochs at the final rate, in addition to `epochs`."""
 
 
 def refuse_two_norms(norm: str | None, eta: Eta | None, arguments: Mapping[str, Any]) -> None:
@@ -88,22 +89,24 @@ def refuse_two_norms(norm: str | None, eta: Eta | None, arguments: Mapping[str, 
 
 @dataclass(kw_only=True)
 class FadeConfig(Settings):
-    """How LayerNorm or RMSNorm fades; without effect on a model without PRepBN."""
+    """How LayerNorm or RMSNorm fades; no effect on a model without PRepBN."""
 
     warmup: FractionBelowOne = 0.0
-    """Share of training before it starts to fade."""
+    """Share of training before the fade begins."""
     fade: PositiveFraction = 0.8
-    """Share of training over which it fades; the published models range from 0.08 to 0.80."""
+    """Share of training that the fade takes; 0.08 to 0.80 in the published models."""
     shape: Literal["linear", "cosine"] = "linear"
-    """Of gamma's way from 1 to 0; linear as published."""
+    """Shape of gamma's fall from 1 to 0; `linear` as published."""
     warm_statistics: bool = True
-    """Let RepBN's statistics follow the data from the first step on; false is the published rule."""
+    """Update RepBN's statistics from the first step on; switched off as published."""
     stagger: FractionBelowOne = 0.0
-    """Share of the fade over which the norms begin one after the other, first to last; 0 fades them together."""
+    """Share of the fade over which the norms start to fade one after another, from the first to the last; 0 fades all
+    together."""
     align: NonNegativeFloat = 0.0
-    """Weight of the distance between RepBN and the norm that it replaces, added to the loss while both are there."""
+    """Weight of an extra loss while the fade lasts: the distance between RepBN and the norm that it replaces."""
     guard: Annotated[float, Range(gt=1)] | None = 10.0
-    """Times its running median above which an activation or the gradient lets gamma wait; null never waits."""
+    """Hold gamma while the norm of the gradient or of an activation exceeds this many times its running median; null
+    never holds it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,12 +115,12 @@ class FadeConfig(Settings):
 
 @dataclass(kw_only=True)
 class RecalibrateConfig(Settings):
-    """Population statistics over the training data when training is done."""
+    """Population statistics from the training data, computed after training."""
 
     enabled: bool = True
-    """Without effect on a model without RepBN."""
+    """Compute them; no effect on a model without RepBN."""
     batches: PositiveInt | None = None
-    """Training batches of each rank; null for an epoch."""
+    """Training batches to use in each process; null for one epoch."""
 
 
 @dataclass(kw_only=True)
@@ -125,31 +128,31 @@ class RunConfig(Settings):
     """How a training run runs and what it writes."""
 
     batch_size: PositiveInt = 128
-    """Samples of one process in one batch."""
+    """Samples per batch in each process."""
     accumulate: PositiveInt = 1
-    """Batches an optimizer step."""
+    """Batches per optimizer step."""
     seed: Seed = 0
-    """Of weights, order and all that is drawn on the way."""
+    """Seed of the initial weights, the order of samples and everything else that is random."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of forward and backward; weights stay float32."""
+    """Precision of the forward and backward passes; weights stay in float32."""
     device: Literal["auto", "cpu"] = "auto"
-    """`auto` takes the accelerator where there is one."""
+    """`auto` uses the accelerator if there is one."""
     compile: bool = False
-    """Train through `torch.compile`."""
+    """Compile the model with `torch.compile`."""
     output: NonEmptyStr = field(default="runs/train", metadata=HARMLESS)
-    """Folder of this run; given again, the run goes on where it stopped."""
+    """Folder of this run; a run that was stopped resumes if its folder is given again."""
     resume: Literal["auto", "never"] = field(default="auto", metadata=HARMLESS)
-    """`auto` goes on with an unfinished run in `output`; `never` refuses to."""
+    """`auto` resumes an unfinished run in `output`; `never` refuses to."""
     overwrite: bool = field(default=False, metadata=HARMLESS)
-    """Delete the run that is in `output` and start again."""
+    """Delete the run in `output` and start again."""
     log_every: PositiveInt = field(default=50, metadata=HARMLESS)
-    """Optimizer steps between logged ones."""
+    """Optimizer steps between log entries."""
     save_every: NonNegativeInt = field(default=0, metadata=HARMLESS)
-    """Optimizer steps between checkpoints, beside the one of every epoch; 0 for none."""
+    """Optimizer steps between checkpoints, in addition to one at the end of each epoch; 0 for none."""
     eval_every: PositiveInt = field(default=1, metadata=HARMLESS)
     """Epochs between evaluations."""
     keep: PositiveInt = field(default=2, metadata=HARMLESS)
-    """Checkpoints that are kept."""
+    """Number of checkpoints to keep."""
     tensorboard: bool = field(default=True, metadata=HARMLESS)
     """Write TensorBoard events."""
 

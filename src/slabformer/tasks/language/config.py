@@ -106,7 +106,7 @@ class TrainConfig(RunConfig):
     checkpoint_activations: bool = False
     """Compute activations again in backward instead of keeping them."""
     output: NonEmptyStr = field(default="runs/lm", metadata=HARMLESS)
-    """Folder of this run; given again, the run goes on where it stopped."""
+    """Folder of this run; a run that was stopped resumes if its folder is given again."""
     log_every: PositiveInt = field(default=10, metadata=HARMLESS)
     """Steps between logged ones."""
     save_every: PositiveInt = field(default=200, metadata=HARMLESS)
