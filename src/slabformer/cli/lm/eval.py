@@ -38,7 +38,8 @@ def parser() -> Parser:
     made.add_argument(
         "--data",
         type=NonEmptyStr | None,
-        help="text for perplexity: a file, folder or pattern, hf:NAME for a data set of the hub, or pydoc (Python's own documentation)",
+        help="text for perplexity: a file, folder or pattern, hf:NAME for a data set of the hub, or pydoc (Python's "
+        "own documentation)",
     )
     made.add_argument("--document", type=Unit, default="file", help="unit of text that is a document")
     made.add_argument("--split", type=NonEmptyStr, default="test", help="split of a data set of the hub")
