@@ -152,6 +152,8 @@ def test_the_command_line_converts_refuses_a_used_folder_and_starts_again(
     captured = capsys.readouterr()
     assert captured.out.startswith(f"finished: {tmp_path / 'run'}  cosine ")
     assert "norms_folded 3" in captured.out
+    assert "epoch 3: train_loss" in captured.err
+    assert "cosine" in captured.err
     assert main(["convert", *options]) == 0
     assert capsys.readouterr().out.startswith("already finished")
     assert main(["convert", *options, "--resume", "never"]) == 2

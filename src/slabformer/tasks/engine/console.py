@@ -79,7 +79,7 @@ class ConsoleObserver(Observer):
 
     def on_epoch(self, row: dict[str, float]) -> None:
         """One line with the epoch's figures."""
-        scores = ("top1", "blend_top1", "ema_top1", "box_ap", "mask_ap", "blend_box_ap")
+        scores = ("top1", "blend_top1", "ema_top1", "box_ap", "mask_ap", "blend_box_ap", "cosine", "blend_cosine")
         known = ("train_loss", "loss", *scores, "gamma")
         figures = "  ".join(f"{name} {row[name]:.4g}" for name in known if name in row)
         self._console.print(f"epoch {int(row['epoch'])}: {figures}", soft_wrap=True)
