@@ -20,7 +20,7 @@ C = 4
 class Net(nn.Sequential):
     def __init__(self) -> None:
         torch.manual_seed(0)
-        super().__init__(PRepBN(C), nn.Linear(C, C), nn.Dropout(0.5), RepBN(C))
+        super().__init__(PRepBN(C, eta=0.75), nn.Linear(C, C), nn.Dropout(0.5), RepBN(C))
         self.double().train()
         self[0].set_gamma(0.5)
         self[1].eval()
@@ -56,7 +56,7 @@ def test_later_norms_see_what_batch_statistics_gave() -> None:
     model, x = Net(), data()
     recalibrate_(model, [x])
     rep = model[0].rep
-    normalised = (x - rep.running_mean) / (rep.running_var + rep.eps).sqrt() + x
+    normalised = (x - rep.running_mean) / (rep.running_var + rep.eps).sqrt() + 0.75 * x
     assert_population(model[3], model[1](normalised).detach())
 
 
