@@ -24,7 +24,10 @@ from slabformer.cli.suggest import did_you_mean
 VERBS = {
     "quickstart": ("slabformer.cli.quickstart", "train, fuse, verify and benchmark a small model on real digits"),
     "train": ("slabformer.cli.train", "train a classifier while its LayerNorm fades out"),
-    "convert": ("slabformer.cli.convert", "remove the norms of a trained model: fit, fade, distil, fuse, verify, report"),
+    "convert": (
+        "slabformer.cli.convert",
+        "remove the norms of a trained model: fit, fade, distil, fuse, verify, report",
+    ),
     "eval": ("slabformer.cli.eval", "measure the accuracy of a model on a data set"),
     "recalibrate": ("slabformer.cli.recalibrate", "replace running statistics with those of the whole training set"),
     "fuse": ("slabformer.cli.fuse", "fold every norm into its neighbours, verify, save"),
