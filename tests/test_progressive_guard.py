@@ -173,15 +173,15 @@ def test_statistics_that_stand_still_while_warm_are_not_observed() -> None:
 @pytest.mark.parametrize("at", [6, 7, 8, 9, 12])
 def test_a_restart_in_the_middle_of_waiting_changes_nothing(at: int) -> None:
     model, schedule = watched(fade=0.9)
-    twin, other = copy.deepcopy(model), None
+    copied, other = copy.deepcopy(model), None
     gammas, again = [], []
     for step in range(6, 30):
         if step == at:
             state = json.loads(json.dumps(schedule.state_dict()))
-            twin = copy.deepcopy(model)
-            other = ProgressiveSchedule(twin, 100, fade=0.9, guard=GUARD)
+            copied = copy.deepcopy(model)
+            other = ProgressiveSchedule(copied, 100, fade=0.9, guard=GUARD)
             other.load_state_dict(state)
-        for one, plan, seen in ((model, schedule, gammas), (twin, other, again)):
+        for one, plan, seen in ((model, schedule, gammas), (copied, other, again)):
             if plan is None:
                 continue
             if step in (7, 14):
