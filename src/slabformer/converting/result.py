@@ -62,7 +62,8 @@ def similarity(model: nn.Module, teacher: Teacher, batches: Iterable[Any], devic
 def _near(kind: Kind, own: Tensor, target: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
     mask = mask_for(own, mask)
     vectors = (own, target) if own.ndim == 2 else (pooled(own, mask), pooled(target, mask))
-    near = {"cosine": F.cosine_similarity(*(vector.float() for vector in vectors), dim=-1)}
+    ours, theirs = (vector.float() for vector in vectors)
+    near = {"cosine": F.cosine_similarity(ours, theirs, dim=-1)}
     if kind == "logits":
         equal = own.argmax(-1) == target.argmax(-1)
         near["agreement"] = (equal if mask is None else equal[mask > 0]).float()
