@@ -35,7 +35,7 @@ def test_fix_writes_annotations_that_train_and_says_how_to_use_them(
     assert main(["detect", "check-data", "--data", str(root), "--output", str(output)]) == 0
     said = capsys.readouterr().out
     assert "mended 1: annotations: iscrowd must be 0 or 1" in said
-    assert "left out 1: annotations: bbox must be four finite numbers" in said
+    assert "left out 1: annotations: bbox must be four numbers from -131072 to 131072" in said
     options = said[said.index("use them with ") + len("use them with ") :].split()
     assert main(["detect", "check-data", "--data", str(root), *options]) == 0
 

@@ -60,16 +60,27 @@ def test_every_width_and_dtype_is_a_library_of_its_own(folder):
         ({"PATH": ""}, r"no C\+\+ compiler \(c\+\+, g\+\+, clang\+\+\)"),
         ({"CXX": "no-such-launcher g++"}, r"no C\+\+ compiler \(no-such-launcher\)"),
         ({"CXX": "false"}, "false does not build linear_attention.cpp: no output"),
+        ({"CXX": "true"}, "true does not build linear_attention.cpp: no output"),
         ({"CXX": "false g++"}, r"false g\+\+ does not build linear_attention.cpp: no output"),
         ({"CXX": "g++ 'half"}, r"CXX is no command \(No closing quotation\): g\+\+ 'half"),
     ],
-    ids=["unknown", "none", "no_launcher", "fails", "launcher_fails", "quotation"],
+    ids=["unknown", "none", "no_launcher", "fails", "idle", "launcher_fails", "quotation"],
 )
 def test_a_compiler_that_is_missing_or_fails_is_named(environment, said, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(build.BuildError, match=said):
+        build.library("linear_attention.cpp", **SIZES)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_compiler_that_is_no_program_is_named(tmp_path, monkeypatch):
+    script = tmp_path / "compiler"
+    script.write_bytes(b"\x7fELF of another machine")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with pytest.raises(build.BuildError, match=r"compiler cannot be run \(Exec format error\); name a C\+\+ compiler"):
         build.library("linear_attention.cpp", **SIZES)
 
 

@@ -35,6 +35,29 @@ class LN(nn.LayerNorm):
     """A name that does not say what it is."""
 
 
+class CastToFloat32(nn.LayerNorm):
+    """CLIP's own LayerNorm: its parameters must be float32, so no copy in float64 runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.float32)).to(x.dtype)
+
+
+class GainOfTwo(nn.Module):
+    """A gain that is a product, which is measured, in float32 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g, self.h = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.g * self.h
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.float32
+        return F.layer_norm(x, (C,), self.weight)
+
+
 class Gamma(nn.Module):
     """Everybody's own LayerNorm: names of parameters, rules of the gain and places of eps as its arguments say."""
 
@@ -121,6 +144,8 @@ CONVERTED = {
     "torch_layer_norm_no_affine": (lambda: nn.LayerNorm(C, elementwise_affine=False), TOKENS),
     "torch_layer_norm_large_eps": (lambda: nn.LayerNorm(C, eps=0.1), TOKENS),
     "torch_layer_norm_one_axis_map": (lambda: nn.LayerNorm(C), (2, 4, 3, C)),
+    "cast_to_float32": (lambda: CastToFloat32(C), TOKENS),
+    "float32_alone": (lambda: GainOfTwo(), TOKENS),
     "torch_rms_norm": (lambda: nn.RMSNorm(C), TOKENS),
     "torch_rms_norm_no_affine": (lambda: nn.RMSNorm(C, elementwise_affine=False), TOKENS),
     "timm_layer_norm": (lambda: timm.layers.LayerNorm(C), TOKENS),
@@ -342,6 +367,8 @@ def effective(norm: nn.Module) -> tuple[Tensor, Tensor]:
         return norm.gain(), norm.offset() + torch.zeros(C)
     if isinstance(norm, Annotated):
         return norm.a_2 * (1 - 1 / C) ** 0.5, norm.b_2
+    if isinstance(norm, GainOfTwo):
+        return norm.weight, torch.zeros(C)
     weight = getattr(norm, "g", getattr(norm, "weight", None))
     gain = torch.ones(C) if weight is None else weight + 1 if isinstance(norm, Gemma2RMSNorm) else weight
     bias = getattr(norm, "bias", None)

@@ -21,6 +21,7 @@ from slabformer.tasks.detection.annotations import (
     decode_mask,
     encode_mask,
     has_mask,
+    mask_extent,
     read_coco,
 )
 
@@ -47,6 +48,17 @@ def test_every_kind_of_mask_is_read(segmentation: Any) -> None:
     row = coco_object(1, 1, BOX) if segmentation is None else coco_object(1, 1, BOX, segmentation=segmentation)
     assert has_mask(row)
     np.testing.assert_array_equal(decode_mask(row, 6, 8), MASK)
+
+
+@pytest.mark.parametrize("segmentation", [None, RUNS, encode_mask(MASK)], ids=["polygon", "runs", "compressed"])
+def test_the_extent_of_every_kind_of_mask_is_its_boxs(segmentation: Any) -> None:
+    row = coco_object(1, 1, BOX) if segmentation is None else coco_object(1, 1, BOX, segmentation=segmentation)
+    assert mask_extent(row) == (2, 1, 5, 5)
+
+
+def test_a_run_into_the_next_column_is_as_high_as_the_mask() -> None:
+    row = coco_object(1, 1, BOX, segmentation={"size": [6, 8], "counts": [16, 4, 28]})
+    assert mask_extent(row) == (2, 0, 4, 6)
 
 
 def test_parts_of_an_object_are_one_mask() -> None:
@@ -120,7 +132,7 @@ def test_what_a_file_leaves_out_is_filled_in_for_evaluation() -> None:
         (lambda d: d["annotations"][1].pop("bbox"), r"annotations\[1\] \(id 3\): bbox is missing"),
         (
             lambda d: d["annotations"][1].update(bbox=[1, 2, 3]),
-            r"annotations\[1\] \(id 3\): bbox must be four finite numbers, got \[1, 2, 3\]",
+            r"annotations\[1\] \(id 3\): bbox must be four numbers from -131072 to 131072, got \[1, 2, 3\]",
         ),
     ],
     ids=["part", "image", "object", "bbox"],

@@ -142,3 +142,26 @@ def test_images_without_objects_and_listed_twice_are_told(tmp_path: Path) -> Non
     assert found(report, "files listed twice").examples == ["1.png"]
     assert found(report, "images without a usable object").count == 1
     assert not report.stops
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"segmentation": [[40, 30, 60, 30, 60, 45]]}, "masks without a pixel in their box"),
+        ({"segmentation": {"size": [48, 64], "counts": [48 * 64]}}, "masks without a pixel in their box"),
+        ({"segmentation": {"size": [48, 64], "counts": [48 * 40, 9, 48 * 24 - 9]}}, "masks without a pixel"),
+        ({"area": 20 * 10 * 2}, "areas larger than their box"),
+        (coco_object(3, 1, [10, 18, 12, 14], category=90), "objects listed twice"),
+    ],
+    ids=["outline", "empty", "runs", "area", "twice"],
+)
+def test_what_contradicts_itself_is_told_and_trains(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
+    def change(dataset: dict[str, Any]) -> None:
+        dataset["annotations"][0].update(fields)
+        dataset["annotations"][1]["id"] = 99
+
+    change_training(write_root(tmp_path), change)
+    report = reports_of(tmp_path)[0]
+    assert found(report, words).count == 1
+    assert [finding.what for finding in report.findings] == [found(report, words).what]
+    assert not report.stops

@@ -48,6 +48,7 @@ BAD: list[tuple[str, str, Any, Any]] = [
     ("images", "id", 1.0, 1),
     ("images", "id", 1.5, DROP),
     ("images", "id", True, DROP),
+    ("images", "id", 2**63, DROP),
     ("images", "file_name", None, DROP),
     ("images", "file_name", "", DROP),
     ("images", "file_name", 7, DROP),
@@ -72,12 +73,15 @@ BAD: list[tuple[str, str, Any, Any]] = [
     ("annotations", "bbox", [4, 6, 20, None], DROP),
     ("annotations", "bbox", [4, 6, 20, float("nan")], DROP),
     ("annotations", "bbox", [4, 6, 20, float("inf")], DROP),
+    ("annotations", "bbox", [4, 6, 20, 1e300], DROP),
+    ("annotations", "bbox", [4, 6, 20, 10**400], DROP),
     ("annotations", "bbox", None, DROP),
     ("annotations", "area", "200", 200),
     ("annotations", "area", "big", None),
     ("annotations", "area", -1, None),
     ("annotations", "area", [200], None),
     ("annotations", "area", float("nan"), None),
+    ("annotations", "area", 10**400, None),
     ("annotations", "iscrowd", "0", 0),
     ("annotations", "iscrowd", "false", 0),
     ("annotations", "iscrowd", 2, DROP),
@@ -92,6 +96,8 @@ BAD: list[tuple[str, str, Any, Any]] = [
     ("annotations", "segmentation", [[4, 6, 24, 6, None, 16]], DROP),
     ("annotations", "segmentation", [None], DROP),
     ("annotations", "segmentation", [[4, 6, 24, 6, float("inf"), 16]], DROP),
+    ("annotations", "segmentation", [[4, 6, 24, 6, 1e8, 16]], DROP),  # pycocotools ends in a segmentation fault
+    ("annotations", "segmentation", [[4, 6, 24, 6, 1e300, 16], GOOD["segmentation"][0]], GOOD["segmentation"]),
     ("annotations", "segmentation", "RLE", DROP),
     ("annotations", "segmentation", 7, DROP),
     ("annotations", "segmentation", spoilt(RLE, counts=[100, 72]), DROP),
@@ -277,7 +283,7 @@ def test_check_data_counts_each_kind_and_fix_writes_files_that_train(tmp_path: P
     report = check_data(data)[0]
     assert {(f.what, f.count) for f in report.findings if f.stops} == {
         ("annotations: iscrowd must be 0 or 1", 4),
-        ("annotations: bbox must be four finite numbers", 1),
+        ("annotations: bbox must be four numbers from -131072 to 131072", 1),
     }
     assert report.findings[0].examples[0] in (
         "annotations[0] (id 2): '0'",
@@ -285,7 +291,7 @@ def test_check_data_counts_each_kind_and_fix_writes_files_that_train(tmp_path: P
     )
     train, validation = mend_data(data, tmp_path / "mended")
     assert train.changed == {"annotations: iscrowd must be 0 or 1": 4}
-    assert train.removed == {"annotations: bbox must be four finite numbers": 1}
+    assert train.removed == {"annotations: bbox must be four numbers from -131072 to 131072": 1}
     assert (validation.changed, validation.removed) == ({}, {})
     assert path.read_bytes() == before
     mended = DetectionData(path=str(root), train_annotations=str(train.path), val_annotations=str(validation.path))

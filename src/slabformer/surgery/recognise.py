@@ -34,6 +34,8 @@ HOOKS = (
 
 #: size of inputs beside which no eps counts, and how far float32 inside a module may take it from float64
 LARGE, TOLERANCE = 1e3, 1e-4
+#: of copies that are run, the first in which they do
+DTYPES = (torch.float64, torch.float32)
 #: a module with more below it is no norm
 MAX_DESCENDANTS = 4
 #: largest product that what does not call itself a norm may form of a tensor with several axes, if it is a matrix
@@ -109,11 +111,11 @@ class NormForm:
         if any(tensor.is_meta for tensor in _tensors(norm).values()):
             return 1.0, 0.0
         with _alone():
-            probe = _Probe(norm)
-            probe.load(_tensors(norm))
-            for layout in _layouts(self.num_channels):
+            for dtype, layout in itertools.product(DTYPES, _layouts(self.num_channels)):
                 if layout.channel_dim == self.channel_dim:
                     try:
+                        probe = _Probe(norm, dtype)
+                        probe.load(_tensors(norm))
                         line = probe.line(layout, self.kind)
                     except _CannotRunError:
                         continue
@@ -139,7 +141,7 @@ def recognise(module: nn.Module, known: dict[Any, Verdict] | None = None) -> Ver
     """The norm that ``module`` computes, or why it only looks like one; None if it does not.
 
     A copy with random tensors, on the CPU in float64, is run on random tokens and maps, and its outputs are compared
-    with each kind of norm. Neither names of classes nor of parameters count; ``module`` itself is not run.
+    with each kind of norm; in float32 if it does not run in float64, as norms that cast their input. Neither names of classes nor of parameters count; ``module`` itself is not run.
 
     Args:
         module: Any.
@@ -167,7 +169,7 @@ def recognise(module: nn.Module, known: dict[Any, Verdict] | None = None) -> Ver
         key = tuple((name, type(part), *_traits(part)) for name, part in module.named_modules())
         if key not in known:
             with _alone():
-                known[key] = _probed(module, named)
+                known[key] = _probed_in_any_dtype(module, named)
         return known[key]
     except _CannotRunError as error:
         known[key] = _cannot_run(str(error)) if named else None
@@ -294,15 +296,16 @@ class _Line:
 
 
 class _Probe:
-    """A copy of a module on the CPU in float64 whose tensors take any values."""
+    """A copy of a module on the CPU in ``dtype`` whose tensors take any values; inputs and outputs are in float64."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         memo: dict[int, Any] = {}
         for part in module.modules():
             memo.update({id(vars(part)[name]): type(vars(part)[name])() for name in HOOKS[:-1]})
             for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
                 if isinstance(tensor, Tensor):
-                    memo[id(tensor)] = _blank(tensor)
+                    memo[id(tensor)] = _blank(tensor, dtype)
         try:
             self.copy = copy.deepcopy(module, memo).eval()
         except Exception as error:
@@ -339,7 +342,7 @@ class _Probe:
             _CannotRunError: If it raises, or its output is no finite tensor of the input's shape.
         """
         try:
-            y = self.copy(x.clone())
+            y = self.copy(x.to(self.dtype, copy=True))
         except Exception as error:  # foreign code, on an input that it may not be made for
             raise _CannotRunError(first_line(error)) from error
         if not isinstance(y, Tensor):
@@ -365,27 +368,36 @@ class _Probe:
         return left[0] if left else None
 
 
-def _blank(tensor: Tensor) -> Tensor:
-    floating = tensor.dtype.is_floating_point
+def _blank(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    dtype = dtype if tensor.dtype.is_floating_point else tensor.dtype
     if isinstance(tensor, nn.Parameter):
-        blank = torch.ones(tensor.shape, dtype=torch.float64 if floating else tensor.dtype)
-        return nn.Parameter(blank, requires_grad=False)
+        return nn.Parameter(torch.ones(tensor.shape, dtype=dtype), requires_grad=False)
     if tensor.is_meta:
-        return torch.ones(tensor.shape, dtype=torch.float64 if floating else tensor.dtype)
-    value = tensor.detach().to("cpu", copy=True)
-    return value.double() if floating else value
+        return torch.ones(tensor.shape, dtype=dtype)
+    return tensor.detach().to("cpu", dtype, copy=True)
 
 
-def _probed(module: nn.Module, named: bool) -> NormForm | Lookalike | None:
+def _probed_in_any_dtype(module: nn.Module, named: bool) -> NormForm | Lookalike | None:
+    """:func:`_probed` in the first dtype in which a copy runs."""
+    *wide, narrowest = DTYPES
+    for dtype in wide:
+        try:
+            return _probed(module, named, dtype)
+        except _CannotRunError:
+            continue
+    return _probed(module, named, narrowest)
+
+
+def _probed(module: nn.Module, named: bool, dtype: torch.dtype) -> NormForm | Lookalike | None:
     shapes = {_squeezed(tensor.shape) for tensor in _tensors(module).values()} - {()}
     widest = max((*shapes, _own_shape(module)), key=len)
     if len(widest) > 1:
-        return _of_several_axes(module, widest, shapes, named)
+        return _of_several_axes(module, widest, shapes, named, dtype)
     if len(shapes) > 1:
         return Lookalike(NEITHER) if named else None
     widths = shapes or {_own_shape(module)} - {()}
     width = widths.pop()[0] if widths else _only_width(module)
-    probe = _Probe(module)
+    probe = _Probe(module, dtype)
     ran = _run_all(probe, _layouts(width or 8))
     # a norm of tokens may run on maps too, where it computes something else
     fits = [
@@ -402,13 +414,13 @@ def _probed(module: nn.Module, named: bool) -> NormForm | Lookalike | None:
 
 
 def _of_several_axes(
-    module: nn.Module, shape: tuple[int, ...], shapes: set[tuple[int, ...]], named: bool
+    module: nn.Module, shape: tuple[int, ...], shapes: set[tuple[int, ...]], named: bool, dtype: torch.dtype
 ) -> Lookalike | None:
     """Norms whose tensors have several axes, which are left."""
     too_large = math.prod(shape) * max(shape) > MAX_PRODUCT and not _called_norm(module)
     if too_large or shapes - {shape} - {shape[-1:]}:
         return Lookalike(NEITHER) if named else None
-    probe = _Probe(module)
+    probe = _Probe(module, dtype)
     every = tuple(range(-len(shape), 0))
     reasons = {
         _Layout((2, 3, *shape), gain_ndim=len(shape)): PER_HEAD,

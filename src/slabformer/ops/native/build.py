@@ -56,13 +56,25 @@ def _build(path: Path, macros: Sequence[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         beside = Path(folder) / target.name
         for openmp in ([OPENMP], []):
-            done = subprocess.run([*command, *openmp, "-o", str(beside)], capture_output=True, text=True)
-            if done.returncode == 0:
+            done = _run_compiler([*command, *openmp, "-o", str(beside)])
+            if done.returncode == 0 and beside.is_file():
                 beside.chmod(stat.S_IRWXU)  # whatever the umask, nobody else may write what is run
                 beside.replace(target)  # complete or absent, also where several processes build at once
                 return
     lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no output"]
     raise BuildError(f"{_words(compiler())} does not build {path.name}: {lines[0]}")
+
+
+def _run_compiler(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run ``command``.
+
+    Raises:
+        BuildError: If it is no program.
+    """
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run ({error.strerror}); name a C++ compiler in CXX") from error
 
 
 def compiler() -> list[str]:
@@ -98,7 +110,7 @@ def arch_flag() -> str:
 def _key(path: Path, macros: Sequence[str]) -> str:
     """Differs where what is built could: homes are shared between machines."""
     command = compiler()
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    version = _run_compiler([*command, "--version"]).stdout
     sources = [each.read_text() for each in (path, *sorted(path.parent.glob("*.h")))]
     parts = [*sources, *macros, *FLAGS, arch_flag(), *command, version, platform.platform(), _processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

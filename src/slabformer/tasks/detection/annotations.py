@@ -20,6 +20,7 @@ from slabformer.tasks.detection.schema import (
     Dataset,
     check_structure,
     problems,
+    runs_of,
     without_nulls_,
 )
 from slabformer.tasks.engine.documents import read_json
@@ -182,6 +183,24 @@ def polygons(row: dict[str, Any]) -> list[list[float]]:
 def has_mask(row: dict[str, Any]) -> bool:
     """Whether an object comes with a mask, as RLE or polygons."""
     return is_rle(row) or bool(polygons(row))
+
+
+def mask_extent(row: dict[str, Any]) -> tuple[float, float, float, float] | None:
+    """Left, top, right and bottom of an object's mask, which it has; None if no pixel belongs to it."""
+    if not is_rle(row):
+        corners = np.concatenate([np.reshape(outline, (-1, 2)) for outline in polygons(row)])
+        return (*corners.min(0).tolist(), *corners.max(0).tolist())
+    code = row["segmentation"]
+    runs = np.array(code["counts"] if isinstance(code["counts"], list) else runs_of(code["counts"]), dtype=np.int64)
+    ends = np.cumsum(runs)
+    filled = np.flatnonzero(runs[1::2]) * 2 + 1
+    if not filled.size:
+        return None
+    height = code["size"][0]
+    first, last = (ends - runs)[filled], ends[filled] - 1
+    across = (first // height != last // height).any()  # a run from one column into the next
+    top, bottom = (0, height) if across else ((first % height).min(), (last % height).max() + 1)
+    return float(first[0] // height), float(top), float(last[-1] // height + 1), float(bottom)
 
 
 def decode_mask(row: dict[str, Any], height: int, width: int) -> np.ndarray:

@@ -17,8 +17,10 @@ from slabformer.tasks.detection.annotations import (
     NOT_EVALUATED,
     SMALLEST_SIDE,
     CocoAnnotations,
+    area_of,
     has_mask,
     load_coco,
+    mask_extent,
 )
 from slabformer.tasks.detection.config import DetectionData, Split
 from slabformer.tasks.detection.dataset import locate
@@ -201,7 +203,8 @@ def _id_findings(dataset: Dataset) -> Iterator[Finding]:
 
 def _object_findings(annotations: CocoAnnotations, data: DetectionData, split: Split) -> Iterator[Finding]:
     reasons: dict[str, list[int]] = {}
-    beyond, unmasked, misfits = [], [], []
+    beyond, unmasked, misfits, elsewhere, oversized, repeated = [], [], [], [], [], []
+    seen: dict[tuple[Any, ...], int] = {}
     counted = {row["id"] for row in annotations.truth()}
     for image in annotations.images:
         for row in annotations.objects.get(image.id, []):
@@ -210,23 +213,50 @@ def _object_findings(annotations: CocoAnnotations, data: DetectionData, split: S
                 reasons.setdefault(reason, []).append(row["id"])
             elif _reaches_beyond(row["bbox"], image.width, image.height):
                 beyond.append(row["id"])
+            if _is_oversized(row):
+                oversized.append(row["id"])
+            first = seen.setdefault((image.id, row["category_id"], *row["bbox"]), row["id"])
+            if first != row["id"]:
+                repeated.append(row["id"])
             matters = reason is None if split == "train" else row["id"] in counted
             if data.masks and matters and not has_mask(row):
                 unmasked.append(row["id"])
             if data.masks and not fits(row, image.height, image.width):
                 misfits.append(row["id"])
+            elif data.masks and reason is None and has_mask(row) and _is_outside_box(row):
+                elsewhere.append(row["id"])
     for reason, ids in sorted(reasons.items()):
         counts = "" if reason in NOT_EVALUATED else "; evaluation still counts them"
         yield from _finding(f"annotations {reason}: not trained on{counts}", ids)
     yield from _finding("boxes that reach beyond their image: cut", beyond)
     yield from _finding("annotations without masks; data.masks=false trains on boxes alone", unmasked, stops=True)
     yield from _finding("masks of another size than their image", misfits, stops=True)
+    yield from _finding("masks without a pixel in their box: trained on as empty", elsewhere)
+    yield from _finding("areas larger than their box; evaluation sorts objects by size with them", oversized)
+    yield from _finding("objects listed twice, of one class in one box: trained on and counted twice", repeated)
 
 
 def _reaches_beyond(bbox: list[float], width: int, height: int) -> bool:
     left, top, box_width, box_height = bbox
     slack = 1  # annotation tools round
     return min(left, top) < -slack or left + box_width > width + slack or top + box_height > height + slack
+
+
+def _is_oversized(row: dict[str, Any]) -> bool:
+    """Whether the area of an object is larger than its box, where it has one."""
+    width, height = row["bbox"][2:]
+    slack = 1  # of each side, as annotation tools round
+    return min(width, height) > 0 and area_of(row) > (width + slack) * (height + slack)
+
+
+def _is_outside_box(row: dict[str, Any]) -> bool:
+    """Whether no pixel of the mask of an object can lie in its box."""
+    extent = mask_extent(row)
+    if extent is None:
+        return True
+    left, top, right, bottom = extent
+    box_left, box_top, width, height = row["bbox"]
+    return min(right, box_left + width) <= max(left, box_left) or min(bottom, box_top + height) <= max(top, box_top)
 
 
 def _image_findings(annotations: CocoAnnotations, split: Split) -> Iterator[Finding]:

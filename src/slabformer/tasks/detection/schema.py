@@ -7,6 +7,7 @@ anywhere has a row in it.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ FEWEST_CORNERS = 3
 #: no camera and no scanner goes beyond; masks of such an image still fit into memory
 LONGEST_SIDE = 2**16
 MOST_PIXELS = 2**31 - 1
+#: as far as a coordinate may lie from an image's corner; COCO's tools crash on outlines that reach much further
+FARTHEST = 2 * LONGEST_SIDE
+#: ids become integers of 64 bits
+ID_LIMIT = 2**63
 #: characters of a value that a message shows
 MOST_SHOWN = 60
 
@@ -78,12 +83,17 @@ class Problem:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # an integer may be too large for a float, and math.isfinite raises there
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_coordinate(value: Any) -> bool:
+    return _is_number(value) and abs(value) <= FARTHEST
 
 
 def is_id(value: Any) -> bool:
-    """Whether ``value`` is a whole number, as ids are."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether ``value`` is a whole number of 64 bits, as ids are."""
+    return isinstance(value, int) and not isinstance(value, bool) and -ID_LIMIT <= value < ID_LIMIT
 
 
 def _is_side(value: Any) -> bool:
@@ -95,7 +105,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_coordinate, value))
 
 
 def _is_flag(value: Any) -> bool:
@@ -103,7 +113,7 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_outline(value: Any) -> bool:
-    return isinstance(value, list) and len(value) % 2 == 0 and all(map(_is_number, value))
+    return isinstance(value, list) and len(value) % 2 == 0 and all(map(_is_coordinate, value))
 
 
 def _is_mask(value: Any) -> bool:
@@ -176,7 +186,7 @@ def _to_number(value: Any) -> int | float:
         raise NotMendableError
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise NotMendableError from None
     if not math.isfinite(number):
         raise NotMendableError
@@ -239,7 +249,7 @@ def _to_mask(value: Any) -> Any:
             numbers = [_to_number(each) for each in _listed(outline)]
         except NotMendableError:
             continue
-        if len(numbers) % 2 == 0:
+        if _is_outline(numbers):
             mended_outlines.append(numbers)
     if outlines and not mended_outlines:
         raise NotMendableError
@@ -258,7 +268,7 @@ def fits(row: Row, height: int, width: int) -> bool:
     return not isinstance(mask, dict) or list(mask["size"]) == [height, width]
 
 
-_ID = Rule("a whole number", is_id, _to_integer)
+_ID = Rule("a whole number of 64 bits", is_id, _to_integer)
 _FLAG = Rule("0 or 1", _is_flag, _to_flag, required=False)
 #: part -> field -> what it holds: every field that is read anywhere
 FIELDS: dict[str, dict[str, Rule]] = {
@@ -272,12 +282,15 @@ FIELDS: dict[str, dict[str, Rule]] = {
         "id": _ID,
         "image_id": _ID,
         "category_id": _ID,
-        "bbox": Rule("four finite numbers", _is_box, _to_box),
+        "bbox": Rule(f"four numbers from {-FARTHEST} to {FARTHEST}", _is_box, _to_box),
         "area": Rule("a number from 0 on", lambda value: _is_number(value) and value >= 0, _to_area, required=False),
         "iscrowd": _FLAG,
         "ignore": _FLAG,
         "segmentation": Rule(
-            "lists of x, y, x, y ... or an RLE whose counts fill its size", _is_mask, _to_mask, required=False
+            f"lists of x, y, x, y ... from {-FARTHEST} to {FARTHEST} or an RLE whose counts fill its size",
+            _is_mask,
+            _to_mask,
+            required=False,
         ),
     },
     "categories": {"id": _ID, "name": Rule("a name", _is_name, _to_name)},
