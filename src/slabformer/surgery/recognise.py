@@ -141,7 +141,8 @@ def recognise(module: nn.Module, known: dict[Any, Verdict] | None = None) -> Ver
     """The norm that ``module`` computes, or why it only looks like one; None if it does not.
 
     A copy with random tensors, on the CPU in float64, is run on random tokens and maps, and its outputs are compared
-    with each kind of norm; in float32 if it does not run in float64, as norms that cast their input. Neither names of classes nor of parameters count; ``module`` itself is not run.
+    with each kind of norm; in float32 if no copy in float64 runs, as where the norm itself casts its input. Neither
+    names of classes nor of parameters count; ``module`` itself is not run.
 
     Args:
         module: Any.
