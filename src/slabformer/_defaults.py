@@ -14,3 +14,5 @@ PIXELS, RUNTIME_PIXELS = 1e-3, 0.05
 MAX_CANDIDATES = 4096
 #: of exported models
 Format = Literal["onnx", "pt2"]
+#: batches that an audit reads; each norm's own loss takes a forward of all of them
+AUDIT_BATCHES = 8

@@ -6,10 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+import slabformer as sf
 from slabformer.cli.main import main
+from slabformer.nn.controls import prepbn_modules
+from slabformer.surgery.conversion_plan import ConversionPlan
+from slabformer.tasks.saved_model import ModelInfo, load_model, save_model
 
 
 def factory() -> tuple[nn.Module, Tensor]:
@@ -109,3 +115,104 @@ def test_what_cannot_be_audited_is_refused_in_one_line(
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with LayerNorms that were drawn anew, and images of noise."""
+    folder = tmp_path_factory.mktemp("audit")
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=SIZE)
+    sf.testing.randomize_norms_(model, 0)
+    info = ModelInfo(
+        model="test_vit",
+        model_args={"img_size": SIZE},
+        class_names=[str(label) for label in range(1000)],
+        input_size=(3, SIZE, SIZE),
+    )
+    save_model(model.eval(), folder / "model.safetensors", info)
+    (folder / "photos").mkdir()
+    for index in range(20):
+        pixels = torch.randint(256, (SIZE, SIZE, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / "photos" / f"{index}.png")
+    return folder
+
+
+def with_data(place: Path, *options: str) -> list[str]:
+    data = ("--data", str(place / "photos"), "--batch-size", "4", "--num-batches", "1", "--no-time")
+    return ["audit", str(place / "model.safetensors"), *data, *options]
+
+
+def test_data_tells_what_each_norm_costs_and_writes_a_plan(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.json"
+    assert main(with_data(place, "--budget", "0.5", "--plan", str(plan))) == 0
+    printed = capsys.readouterr().out
+    assert "13 of 13 norms would fold" in printed
+    assert "what losing each norm costs" in printed
+    assert printed.endswith(f"wrote {plan}\n")
+    written = ConversionPlan.from_dict(json.loads(plan.read_text()))
+    assert written.summary() in printed
+    assert written.budget == 0.5
+    assert 0 < written.cost <= 0.5
+    model, _ = load_model(place / "model.safetensors")
+    sf.convert_norms_(model, plan=written)
+    assert {*prepbn_modules(model)} == {*written.take}
+
+
+def test_costs_and_plan_are_in_the_document(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(with_data(place, "--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [set(cost) for cost in found["costs"]] == [{"name", "r2", "tokens", "first_token", "channels", "alone"}] * 13
+    assert len(found["plan"]["take"]) + len(found["plan"]["keep"]) == 13
+
+
+@pytest.mark.parametrize(
+    "option", [["--budget", "0.1"], ["--plan", "p.json"], ["--num-batches", "2"], ["--pretrained"]]
+)
+def test_options_of_data_need_data(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "test_vit", *option]) == 2
+    assert capsys.readouterr().err == f"slab: {option[0]} has no effect without data; give --data PATH too\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "1e-12"], "no norm can go within a budget of 1e-12"),
+        (["--budget", "0"], "--budget must be above 0"),
+        (["--plan", "nowhere/plan.json"], "--plan has no folder 'nowhere'"),
+        (["--data", "empty"], "no images in"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--meta"], "--data needs the model's weights, which --meta does not allocate"),
+        (["--pretrained"], "holds its weights"),
+    ],
+    ids=["budget", "zero", "plan", "empty", "missing", "meta", "pretrained"],
+)
+def test_what_is_wrong_with_data_is_told_in_one_line(
+    place: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(with_data(place, *options)) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("test_vit", "names a model without weights"), (f"{__name__}:factory", "slabformer.audit(model, batches=...)")],
+    ids=["name", "factory"],
+)
+def test_data_needs_a_trained_model(place: Path, model: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", model, "--data", str(place / "photos")]) == 2
+    assert message in capsys.readouterr().err

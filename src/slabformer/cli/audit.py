@@ -1,47 +1,80 @@
-"""`slab audit`: what would fold and what would not, before anybody trains anything."""
+"""`slab audit`: what would fold and what would not, and with data what losing each norm costs, before any training."""
 
 from __future__ import annotations
 
-import importlib
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
 
+from slabformer._files import write_json
+from slabformer.cli.audited import EXAMPLES, EXAMPLES_OF_DATA, build, trained
+from slabformer.cli.common import add_weight_options
 from slabformer.cli.fuse import fuse_table
 from slabformer.cli.outcome import Outcome
 from slabformer.cli.parser import Parser
-from slabformer.settings import NonEmptyStr, Pixels, PositiveInt
+from slabformer.settings import FileToWrite, NonEmptyStr, PositiveFraction, PositiveInt
 
 if TYPE_CHECKING:
-    from torch import nn
+    from slabformer.surgery.audit import AuditReport
 
-    Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+#: options that have no effect without data
+OF_DATA = ("budget", "plan", "num_batches", "checkpoint", "pretrained")
+CHOICES = {True: "[green]convert[/]", False: "[yellow]keep[/]"}
 
 
 def parser() -> Parser:
     """Options of `slab audit`."""
+    from slabformer._defaults import AUDIT_BATCHES
+
     made = Parser(
         "slab audit",
         "Convert a model's norms on a copy, follow each to its neighbours, and say which would fold and why the "
-        "others would not; no weights are needed.",
-        ["slab audit convnext_atto", "slab audit mypackage.models:build --untie"],
+        "others would not; no weights are needed. With data, also measure what a trained model loses with "
+        "each norm, and plan which norms to convert.",
+        [
+            "slab audit convnext_atto",
+            "slab audit mypackage.models:build --untie",
+            "slab audit model.safetensors --data photos/ --budget 0.003 --plan plan.json",
+        ],
         json_files=True,
     )
     made.add_argument(
         "model",
         type=NonEmptyStr,
-        help="a name that timm knows, a folder with a config.json of timm or transformers, or module:factory, which "
-        "returns a model and a tuple of example inputs",
+        help="the name of a model in timm, a .safetensors file that slab wrote, a folder with a config.json of timm or "
+        "transformers, or module:factory, which returns a model and a tuple of example inputs",
     )
-    made.add_argument("--input-size", type=Pixels | None, help="height and width of images, if not the model's own")
-    made.add_argument("--batch-size", type=PositiveInt, default=1, help="examples that run through the model")
-    made.add_argument("--fixed-size", action="store_true", help="as in slab fuse")
-    made.add_argument("--untie", action="store_true", help="as in slab fuse")
+    made.add_argument(
+        "--data",
+        type=NonEmptyStr | None,
+        help="data for the model, without labels: for images a folder or a data set as in slab convert, for text a "
+        "file, folder or pattern",
+    )
+    made.add_argument(
+        "--budget",
+        type=PositiveFraction | None,
+        help="what converting may take from the cosine of the model's outputs, before training; by default the plan "
+        "converts the norms that take at most 0.1 each",
+    )
+    made.add_argument("--plan", type=FileToWrite | None, help="file to write the plan to, as JSON")
+    made.add_argument(
+        "--num-batches", type=PositiveInt | None, help=f"batches of data to read; by default {AUDIT_BATCHES}"
+    )
+    add_weight_options(made)
+    made.add_argument(
+        "--batch-size",
+        type=PositiveInt | None,
+        help=f"examples per batch; by default {EXAMPLES}, with data {EXAMPLES_OF_DATA}",
+    )
+    made.add_argument("--fixed-size", action="store_true", help="fold for this input size only, as in slab fuse")
+    made.add_argument("--untie", action="store_true", help="give shared layers separate copies, as in slab fuse")
     made.add_argument("--meta", action="store_true", help="allocate no weights, for models too large to build")
-    made.add_argument("--time", type=bool, default=True, help="time the norms of today, eager; not with --meta")
+    made.add_argument("--time", type=bool, default=True, help="time the norms as they are, eager; not with --meta")
     return made
 
 
@@ -51,10 +84,22 @@ def run(config: Namespace) -> Outcome:
 
     from slabformer.surgery.audit import audit, time_norms
 
-    with torch.device("meta") if config.meta else nullcontext():
-        model, args, kwargs = build(config.model, config.input_size, config.batch_size)
-    report = audit(model, args, kwargs, fixed_size=config.fixed_size, untie=config.untie)
+    _check_options(config)
+    options: dict[str, Any] = {"fixed_size": config.fixed_size, "untie": config.untie}
+    if config.data is None:
+        with torch.device("meta") if config.meta else nullcontext():
+            model, args, kwargs = build(config)
+    else:
+        subject = trained(config)
+        model, batches = subject.model, subject.held_out
+        args, kwargs = ((), batches[0]) if isinstance(batches[0], dict) else ((batches[0],), {})
+        options |= {"batches": batches, "num_batches": len(batches), "budget": config.budget}
+    report = audit(model, args, kwargs, **options)
     shown: list[RenderableType] = [fuse_table(report), report.summary().replace(" folded", " would fold", 1)]
+    if report.plan is not None:
+        shown += [cost_table(report), report.plan.summary()]
+    if config.plan is not None and report.plan is not None:
+        write_json(config.plan, report.plan.to_dict())
     found = report.to_dict()
     if config.time and not config.meta:
         taken = time_norms(model, args, kwargs)
@@ -63,79 +108,29 @@ def run(config: Namespace) -> Outcome:
             f"norms take about {taken.norms * 1e3:.1f} of {taken.total * 1e3:.1f} ms today ({taken.share:.0%}), eager, "
             f"{torch.get_num_threads()} threads"
         )
-    return Outcome(data=found, shown=shown)
+    return Outcome(data=found, shown=shown, files=[config.plan] if config.plan else [])
 
 
-def build(model: str, input_size: int | None, batch_size: int) -> Built:
-    """A model with random weights, and example inputs.
+def cost_table(report: AuditReport) -> Table:
+    """What losing each norm costs, and what the plan does with it."""
+    kept = set(report.plan.keep if report.plan else ())
+    table = Table(title="what losing each norm costs, untrained")
+    for heading in ("norm", "R2", "cosine lost alone", "plan", "most of the error in"):
+        table.add_column(heading, justify="right" if heading in ("R2", "cosine lost alone") else "left")
+    for cost in report.costs:
+        choice = CHOICES[cost.name not in kept]
+        table.add_row(escape(cost.name), f"{cost.r2:.3f}", f"{cost.alone:.2g}", choice, cost.where())
+    return table
+
+
+def _check_options(config: Namespace) -> None:
+    """Refuse what has no effect.
 
     Raises:
-        ValueError: If it is neither a known name, nor such a folder, nor a factory.
+        ValueError: With the option, and what it needs.
     """
-    if ":" in model:
-        return _from_factory(model)
-    if Path(model).is_dir():
-        return _from_folder(Path(model), input_size, batch_size)
-    return _from_timm(model, {}, input_size, batch_size)
-
-
-def _from_factory(name: str) -> Built:
-    from torch import Tensor, nn
-
-    module, _, factory = name.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name!r} is no module:factory that can be called: {error}") from error
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
-        raise ValueError(f"{name} must return (model, example inputs), got {type(made).__name__}")
-    inputs = made[1]
-    if isinstance(inputs, dict):
-        return made[0].eval(), (), inputs
-    return made[0].eval(), (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}
-
-
-def _from_folder(folder: Path, input_size: int | None, batch_size: int) -> Built:
-    from slabformer._extras import require
-    from slabformer.models.arguments import check_arguments
-    from slabformer.tasks.engine.documents import read_json
-
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no config.json; give a folder that timm or transformers saved")
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no settings by name; give a folder that timm or transformers saved")
-    if "architecture" in settings:
-        name, arguments = settings["architecture"], settings.get("model_args", {})
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            raise ValueError(f"{path}: architecture must be a name and model_args a mapping")
-        check_arguments(name, arguments)
-        return _from_timm(name, arguments, input_size, batch_size)
-    if "model_type" not in settings:
-        raise ValueError(f"{path} has neither timm's 'architecture' nor transformers' 'model_type'")
-    import torch
-
-    transformers = require("transformers", extra="lm")
-    model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(folder))
-    if model.main_input_name == "pixel_values":
-        size = input_size or model.config.image_size
-        return model.eval(), (), {"pixel_values": torch.randn(batch_size, model.config.num_channels, size, size)}
-    return model.eval(), (), {model.main_input_name: torch.zeros(batch_size, 8, dtype=torch.long)}
-
-
-def _from_timm(name: str, arguments: dict[str, Any], input_size: int | None, batch_size: int) -> Built:
-    import torch
-
-    from slabformer.tasks.saved_model import create_model
-
-    sized = arguments if input_size is None else {**arguments, "img_size": input_size}
-    try:
-        model = create_model(name, **sized)
-    except ValueError:
-        if sized == arguments:
-            raise
-        model = create_model(name, **arguments)  # takes images of any size
-    channels, *size = model.pretrained_cfg["input_size"]  # type: ignore[index]
-    size = [sized["img_size"]] * 2 if "img_size" in sized else size
-    return model.eval(), (torch.randn(batch_size, channels, *size),), {}
+    lone = [name for name in OF_DATA if getattr(config, name)]
+    if config.data is None and lone:
+        raise ValueError(f"--{lone[0].replace('_', '-')} has no effect without data; give --data PATH too")
+    if config.data is not None and config.meta:
+        raise ValueError("--data needs the model's weights, which --meta does not allocate; give one of them")

@@ -26,6 +26,11 @@ def add_model_options(parser: Parser, *, required: bool = True) -> None:
         parser.add_argument("model", type=NonEmptyStr, help=MODEL_HELP)
     else:
         parser.add_argument("model", type=NonEmptyStr | None, nargs="?", help=MODEL_HELP)
+    add_weight_options(parser)
+
+
+def add_weight_options(parser: Parser) -> None:
+    """Which weights and input size a model has."""
     parser.add_argument(
         "--checkpoint", type=ExistingFile | None, help="published weights (.pth) for a model given by name"
     )
@@ -58,11 +63,33 @@ def load(config: Namespace) -> tuple[nn.Module, ModelInfo]:
     return model, info
 
 
+def load_with_weights(config: Namespace) -> tuple[nn.Module, ModelInfo]:
+    """:func:`load`, of a trained model.
+
+    Raises:
+        ValueError: If the model is unknown, or would have random weights.
+    """
+    if needs_weights(config):
+        from slabformer.models.registry import check_model_name
+
+        check_model_name(config.model)
+        raise ValueError(
+            f"{config.model!r} names a model without weights; give a saved .safetensors file, "
+            "--pretrained, or --checkpoint FILE.pth"
+        )
+    return load(config)
+
+
 def is_file(model: str) -> bool:
     """Whether ``model`` means a file, a folder or a repository rather than a name in timm."""
     from slabformer.models.weights.hub import is_shared
 
-    return model.endswith(".safetensors") or "/" in model or is_shared(model) or Path(model).is_file()
+    return (
+        model.endswith(".safetensors")
+        or "/" in model
+        or is_shared(model)
+        or any(map(Path.is_file, (Path(model), Path(model, "config.json"))))
+    )
 
 
 def example_images(info: ModelInfo, batch_size: int, seed: int = 0) -> Tensor:

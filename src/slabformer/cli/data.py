@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from slabformer.cli.common import load, needs_weights
+from slabformer.cli.common import load_with_weights
 from slabformer.cli.parser import Parser
 from slabformer.settings import DeviceOrAuto, NonEmptyStr, PositiveFraction, PositiveInt, ShareOrCount, Workers
 
@@ -83,20 +83,12 @@ def data_of(config: Namespace, info: ModelInfo, split: Split) -> DataConfig:
 
 
 def load_trained(config: Namespace) -> tuple[nn.Module, ModelInfo]:
-    """:func:`slabformer.cli.common.load`, on the device that was asked for.
+    """:func:`slabformer.cli.common.load_with_weights`, on the device that was asked for.
 
     Raises:
         ValueError: If the model is unknown, or would have random weights.
     """
-    if needs_weights(config):
-        from slabformer.models.registry import check_model_name
-
-        check_model_name(config.model)
-        raise ValueError(
-            f"{config.model!r} names a model without weights; give a saved .safetensors file, "
-            "--pretrained, or --checkpoint FILE.pth"
-        )
-    model, info = load(config)
+    model, info = load_with_weights(config)
     return model.to(device_called(config.device)), info
 
 

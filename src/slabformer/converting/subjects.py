@@ -64,10 +64,12 @@ def open_subject(config: ConvertConfig, rank: int, world_size: int) -> Subject:
 
 
 class ImageSubject(Subject):
-    """A timm model, by its name or in a file that slab wrote."""
+    """A timm model, by its name or in a file that slab wrote; or one that was ``loaded`` already."""
 
-    def __init__(self, config: ConvertConfig, rank: int, world_size: int) -> None:
-        self.model, self.info = _image_model(config)
+    def __init__(
+        self, config: ConvertConfig, rank: int, world_size: int, loaded: tuple[nn.Module, ModelInfo] | None = None
+    ) -> None:
+        self.model, self.info = loaded or _image_model(config)
         info = self.info
         data = DataConfig(
             path=config.data,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slabformer._defaults import AUDIT_BATCHES
 from slabformer.nn.controls import prepbn_modules
 from slabformer.settings import PositiveFraction, PositiveInt, checked
 from slabformer.surgery.batches import NO_BATCH, call_model, eval_mode, model_device, to_device
@@ -23,8 +24,6 @@ from slabformer.surgery.regression import PairSums, TokenSums
 
 logger = logging.getLogger(__name__)
 
-#: batches that are looked at by default: each norm's own loss takes a forward of all of them
-NUM_BATCHES = 8
 #: without a budget a norm is kept if losing it alone takes more than this from the outputs' cosine
 WORTH = 0.1
 #: share of tokens and of channels in which errors are called concentrated
@@ -100,7 +99,7 @@ def norm_costs(
     if not found:
         raise ValueError(nothing_to_convert(model, 0, left))
     study = _Study(model, [*found], {name: form.channel_dim for name, form in found.items()}, forward, outputs)
-    study.read(itertools.islice(batches, num_batches or NUM_BATCHES))
+    study.read(itertools.islice(batches, num_batches or AUDIT_BATCHES))
     costs = study.costs()
     return costs, study.plan(costs, budget)
 
