@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def trained_looking(detector: Detector, seed: int = 0) -> Detector:
     return detector.eval()
 
 
-def without_folding(detector: Detector) -> tuple[Detector, FuseReport]:
+def without_folding(detector: Detector, *, keep: Sequence[str] = ()) -> tuple[Detector, FuseReport]:
     """In place of ``fuse_detector``: every norm as an Affine, made at once."""
     made = copy.deepcopy(detector)
     for name, norm in prepbn_modules(detector).items():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, PreTrainedModel
 
 import slabformer as sf
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
@@ -15,6 +15,8 @@ from slabformer.nn.controls import prepbn_modules
 from slabformer.tasks.engine.config import RecalibrateConfig
 from slabformer.tasks.language.config import AdamWConfig, ModelConfig, TokenizerConfig, TrainConfig
 from slabformer.tasks.language.corpus import DataConfig
+from slabformer.tasks.language.tokens import train_tokenizer
+from slabformer.testing import randomize_norms_
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = ["the", "norm", "of", "a", "layer", "fades", "while", "its", "model", "learns", "what", "text", "is", "made"]
@@ -93,3 +95,14 @@ def somebody_elses(architecture: str, seed: int = 0, **changes: Any) -> PreTrain
 def tokens(batch_size: int = 2, length: int = 12, seed: int = 0, vocab_size: int = 300) -> Tensor:
     """Random tokens ``(B, N)``."""
     return torch.randint(2, vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save_encoder(folder: Path) -> Path:
+    """A BERT with its tokenizer in ``folder``, norms drawn anew."""
+    tokenizer = train_tokenizer(sentences(50), TokenizerConfig(vocab_size=300), 32)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    made = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes))
+    randomize_norms_(made).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import slabformer as sf
+from language_models import save_encoder, write_lines
 from slabformer.cli.main import main
 from slabformer.nn.controls import prepbn_modules
 from slabformer.surgery.conversion_plan import ConversionPlan
@@ -169,6 +170,16 @@ def test_costs_and_plan_are_in_the_document(place: Path, capsys: pytest.CaptureF
     found = json.loads(capsys.readouterr().out)
     assert [set(cost) for cost in found["costs"]] == [{"name", "r2", "tokens", "first_token", "channels", "alone"}] * 13
     assert len(found["plan"]["take"]) + len(found["plan"]["keep"]) == 13
+
+
+def test_a_text_encoder_is_audited_on_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, text = save_encoder(tmp_path / "bert"), write_lines(tmp_path / "text.txt", 20)
+    assert main(["audit", str(folder), "--data", str(text), "--no-time", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["costs"]) == 5
+    (text := tmp_path / "empty.txt").write_text("")
+    assert main(["audit", str(folder), "--data", str(text)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_layernorms_that_stay_are_told(
     assert (
         main(["detect", "fuse", str(model), "--output", str(tmp_path / "fused.safetensors"), "--num-images", "1"]) == 0
     )
-    assert "4 LayerNorms stay; trained with --model.output_norm prepbn" in capsys.readouterr().out
+    assert "4 LayerNorms stay; trained with --model.output-norm prepbn" in capsys.readouterr().out
 
 
 def test_a_detector_whose_norms_still_fade_is_refused_and_nothing_written(

@@ -43,8 +43,8 @@ def test_a_recipe_makes_a_detector_and_its_baseline_beside_it(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epoch", "3"], "unknown option 'epoch'; did you mean 'epochs'?"),
-        (["--model.freeze", "auto"], "did you mean 'model.freeze_norms'?"),
+        (["--epoch", "3"], "unknown option '--epoch'; did you mean '--epochs'?"),
+        (["--model.freeze", "auto"], "did you mean '--model.freeze-norms'?"),
         (["--detector.fpn_channel", "8"], "did you mean '--detector.fpn-channels'?"),
         (["--model.backbone", "slab_swin_tinny"], "did you mean 'slab_swin_tiny'?"),
         (["--data", "/nowhere"], "/nowhere"),

@@ -10,19 +10,17 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, ViTImageProcessor, ViTModel
+from transformers import ViTImageProcessor, ViTModel
 
 from csv_files import csv_rows
 from image_folders import picture
-from language_models import sentences, write_lines
+from language_models import save_encoder, write_lines
 from slabformer.cli.main import main
 from slabformer.converting.config import ConvertConfig
 from slabformer.converting.order import StepOrder
 from slabformer.converting.run import convert, lose_norms, rate_for
 from slabformer.nn import RepBN
-from slabformer.tasks.language.config import TokenizerConfig
 from slabformer.tasks.language.folders import load_model_folder
-from slabformer.tasks.language.tokens import train_tokenizer
 from slabformer.tasks.saved_model import ModelInfo, load_model, save_model
 from slabformer.testing import randomize_norms_
 from students import vit
@@ -63,14 +61,7 @@ def images(tmp_path: Path) -> Path:
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
     """A BERT with its tokenizer, in a folder."""
-    folder = tmp_path / "bert"
-    tokenizer = train_tokenizer(sentences(50), TokenizerConfig(vocab_size=300), 32)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    made = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes))
-    randomize_norms_(made).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_encoder(tmp_path / "bert")
 
 
 def files(folder: Path) -> set[str]:

@@ -69,9 +69,9 @@ def test_a_recipe_makes_a_folder(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epoch", "3"], "unknown option 'epoch'; did you mean 'epochs'?"),
-        (["--gamma.fad", "0.3"], "unknown option 'gamma.fad'; did you mean 'gamma.fade'?"),
-        (["--optimiser.lr", "0.3"], "did you mean 'optimizer.lr'?"),
+        (["--epoch", "3"], "unknown option '--epoch'; did you mean '--epochs'?"),
+        (["--gamma.fad", "0.3"], "unknown option '--gamma.fad'; did you mean '--gamma.fade'?"),
+        (["--optimiser.lr", "0.3"], "did you mean '--optimizer.lr'?"),
         (["--precision", "fp8"], "precision"),
         (["--epochs", "many"], "epochs"),
         (["--gamma.fade", "1.5"], "gamma.fade must be above 0 and at most 1, got 1.5"),

@@ -45,6 +45,9 @@ def trained(config: Namespace) -> Subject:
     if Path(config.model).is_dir() and "architecture" not in _folder_settings(Path(config.model)):
         if config.checkpoint is not None or config.pretrained:
             raise ValueError(f"{config.model} holds its weights; leave --checkpoint and --pretrained out")
+        from slabformer.cli.lm.common import quiet_transformers
+
+        quiet_transformers()
         subject: Subject = FolderSubject(settings, 0, 1)
     else:
         subject = ImageSubject(settings, 0, 1, loaded=load_with_weights(config))

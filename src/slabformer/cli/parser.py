@@ -222,7 +222,7 @@ def _is_shown(action: argparse.Action) -> bool:
 
 
 def type_of(action: argparse.Action) -> Any:
-    """An option's type with its rules, a list where it takes several values; None for a switch."""
+    """An option's type with its rules, a list where it takes several values; None for a switch that is no setting."""
     hint = getattr(action, "checked_type", getattr(action, "_typehint", None))
     single = hint is None or action.nargs in (None, "?") or isinstance(action, ActionYesNo)
     return hint if single else list[hint]  # type: ignore[valid-type]

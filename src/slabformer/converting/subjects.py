@@ -6,6 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,20 @@ class Subject(ABC):
     Attributes:
         model: In eval mode, with its norms.
         held_out: Batches that are not trained on.
-        loader: Batches to train on.
     """
 
     model: nn.Module
     held_out: list[Any]
-    loader: OrderedLoader
+    _make_loader: Callable[[], OrderedLoader]
+
+    @cached_property
+    def loader(self) -> OrderedLoader:
+        """Batches to train on; made when asked for, since who only looks at ``held_out`` needs no full batch.
+
+        Raises:
+            ValueError: If the data does not fill one batch.
+        """
+        return self._make_loader()
 
     @abstractmethod
     def save(self, model: nn.Module, folder: Path, name: str) -> None:
@@ -60,7 +69,9 @@ def open_subject(config: ConvertConfig, rank: int, world_size: int) -> Subject:
     kind = FolderSubject if (Path(config.model) / CONFIG).is_file() else ImageSubject
     if Path(config.model).is_dir() and kind is ImageSubject and not is_shared(config.model):
         raise ValueError(f"no model at {config.model!r}: the folder holds no {CONFIG}")
-    return kind(config, rank, world_size)
+    subject = kind(config, rank, world_size)
+    _ = subject.loader  # too little data is told before anything else happens
+    return subject
 
 
 class ImageSubject(Subject):
@@ -82,7 +93,7 @@ class ImageSubject(Subject):
             validation_fraction=0.1,
             split_seed=config.split_seed,
         )
-        self.loader, self.held_out = image_batches(config, data, rank, world_size, lambda images: images)
+        self._make_loader, self.held_out = image_batches(config, data, rank, world_size, lambda images: images)
 
     def save(self, model: nn.Module, folder: Path, name: str) -> None:
         """One file."""
@@ -124,17 +135,20 @@ class ImageBatches(OrderedLoader):
 
 def image_batches(
     config: ConvertConfig, data: DataConfig, rank: int, world_size: int, shape: Callable[[Tensor], Any]
-) -> tuple[OrderedLoader, list[Any]]:
-    """Images to train on, and held-out ones; ``shape`` makes the model's input of a tensor."""
+) -> tuple[Callable[[], OrderedLoader], list[Any]]:
+    """What makes the loader of images to train on, and held-out ones; ``shape`` makes the model's input of a tensor."""
     train, validation = (open_source(data, split) for split in ("train", "validation"))  # type: ignore[arg-type]
-    order = _order(config, len(train), rank, world_size)
-    samples = Samples(train, train_transform(data, AUGMENT), config.seed, replace=True)
-    loader = ImageLoader(samples, order, config.num_workers, data.max_unreadable)
     transform = eval_transform(data)
     chosen = range(0, len(validation), max(1, len(validation) // config.held_out))
     images = [transform(validation.read(index)[0]) for index in itertools.islice(chosen, config.held_out)]
     held_out = [shape(torch.stack(part)) for part in _parts(images, config.batch_size)]
-    return ImageBatches(loader, shape), held_out
+
+    def make_loader() -> OrderedLoader:
+        order = _order(config, len(train), rank, world_size)
+        samples = Samples(train, train_transform(data, AUGMENT), config.seed, replace=True)
+        return ImageBatches(ImageLoader(samples, order, config.num_workers, data.max_unreadable), shape)
+
+    return make_loader, held_out
 
 
 class FolderSubject(Subject):
@@ -145,11 +159,13 @@ class FolderSubject(Subject):
 
         self.model, self.processor = load_encoder_folder(config.model)
         if self.model.main_input_name == "pixel_values":
-            self.loader, self.held_out = self._images(config, rank, world_size)
+            self._make_loader, self.held_out = self._images(config, rank, world_size)
         else:
-            self.loader, self.held_out = self._texts(config, rank, world_size)
+            self._make_loader, self.held_out = self._texts(config, rank, world_size)
 
-    def _images(self, config: ConvertConfig, rank: int, world_size: int) -> tuple[OrderedLoader, list[Any]]:
+    def _images(
+        self, config: ConvertConfig, rank: int, world_size: int
+    ) -> tuple[Callable[[], OrderedLoader], list[Any]]:
         settings = self.processor.to_dict() if self.processor is not None else {}
         size = settings.get("size") or {}
         own = size.get("height") or size.get("shortest_edge") or getattr(self.model.config, "image_size", 224)
@@ -165,7 +181,9 @@ class FolderSubject(Subject):
         )
         return image_batches(config, data, rank, world_size, lambda images: {"pixel_values": images})
 
-    def _texts(self, config: ConvertConfig, rank: int, world_size: int) -> tuple[OrderedLoader, list[Any]]:
+    def _texts(
+        self, config: ConvertConfig, rank: int, world_size: int
+    ) -> tuple[Callable[[], OrderedLoader], list[Any]]:
         from slabformer.tasks.language.config import DataConfig as TextConfig
         from slabformer.tasks.language.corpus import Corpus, split_documents
 
@@ -176,8 +194,11 @@ class FolderSubject(Subject):
         share = replace(text, validation=min(config.held_out, max(1, len(documents) // 10)))
         train, held_out = split_documents(share, documents)
         encode = TextEncoder(self.processor, config.max_length)
-        loader = TextBatches(_order(config, len(train), rank, world_size), train, encode)
-        return loader, [encode(part) for part in _parts(held_out, config.batch_size)]
+
+        def make_loader() -> OrderedLoader:
+            return TextBatches(_order(config, len(train), rank, world_size), train, encode)
+
+        return make_loader, [encode(part) for part in _parts(held_out, config.batch_size)]
 
     def save(self, model: nn.Module, folder: Path, name: str) -> None:
         """A folder that :func:`slabformer.tasks.language.folders.load_model_folder` reads."""
