@@ -28,9 +28,9 @@ def test_every_part_of_the_loss_falls_on_two_images_while_layernorm_fades() -> N
     detector = small_detector()
     images, targets = pictures((64, 64), (64, 64)), [objects(3, (64, 64), seed) for seed in range(2)]
     optimizer = torch.optim.AdamW(detector.parameters(), lr=3e-3)
-    schedule = ProgressiveSchedule(detector, total_steps=30, fade=0.5)
+    schedule = ProgressiveSchedule(detector, total_steps=45, fade=0.5)
     history = []
-    for _ in range(30):
+    for _ in range(45):
         losses = detector(images, targets)
         optimizer.zero_grad()
         torch.stack([*losses.values()]).sum().backward()

@@ -104,7 +104,7 @@ def _nested(config: type, key: str) -> type | None:
     kind: Any = config
     for name in key.split("."):
         kind = field_hints(kind).get(name) if is_dataclass(kind) else None
-    return kind if is_dataclass(kind) else None
+    return kind if isinstance(kind, type) and is_dataclass(kind) else None
 
 
 def _take_flags(parser: Parser, action: argparse.Action) -> None:

@@ -17,8 +17,10 @@ from slabformer.progressive.guard import Guard, Watch
 from slabformer.progressive.optimizers import OptimizerWatch
 from slabformer.settings import (
     FractionBelowOne,
+    NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
+    Number,
     PositiveFraction,
     PositiveInt,
     check_fractions,
@@ -86,7 +88,7 @@ class ProgressiveSchedule:
         start: NonNegativeInt = 0,
         *,
         stagger: FractionBelowOne = 0.0,
-        order: Literal["depth"] | Sequence[str] | Mapping[str, float] = "depth",
+        order: Literal["depth"] | Sequence[NonEmptyStr] | Mapping[str, Number] = "depth",
         align: NonNegativeFloat = 0.0,
         guard: Guard | None = GUARD,
     ) -> None:

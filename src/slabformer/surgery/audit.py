@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from slabformer.nn.affine import Affine
 from slabformer.nn.norms import norm_type
+from slabformer.settings import PositiveFraction, PositiveInt, checked
 from slabformer.surgery.batches import NO_BATCH, eval_mode, model_device, to_device
 from slabformer.surgery.conversion_plan import ConversionPlan
 from slabformer.surgery.convert import LeftNorm, find_layer_norms, nothing_to_convert, replace_norms_
@@ -82,6 +83,7 @@ class AuditReport(FuseReport):
         return super().to_dict() | {"costs": [asdict(cost) for cost in self.costs], "plan": plan}
 
 
+@checked
 def audit(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...] | list[Any] | None = None,
@@ -90,10 +92,10 @@ def audit(
     fixed_size: bool = False,
     untie: bool = False,
     batches: Iterable[Any] | None = None,
-    num_batches: int | None = None,
+    num_batches: PositiveInt | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     outputs: Outputs | None = None,
-    budget: float | None = None,
+    budget: PositiveFraction | None = None,
 ) -> AuditReport:
     """What :func:`slabformer.fuse` would do with every norm once it is converted and trained; nothing is changed.
 

@@ -62,7 +62,9 @@ def load_model_folder(
         foreign = load_foreign(Path(model), dtype).to(device).eval()
         assert isinstance(foreign, PreTrainedModel)
         return foreign
-    return _read_model(AutoModelForCausalLM, model, dtype).to(device).eval()
+    read = _read_model(AutoModelForCausalLM, model, dtype)
+    nn.Module.to(read, device)
+    return read.eval()
 
 
 def load_encoder_folder(folder: str | Path) -> tuple[PreTrainedModel, Any]:
