@@ -103,7 +103,7 @@ def _nested(config: type, key: str) -> type | None:
     """The dataclass of a dotted key, if it is one."""
     kind: Any = config
     for name in key.split("."):
-        kind = field_hints(kind).get(name) if is_dataclass(kind) else None
+        kind = field_hints(kind).get(name) if isinstance(kind, type) and is_dataclass(kind) else None
     return kind if isinstance(kind, type) and is_dataclass(kind) else None
 
 

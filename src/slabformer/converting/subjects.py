@@ -141,7 +141,7 @@ def image_batches(
     transform = eval_transform(data)
     chosen = range(0, len(validation), max(1, len(validation) // config.held_out))
     images = [transform(validation.read(index)[0]) for index in itertools.islice(chosen, config.held_out)]
-    held_out = [shape(torch.stack(part)) for part in _parts(images, config.batch_size)]
+    held_out = [shape(torch.stack(list(part))) for part in _parts(images, config.batch_size)]
 
     def make_loader() -> OrderedLoader:
         order = _order(config, len(train), rank, world_size)
@@ -168,7 +168,7 @@ class FolderSubject(Subject):
     ) -> tuple[Callable[[], OrderedLoader], list[Any]]:
         settings = self.processor.to_dict() if self.processor is not None else {}
         size = settings.get("size") or {}
-        own = size.get("height") or size.get("shortest_edge") or getattr(self.model.config, "image_size", 224)
+        own: Any = size.get("height") or size.get("shortest_edge") or getattr(self.model.config, "image_size", 224)
         data = DataConfig(
             path=config.data,
             labels=False,
