@@ -105,7 +105,7 @@ def test_eval_prints_and_writes_figures_classes_and_detections(
     model: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {name: tmp_path / f"{name}.out" for name in ("classes", "results", "json")}
-    options = [item for name, path in files.items() for item in (f"--{name}", path)]
+    options = [f"--{name}={path}" for name, path in files.items()]
     assert slab("eval", model, "--data", root, "--device", "cpu", *options) == 0
     printed = capsys.readouterr().out
     assert "deployed, boxes" in printed

@@ -7,7 +7,7 @@ from jsonargparse import Namespace, set_parsing_settings
 from slabformer.cli.options import add_settings
 from slabformer.cli.outcome import Outcome
 from slabformer.cli.parser import Parser
-from slabformer.cli.recipe import config_of, ending_well, outcome_of
+from slabformer.cli.recipe import config_of, ending_well, name_sections, outcome_of
 from slabformer.converting.config import ConvertConfig
 from slabformer.settings import NonEmptyStr
 
@@ -17,8 +17,8 @@ def parser() -> Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     made = Parser(
         "slab convert",
-        "A trained model loses its norms, held against itself on data without labels: fit, fade, distil, recalibrate, "
-        "fuse, verify, report. A run that was stopped goes on from its output folder.",
+        "Remove the norms of a trained model on data without labels: fit, fade, distil from the original, recalibrate, "
+        "fuse, verify, report. A run that was stopped resumes from its output folder.",
         [
             "slab convert model.safetensors --data photos/ -o runs/convert",
             "slab convert path/to/encoder --data sentences.txt -o runs/encoder",
@@ -27,9 +27,10 @@ def parser() -> Parser:
     made.add_argument(
         "model",
         type=NonEmptyStr,
-        help="a .safetensors file that slab wrote, a name in timm, or a folder of transformers",
+        help="a .safetensors file that slab wrote, the name of a model in timm, or a folder of transformers",
     )
     add_settings(made, ConvertConfig, skip={"model"})
+    name_sections(made, ConvertConfig)
     return made
 
 

@@ -114,12 +114,17 @@ def _take_flags(parser: Parser, action: argparse.Action) -> None:
     action.option_strings, action.help = [f"--{action.dest}"], argparse.SUPPRESS
 
 
-def _arrange(parser: Parser, config: type) -> None:
-    """Sections called by their keys in a recipe, described by their dataclasses, the most used settings before them."""
+def name_sections(parser: Parser, config: type) -> None:
+    """Call sections by their keys in a recipe, and describe them by their dataclasses."""
     for key, group in (parser.groups or {}).items():
         kind = _nested(config, key)
         group.title = "run" if kind is None else key.replace("_", "-")
         group.description = inspect.cleandoc((kind or config).__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def _arrange(parser: Parser, config: type) -> None:
+    """Sections by name, the most used settings before them."""
+    name_sections(parser, config)
     used = {action.dest: action for action in parser._actions if action.dest in MOST_USED}
     for group in parser._action_groups:
         group._group_actions = [action for action in group._group_actions if action.dest not in used]

@@ -18,7 +18,7 @@ from slabformer.tasks.engine.config import HARMLESS, FadeConfig, RunConfig
 
 @dataclass(kw_only=True)
 class ConvertConfig(RunConfig):
-    """How a trained model loses its norms, held against itself on data that needs no labels."""
+    """How a trained model loses its norms, distilled from itself on data that needs no labels."""
 
     model: NonEmptyStr
     """A `.safetensors` file that slab wrote, a name in timm, whose released weights are fetched, or a folder of
@@ -34,7 +34,7 @@ class ConvertConfig(RunConfig):
     weight_decay: NonNegativeFloat = 0.01
     """Of matrices; norms and biases are not decayed."""
     clip_norm: PositiveFloat | None = 1.0
-    """Largest norm of the gradient; null does not clip."""
+    """Clip the gradient to this norm; null does not clip."""
     gamma: FadeConfig = field(default_factory=lambda: FadeConfig(fade=0.6))
     """How the norms fade."""
     weights: LossWeights = field(default_factory=LossWeights)
@@ -54,12 +54,12 @@ class ConvertConfig(RunConfig):
     split_seed: Seed = 0
     """Picks the held-out images."""
     batch_size: PositiveInt = 32
-    """Samples of one process in one batch."""
+    """Samples per batch in each process."""
     output: NonEmptyStr = field(default="runs/convert", metadata=HARMLESS)
-    """Folder of this run; given again, the run goes on where it stopped."""
+    """Folder of this run; a run that was stopped resumes if its folder is given again."""
     log_every: PositiveInt = field(default=10, metadata=HARMLESS)
-    """Optimizer steps between logged ones."""
+    """Optimizer steps between log entries."""
     tensorboard: bool = field(default=False, metadata=HARMLESS)
     """Write TensorBoard events."""
     num_workers: Workers = field(default=0, metadata=HARMLESS)
-    """Processes that decode images; no effect on what is trained."""
+    """Processes that decode images; no effect on the result."""
