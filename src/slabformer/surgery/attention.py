@@ -25,6 +25,7 @@ from slabformer.nn.resample import Grid
 from slabformer.ops.precision import wide
 from slabformer.settings import NonNegativeInt, PositiveFloat, PositiveInt, checked
 from slabformer.surgery.batches import NO_BATCH, call_model, eval_mode, model_device, to_device
+from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.outputs import first_line
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class ConvertedAttentions(list[str]):
         self.left = tuple(left)
 
 
+@makes_ordinary_tensors
 @checked
 def convert_attention_(
     model: nn.Module,

@@ -27,6 +27,7 @@ from slabformer.surgery.fuse.tree.copies import Example, deployed_copy, quiet
 from slabformer.surgery.fuse.tree.fold import set_module
 from slabformer.surgery.fuse.tree.norms import Norm, find_norms, tail_of
 from slabformer.surgery.fuse.tree.sharing import Untied
+from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.reasons import Reason
 from slabformer.surgery.recognise import HOOKS
 from slabformer.surgery.sensitivity import NormCost, Outputs, norm_costs
@@ -83,6 +84,7 @@ class AuditReport(FuseReport):
         return super().to_dict() | {"costs": [asdict(cost) for cost in self.costs], "plan": plan}
 
 
+@makes_ordinary_tensors
 @checked
 def audit(
     model: nn.Module,

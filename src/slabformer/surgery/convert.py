@@ -21,6 +21,7 @@ from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.repbn import RepBN
 from slabformer.settings import Eta, Fraction, NonNegativeFloat, checked
 from slabformer.surgery.conversion_plan import ConversionPlan, names_to_take
+from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.one_input import optional_arguments, take_one_input_
 from slabformer.surgery.reasons import Reason, Why
 from slabformer.surgery.recognise import HOOKS, Lookalike, NormForm, Verdict, recognise
@@ -61,6 +62,7 @@ class ConvertedNorms(list[str]):
         self.left = tuple(left)
 
 
+@makes_ordinary_tensors
 @checked
 def convert_norms_(
     model: nn.Module,

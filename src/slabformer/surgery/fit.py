@@ -20,6 +20,7 @@ from slabformer.ops.moments import MomentsAccumulator, accumulation_dtype
 from slabformer.settings import PositiveInt, checked
 from slabformer.surgery.batches import NO_BATCH, call_model, eval_mode, model_device, to_device
 from slabformer.surgery.lockstep import TeacherForwards, replaced
+from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.ranks import NO_MORE, Ranks
 from slabformer.surgery.regression import TokenSums
 
@@ -34,6 +35,7 @@ FEW_TOKENS = 16
 DEAD = 1e-8
 
 
+@makes_ordinary_tensors
 @checked
 def fit_norms_(
     model: nn.Module,

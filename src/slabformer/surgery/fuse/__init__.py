@@ -35,6 +35,7 @@ from slabformer.surgery.fuse.tree.fold import commit
 from slabformer.surgery.fuse.tree.norms import Norm, find_norms
 from slabformer.surgery.fuse.tree.sharing import Untied, note_untied_
 from slabformer.surgery.fuse.tree.size import at_another_size, fix_size_, sizes_of
+from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.reasons import Reason, RefusalError
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+@makes_ordinary_tensors
 def fuse(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...] | list[Any],
@@ -119,6 +121,7 @@ def fuse(
     return copied, _fuse(copied, find_norms(copied), examples, keep, outputs, fixed_size, untie)
 
 
+@makes_ordinary_tensors
 def fuse_(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...] | list[Any],

@@ -23,6 +23,7 @@ from slabformer.surgery.fuse.tree.fold import KEPT_BUFFERS, NEW_BIASES, create_b
 from slabformer.surgery.fuse.tree.norms import tail_of
 from slabformer.surgery.fuse.tree.sharing import names_of_shared, note_untied_, untie_as_in_file_
 from slabformer.surgery.fuse.tree.size import fix_size_, fixed_sizes
+from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.one_input import take_one_input_
 
 #: key of the header under which the changes are written, as JSON
@@ -110,6 +111,7 @@ def _untie(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     return {name: tensor.clone().contiguous() for name, tensor in state.items() if name not in tied}, tied
 
 
+@makes_ordinary_tensors
 def load_fused(skeleton: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Turn ``skeleton``, a fresh unfused model, into the fused model of a file: its module tree and its weights.
 
