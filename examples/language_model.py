@@ -45,7 +45,7 @@ def main(architecture: str = "llama", steps: int = 200, output: Path = Path("run
     examples = [{"input_ids": block, "labels": block} for block in blocks]
     model = small_model(architecture)
 
-    sf.convert_norms_(model)
+    sf.convert_norms_(model, eta="published")  # shallow, from random weights: the skip learns faster (docs/log.md)
     trainer = Trainer(model, settings(output, steps), train_dataset=examples, callbacks=[ProgressiveCallback()])
     trainer.train()
     sf.recalibrate_(model, trainer.get_train_dataloader(), num_batches=20)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slabformer.bench.report import BenchReport
+from slabformer._files import write_csv
+from slabformer.bench.report import BenchReport, columns
 from slabformer.measure.rows import Measurement, Mode, Variant
 from slabformer.measure.timing import Machine
 
@@ -31,8 +32,7 @@ def bench_file(
     ]
     path = folder / model / "bench.csv"
     path.parent.mkdir(parents=True)
-    with path.open("w", newline="") as file:
-        BenchReport(model=model, machine=machine, measurements=rows)._write_rows(file)
+    write_csv(path, BenchReport(model=model, machine=machine, measurements=rows).rows(), columns())
     return path
 
 

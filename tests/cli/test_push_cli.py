@@ -54,7 +54,7 @@ def test_a_repository_gets_the_folder(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["MODEL"], "nowhere to push to; give --folder DIR"),
+        (["MODEL"], "nowhere to push to; give --output FOLDER"),
         (["slab_deit_micro", "--folder", "x"], "names a model without weights"),
         (["MODEL", "--folder", "FOLDER", "--eval", "MODEL"], "is not what `slab eval --json` writes"),
     ],

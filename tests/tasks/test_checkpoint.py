@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slabformer.tasks.engine import files
+from slabformer import _files as files
 from slabformer.tasks.engine.checkpoint import (
     HEADER_LENGTH,
     CheckpointStore,

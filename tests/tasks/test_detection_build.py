@@ -138,7 +138,7 @@ def test_a_whole_detector_is_gone_on_from(detector_file: str) -> None:
 
 
 def test_another_number_of_classes_is_refused_with_the_way_out(detector_file: str) -> None:
-    with pytest.raises(ValueError, match=r"knows 3 classes, the data 2; .*--model.new_predictors true"):
+    with pytest.raises(ValueError, match=r"knows 3 classes, the data 2; .*--model.new-predictors drops its layers"):
         built(["cat", "owl"], weights=detector_file)
 
 

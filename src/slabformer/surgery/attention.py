@@ -408,7 +408,7 @@ def _depthwise(student: ConvertedLinearAttention, seen: list[_Seen]) -> tuple[fl
             normal = normal + torch.einsum("bdkn,bdln->dkl", taps, taps)
             wanted = wanted + torch.einsum("bdkn,bnd->dk", taps, target)
             square += float(target.square().sum())
-        size += float(mixed[:, prefix:].double().square().sum())
+        size += float(wide(mixed[:, prefix:]).square().sum())
     assert isinstance(normal, Tensor)
     assert isinstance(wanted, Tensor)
     ridge = _RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slabformer._defaults import AUDIT_BATCHES
 from slabformer.nn.controls import prepbn_modules
+from slabformer.ops.precision import wide
 from slabformer.settings import PositiveFraction, PositiveInt, checked
 from slabformer.surgery.batches import NO_BATCH, call_model, eval_mode, model_device, to_device
 from slabformer.surgery.conversion_plan import ConversionPlan
@@ -278,7 +279,7 @@ class _Study:
         total, count = 0.0, 0
         for index, references in enumerate(self.references):
             for actual, reference in zip(self._compared(model, index), references, strict=True):
-                cosine = nn.functional.cosine_similarity(actual.double(), reference.double(), dim=-1)
+                cosine = nn.functional.cosine_similarity(wide(actual), wide(reference), dim=-1)
                 total += float(cosine.nan_to_num(0.0).sum())
                 count += len(cosine)
         return 1 - total / count
