@@ -35,7 +35,7 @@ class ConvertConfig(RunConfig):
     """Of matrices; norms and biases are not decayed."""
     clip_norm: PositiveFloat | None = 1.0
     """Clip the gradient to this norm; null does not clip."""
-    gamma: FadeConfig = field(default_factory=lambda: FadeConfig(fade=0.6))
+    gamma: FadeConfig = field(default_factory=lambda: FadeConfig(fade=0.05))
     """How the norms fade."""
     weights: LossWeights = field(default_factory=LossWeights)
     """Of the losses against the teacher."""
