@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from slabformer.nn.controls import blended, copy_gamma_, norm_parameters, set_token_mask, sync_norms_, token_mask
     from slabformer.nn.norms import NormType, norm_types, register_norm
     from slabformer.progressive import ProgressiveSchedule
-    from slabformer.surgery.attention import align_attention_, convert_attention_
+    from slabformer.surgery.align_attention import align_attention_
     from slabformer.surgery.audit import audit
     from slabformer.surgery.convert import convert_norms_
+    from slabformer.surgery.convert_attention import convert_attention_
     from slabformer.surgery.fit import fit_norms_
     from slabformer.surgery.fuse import FuseReport, NormOutcome, fuse, fuse_
     from slabformer.surgery.fuse.tree.files import load_fused, save_fused
@@ -80,9 +81,10 @@ _NAMES = {
     "nn.controls": ("blended", "copy_gamma_", "norm_parameters", "set_token_mask", "sync_norms_", "token_mask"),
     "nn.norms": ("NormType", "norm_types", "register_norm"),
     "progressive": ("ProgressiveSchedule",),
-    "surgery.attention": ("align_attention_", "convert_attention_"),
+    "surgery.align_attention": ("align_attention_",),
     "surgery.audit": ("audit",),
     "surgery.convert": ("convert_norms_",),
+    "surgery.convert_attention": ("convert_attention_",),
     "surgery.fit": ("fit_norms_",),
     "surgery.fuse": ("FuseReport", "NormOutcome", "fuse", "fuse_"),
     "surgery.fuse.tree.files": ("load_fused", "save_fused"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer.nn.converted_attention import ConvertedLinearAttention
-from slabformer.surgery.attention import find_attentions
+from slabformer.surgery.convert_attention import find_attentions
 from tolerances import FLOAT32, assert_close
 
 timm = pytest.importorskip("timm", reason="its models are the subjects")
@@ -136,7 +136,7 @@ def test_the_start_solves_what_it_can_express() -> None:
     wanted = copy.deepcopy(attention)
     nn.init.normal_(wanted.dwc.weight, std=0.3)
     nn.init.normal_(wanted.dwc.bias)
-    from slabformer.surgery.attention import _Seen, _start
+    from slabformer.surgery.align_attention import _Seen, _start
 
     x = torch.randn(8, 65, 32)
     with torch.no_grad():

@@ -48,8 +48,8 @@ class Guard(Settings):
 class Watch:
     """What was observed so far, and the judgement on it.
 
-    An observation is copied off the device when it is made and read at the next step, so that no step waits for its own
-    computation. Ranks whose norms share their statistics (:func:`slabformer.sync_norms_`) judge alike.
+    An observation stays on the device until the next step reads it: once for all norms, every ``every`` steps. Ranks
+    whose norms share their statistics (:func:`slabformer.sync_norms_`) judge alike.
 
     Args:
         guard: Settings.
@@ -83,7 +83,7 @@ class Watch:
 
     @torch.no_grad()
     def _look(self) -> Tensor | None:
-        """Gradient and activations as one vector on the CPU."""
+        """Gradient and activations as one vector, on the device."""
         reps = [norm.rep for norm in self._norms.values()]
         device = reps[0].running_var.device
         if device.type == "meta":
@@ -97,7 +97,7 @@ class Watch:
             ]
         )
         gradient = torch.full((), _UNSEEN, device=device) if self._gradient is None else self._gradient.to(device)
-        return torch.cat([gradient.reshape(1), sizes]).to("cpu", non_blocking=device.type == "cuda")
+        return torch.cat([gradient.reshape(1), sizes])
 
     def _judge(self, sizes: Sequence[float], step: int) -> None:
         self.alarm = None

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from slabformer.nn.affine import Affine
 from slabformer.nn.norms import norm_type
 from slabformer.settings import PositiveFraction, PositiveInt, checked
-from slabformer.surgery.batches import NO_BATCH, eval_mode, model_device, to_device
+from slabformer.surgery.batches import NO_BATCH, as_arguments, eval_mode, model_device, to_device
 from slabformer.surgery.conversion_plan import ConversionPlan
 from slabformer.surgery.convert import LeftNorm, find_layer_norms, nothing_to_convert, replace_norms_
 from slabformer.surgery.fuse.report import FuseReport
@@ -139,7 +139,7 @@ def audit(
         if first is None:
             raise ValueError(NO_BATCH)
         if example_inputs is None and example_kwargs is None:
-            example_inputs, example_kwargs = _as_example(to_device(first, model_device(model)))
+            example_inputs, example_kwargs = as_arguments(to_device(first, model_device(model)))
         batches = itertools.chain([first], batches)
         costs, plan = norm_costs(
             model, batches, num_batches=num_batches, forward=forward, outputs=outputs, budget=budget
@@ -162,17 +162,6 @@ def audit(
     folds = propose(copied, norms, examples, fixed_size, Untied(copied) if untie else None) if norms else None
     found = folds.outcomes(norms) if folds else ()
     return AuditReport(found, shapes_of(examples), left, costs=costs, plan=plan)
-
-
-def _as_example(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
-    """A batch as example inputs, as :func:`slabformer.surgery.batches.call_model` feeds it."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        return (batch[0],), None
-    if isinstance(batch, Tensor):
-        return (batch,), None
-    raise TypeError(f"a batch of type {type(batch).__name__} is no example input; pass example_inputs too")
 
 
 def _as_affines_(model: nn.Module) -> tuple[list[Norm], tuple[LeftNorm, ...]]:

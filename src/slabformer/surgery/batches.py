@@ -47,12 +47,22 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     Raises:
         TypeError: If it cannot be fed.
     """
+    args, kwargs = as_arguments(batch)
+    return model(*args, **kwargs)
+
+
+def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments by which a model is fed ``batch``.
+
+    Raises:
+        TypeError: If it cannot be fed.
+    """
     if isinstance(batch, Tensor):
-        return model(batch)
+        return (batch,), {}
     if isinstance(batch, Mapping):
-        return model(**batch)
+        return (), dict(batch)
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        return model(batch[0])
+        return (batch[0],), {}
     raise TypeError(f"cannot feed a batch of type {type(batch).__name__}; pass forward=lambda model, batch: ...")
 
 

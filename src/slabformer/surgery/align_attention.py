@@ -1,19 +1,11 @@
-"""Replace softmax attention of vision transformers by linear attention on the same projections, and bring it near.
-
-    teacher = copy.deepcopy(model)
-    slabformer.convert_attention_(model)
-    slabformer.align_attention_(model, teacher, images)  # each attention for itself; then train end to end
-
-After Guo et al. 2024 (the attention) and arXiv 2603.16063 (layers first, then blocks, then the model).
-"""
+"""Bring linear attention near the softmax attention that it replaced, layer by layer (stage 1 of arXiv 2603.16063)."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,236 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slabformer.nn.converted_attention import ConvertedLinearAttention
-from slabformer.nn.resample import Grid
 from slabformer.ops.precision import wide
 from slabformer.settings import NonNegativeInt, PositiveFloat, PositiveInt, checked
 from slabformer.surgery.batches import NO_BATCH, call_model, eval_mode, model_device, to_device
-from slabformer.surgery.normal import makes_ordinary_tensors
-from slabformer.surgery.outputs import first_line
 
 logger = logging.getLogger(__name__)
 
-#: names of the projections of queries, keys and values, and of what follows the heads, in order
-FORMS = (
-    (("qkv",), ("proj", "proj_drop")),  # timm
-    (("q_proj", "k_proj", "v_proj"), ("proj", "proj_drop")),  # timm's EVA
-    (("q_proj", "k_proj", "v_proj"), ("o_proj",)),  # transformers' ViT, DeiT, DINOv2, BEiT
-    (("q_proj", "k_proj", "v_proj"), ("out_proj",)),  # its CLIP, SigLIP
-)
-#: what the forward of an attention may be called with; what is neither tokens nor a mask of keys must then be nothing
-TAKEN = {"x", "hidden_states", "attn_mask", "attention_mask", "is_causal", "head_mask", "output_attentions", "kwargs"}
-#: names of the parameters that transformers' models put in front of the patches, one token each
-CLASS_TOKENS = {"cls_token", "class_embedding", "distillation_token"}
-#: an attention and what its projections alone would compute are the same within this share of the output's size
-_SAME = 1e-3
-_PROBE = (2, 10)
 #: added to the diagonal of the normal equations, relative to its mean
 _RIDGE = 1e-3
 #: shifted copies of values that are in memory at once
 _ELEMENTS = 2**23
 #: places of the keys' ReLU that the start tries, in standard deviations of the keys
 _SHIFTS = (0.0, 0.5, 1.0, 2.0)
-
-
-class LeftAttention(NamedTuple):
-    """A module that looks like an attention and was left as it is.
-
-    Attributes:
-        name: Of the module.
-        kind: Name of its class.
-        reason: Why it was left, as a clause.
-    """
-
-    name: str
-    kind: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.kind}) left as it is: {self.reason}"
-
-
-class ConvertedAttentions(list[str]):
-    """Names of the converted modules, in the model's order.
-
-    Attributes:
-        left: What looks like an attention and was left, but for what the filter refused.
-    """
-
-    def __init__(self, names: Iterable[str] = (), left: Iterable[LeftAttention] = ()) -> None:
-        super().__init__(names)
-        self.left = tuple(left)
-
-
-@makes_ordinary_tensors
-@checked
-def convert_attention_(
-    model: nn.Module,
-    filter: Callable[[nn.Module, str], bool] | None = None,
-    *,
-    plan: Collection[str] | None = None,
-    grid_size: tuple[PositiveInt, PositiveInt] | None = None,
-    num_prefix_tokens: NonNegativeInt | None = None,
-    kernel_size: PositiveInt = 5,
-) -> ConvertedAttentions:
-    """Replace softmax self-attention of ``model`` in place by linear attention on the same projections.
-
-    An attention is recognised by what it computes: its output must be that of softmax attention on its projections,
-    which rules out masks, biases of positions, rotary embeddings and norms of queries and keys; those are left, logged
-    and returned with the reason. Modes, dtype and device are kept, and so are the names of the projections. The
-    outputs change: align (:func:`slabformer.align_attention_`), then train.
-
-    Args:
-        model: timm's or transformers' ViT and its kin; edited in place.
-        filter: Called with ``(module, name)`` of each such attention; false leaves it as it is.
-        plan: Names of those to convert; the others stay.
-        grid_size: Grid ``(H, W)`` of the patch tokens; read from the model by default.
-        num_prefix_tokens: Class and register tokens in front of them; read from the model by default.
-        kernel_size: Of the depthwise convolution, odd.
-
-    Returns:
-        Names of the converted modules.
-
-    Raises:
-        ValueError: If nothing matched, ``plan`` names an attention that the model does not have, or the grid is not
-            known.
-    """
-    found, left = find_attentions(model)
-    unknown = sorted(set(plan or ()) - set(found))
-    if unknown:
-        raise ValueError(f"the plan names {len(unknown)} attentions that cannot be converted (first: {unknown[0]!r})")
-    taken = [
-        name
-        for name in found
-        if (plan is None or name in plan) and (filter is None or filter(model.get_submodule(name), name))
-    ]
-    if not taken:
-        because = f"; {left[0]}" if left else ""
-        raise ValueError(f"no softmax attention of {type(model).__name__} to convert{because}")
-    grid, prefix = _tokens_of(model, grid_size, num_prefix_tokens)
-    for name in taken:
-        old = model.get_submodule(name)
-        projections, out = found[name]
-        new = ConvertedLinearAttention(
-            {leaf: old.get_submodule(leaf) for leaf in projections},  # type: ignore[misc]
-            {leaf: old.get_submodule(leaf) for leaf in out if hasattr(old, leaf)},
-            _num_heads(old) or 1,
-            grid_size=grid,
-            num_prefix_tokens=prefix,
-            kernel_size=kernel_size,
-            returns_weights=_returns_weights(old, projections),
-        )
-        model.set_submodule(name, new.train(old.training))
-    for line in left:
-        logger.warning("%s", line)
-    logger.info("converted %d attentions of %s", len(taken), type(model).__name__)
-    return ConvertedAttentions(taken, left)
-
-
-Form = tuple[tuple[str, ...], tuple[str, ...]]
-
-
-def find_attentions(model: nn.Module) -> tuple[dict[str, Form], tuple[LeftAttention, ...]]:
-    """What can be converted, by name, and what looks like it and cannot be; nothing is changed."""
-    found: dict[str, Form] = {}
-    left: list[LeftAttention] = []
-    for name, module in model.named_modules():
-        form = next((form for form in FORMS if _has(module, form)), None)
-        if form is None or isinstance(module, ConvertedLinearAttention) or not _num_heads(module):
-            continue
-        reason = _why_not(module, form)
-        if reason:
-            left.append(LeftAttention(name, type(module).__name__, reason))
-        else:
-            found[name] = form
-    return found, tuple(left)
-
-
-def _has(module: nn.Module, form: Form) -> bool:
-    projections, out = form
-    return all(type(getattr(module, name, None)) is nn.Linear for name in (*projections, out[0]))
-
-
-def _num_heads(module: nn.Module) -> int | None:
-    values = (getattr(module, name, None) for name in ("num_heads", "num_attention_heads"))
-    return next((value for value in values if isinstance(value, int)), None)
-
-
-def _why_not(module: nn.Module, form: Form) -> str:
-    """Why ``module`` is no plain softmax attention; empty if it is."""
-    projections = [module.get_submodule(name) for name in form[0]]
-    width = projections[0].in_features
-    assert isinstance(width, int)
-    heads = _num_heads(module) or 1
-    weight = projections[0].weight
-    assert isinstance(weight, Tensor)
-    dim = weight.shape[0] * len(projections) // 3
-    if dim % heads:
-        return f"its {dim} channels are no multiple of its {heads} heads"
-    further = [name for name in inspect.signature(module.forward).parameters if name not in TAKEN]
-    if further:
-        return f"its forward also takes {further[0]}, which linear attention cannot"
-    if weight.is_meta:
-        return "its weights are on the meta device"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(*_PROBE, width, generator=generator).to(weight)
-    with torch.no_grad(), eval_mode(module):
-        try:
-            output = module(x)
-        except Exception as error:  # code of others, on inputs of ours
-            return f"it takes more than tokens ({first_line(error)})"
-        actual = output[0] if isinstance(output, tuple) else output
-        outputs = [projection(x) for projection in projections]
-        q, k, v = outputs[0].chunk(3, dim=-1) if len(outputs) == 1 else outputs
-        expected = F.scaled_dot_product_attention(*(t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)))
-        expected = expected.transpose(1, 2).flatten(2)
-        for name in form[1]:
-            expected = getattr(module, name, nn.Identity())(expected)
-    if not isinstance(actual, Tensor) or actual.shape != expected.shape:
-        return "its output has another shape than its input"
-    distance = (actual - expected).abs().max() / expected.abs().mean().clamp(min=1e-12)
-    return "" if distance < _SAME else "it computes more than softmax attention on its projections"
-
-
-def _returns_weights(module: nn.Module, projections: tuple[str, ...]) -> bool:
-    linear = module.get_submodule(projections[0])
-    assert isinstance(linear, nn.Linear)
-    with torch.no_grad(), eval_mode(module):
-        return isinstance(module(torch.zeros(1, 4, linear.in_features).to(linear.weight)), tuple)
-
-
-def _tokens_of(model: nn.Module, grid_size: Grid | None, num_prefix_tokens: int | None) -> tuple[Grid, int]:
-    """Grid of the patch tokens and tokens in front of them, as asked or as the model says.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    own_grid, own_prefix = _tokens_of_timm(model) or _tokens_of_transformers(model) or (None, None)
-    grid, prefix = grid_size or own_grid, own_prefix if num_prefix_tokens is None else num_prefix_tokens
-    if grid is None or prefix is None:
-        raise ValueError(
-            f"{type(model).__name__} does not say how its tokens lie; pass grid_size=(H, W) and num_prefix_tokens="
-        )
-    return grid, prefix
-
-
-def _tokens_of_timm(model: nn.Module) -> tuple[Grid, int] | None:
-    grid, prefix = (
-        getattr(getattr(model, "patch_embed", None), "grid_size", None),
-        getattr(model, "num_prefix_tokens", None),
-    )
-    return ((grid[0], grid[1]), prefix) if grid is not None and isinstance(prefix, int) else None
-
-
-def _tokens_of_transformers(model: nn.Module) -> tuple[Grid, int] | None:
-    config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", config)
-    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if image is None or patch is None:
-        return None
-    sizes = [size if isinstance(size, (tuple, list)) else (size, size) for size in (image, patch)]
-    grid = tuple(pixels // side for pixels, side in zip(*sizes, strict=True))
-    leaves = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
-    return (grid[0], grid[1]), sum(leaf in CLASS_TOKENS for leaf in leaves) + getattr(config, "num_register_tokens", 0)
 
 
 @checked
