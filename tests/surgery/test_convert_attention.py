@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import slabformer as sf
 from slabformer.nn.converted_attention import ConvertedLinearAttention
 from slabformer.surgery.convert_attention import find_attentions
+from slabformer.surgery.reasons import Reason
 from tolerances import FLOAT32, assert_close
 
 timm = pytest.importorskip("timm", reason="its models are the subjects")
@@ -194,18 +196,18 @@ def test_keys_that_are_padding_do_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "reason"),
+    ("model", "code"),
     [
-        (lambda: vit(qk_norm=True), "it computes more than softmax attention on its projections"),
-        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28), "its forward also takes rope"),
+        (lambda: vit(qk_norm=True), Reason.NOT_SOFTMAX_ATTENTION),
+        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28), Reason.FURTHER_INPUTS),
     ],
     ids=["qk_norm", "rope"],
 )
-def test_what_is_more_than_softmax_attention_is_left_with_a_reason(model: Any, reason: str) -> None:
+def test_what_is_more_than_softmax_attention_is_left_with_a_reason(model: Any, code: Reason) -> None:
     model = model()
     _, left = find_attentions(model)
-    assert left
-    with pytest.raises(ValueError, match=reason):
+    assert {attention.code for attention in left} == {code}
+    with pytest.raises(ValueError, match=f"^no softmax attention .* to convert; {re.escape(str(left[0]))}"):
         sf.convert_attention_(model)
 
 

@@ -18,7 +18,9 @@ import slabformer as sf
 from fusing import X, net, norm, tokens
 from slabformer.nn import Affine
 from slabformer.surgery.audit import audit
-from slabformer.surgery.convert import LeftNorm, convert_norms_
+from slabformer.surgery.convert import convert_norms_
+from slabformer.surgery.convert_attention import convert_attention_
+from slabformer.surgery.converted import LeftModule
 from slabformer.surgery.fuse import Reason, fuse
 from slabformer.surgery.reasons import RefusalError, Why
 
@@ -154,6 +156,35 @@ def over_maps() -> set[Reason]:
     return {norm.code for norm in convert_norms_(model, norm="rmsnorm").left}
 
 
+#: of tokens that no model says the layout of
+GRID: dict[str, Any] = {"grid_size": (2, 2), "num_prefix_tokens": 0}
+
+
+class OwnAttention(nn.Module):
+    """What looks like a softmax attention, and computes anything."""
+
+    def __init__(self, forward: Forward, num_heads: int = 2, device: str = "cpu") -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(6, 18, device=device), nn.Linear(6, 6, device=device)
+        self.num_heads, self.body = num_heads, forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def softmax_attention(m: Any, x: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(-1, (2, 3)).transpose(1, 2) for t in m.qkv(x).chunk(3, -1))
+    return m.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def left_attention(*args: Any, **kwargs: Any) -> set[Reason]:
+    """Codes of what looks like an attention beside one that is converted."""
+    model = nn.Sequential(OwnAttention(softmax_attention), OwnAttention(*args, **kwargs))
+    converted = convert_attention_(model, **GRID)
+    assert converted == ["0"]
+    return {attention.code for attention in converted.left}
+
+
 MAPS = tokens(2, 6, 5, 5)
 TRANSPOSED = nn.ConvTranspose2d(6, 6, 3)
 #: of every code, a model that gives it
@@ -222,6 +253,9 @@ EXAMPLES: dict[Reason, Callable[[], set[Reason]]] = {
     Reason.CANNOT_RUN: lambda: left(OwnNorm(lambda m, x: x.no_such_method() * m.weight)),
     Reason.IN_CODE: in_code,
     Reason.OVER_MAPS: over_maps,
+    Reason.NOT_SOFTMAX_ATTENTION: lambda: left_attention(lambda m, x: softmax_attention(m, x) + x),
+    Reason.UNEVEN_HEADS: lambda: left_attention(softmax_attention, num_heads=4),
+    Reason.NO_VALUES: lambda: left_attention(softmax_attention, device="meta"),
     Reason.NOT_AFFINE: lambda: {
         norm.code
         for norm in fuse(net(lambda m, x: m.linear(m.norm(x)) + m.other(x), other=nn.LayerNorm(6), **pair()), X)[1].left
@@ -276,9 +310,21 @@ def test_codes_stand_in_text_and_json_beside_the_words() -> None:
 
 def test_codes_of_what_cannot_be_converted_stand_there_too() -> None:
     report = audit(nn.Sequential(nn.LayerNorm(6), nn.LayerNorm((4, 6))), X.float())
-    assert report.left == (LeftNorm("1", "LayerNorm", report.left[0].reason, Reason.SEVERAL_AXES),)
+    assert report.left == (LeftModule("1", "LayerNorm", report.left[0].reason, Reason.SEVERAL_AXES),)
     assert "[several-axes]" in report.table()
     assert json.loads(json.dumps(report.to_dict()))["left"][0]["code"] == "several-axes"
+
+
+def test_attention_that_is_left_shares_the_codes_of_norms() -> None:
+    assert left_attention(lambda m, x: x.no_such_method()) == {Reason.CANNOT_RUN}
+
+    class Biased(OwnAttention):
+        def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            return softmax_attention(self, x)
+
+    converted = convert_attention_(nn.Sequential(OwnAttention(softmax_attention), Biased(softmax_attention)), **GRID)
+    words = "its forward also takes bias, which linear attention cannot"
+    assert converted.left == (("1", "Biased", words, Reason.FURTHER_INPUTS),)
 
 
 def test_a_norm_that_folds_has_no_code() -> None:

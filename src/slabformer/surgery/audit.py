@@ -19,7 +19,8 @@ from slabformer.nn.norms import norm_type
 from slabformer.settings import PositiveFraction, PositiveInt, checked
 from slabformer.surgery.batches import NO_BATCH, as_arguments, eval_mode, model_device, to_device
 from slabformer.surgery.conversion_plan import ConversionPlan
-from slabformer.surgery.convert import LeftNorm, find_layer_norms, nothing_to_convert, replace_norms_
+from slabformer.surgery.convert import find_layer_norms, nothing_to_convert, replace_norms_
+from slabformer.surgery.converted import LeftModule
 from slabformer.surgery.fuse.report import FuseReport
 from slabformer.surgery.fuse.search.decide import propose
 from slabformer.surgery.fuse.search.request import check_examples, shapes_of
@@ -28,7 +29,7 @@ from slabformer.surgery.fuse.tree.fold import set_module
 from slabformer.surgery.fuse.tree.norms import Norm, find_norms, tail_of
 from slabformer.surgery.fuse.tree.sharing import Untied
 from slabformer.surgery.normal import makes_ordinary_tensors
-from slabformer.surgery.reasons import Reason
+from slabformer.surgery.reasons import Reason, Why
 from slabformer.surgery.recognise import HOOKS
 from slabformer.surgery.sensitivity import NormCost, Outputs, norm_costs
 
@@ -164,7 +165,7 @@ def audit(
     return AuditReport(found, shapes_of(examples), left, costs=costs, plan=plan)
 
 
-def _as_affines_(model: nn.Module) -> tuple[list[Norm], tuple[LeftNorm, ...]]:
+def _as_affines_(model: nn.Module) -> tuple[list[Norm], tuple[LeftModule, ...]]:
     """Every norm of ``model`` as an Affine on the CPU, whose map has values and a shift, whatever holds the weights.
 
     What looks like a norm and stays is returned too.
@@ -180,7 +181,7 @@ def _as_affines_(model: nn.Module) -> tuple[list[Norm], tuple[LeftNorm, ...]]:
     return find_norms(model), left
 
 
-def _norms_in_code(model: nn.Module, examples: list[Example], known: list[str]) -> tuple[LeftNorm, ...]:
+def _norms_in_code(model: nn.Module, examples: list[Example], known: list[str]) -> tuple[LeftModule, ...]:
     """Modules whose own code calls a norm's function on ``examples``, but for those ``known`` by name as norms.
 
     None if the model does not run; whoever traces it says why.
@@ -198,11 +199,8 @@ def _norms_in_code(model: nn.Module, examples: list[Example], known: list[str]) 
         return ()
     inside = tuple(f"{name}." for name in known)
     return tuple(
-        LeftNorm(
-            name,
-            type(model.get_submodule(name)).__name__,
-            f"its code calls {call}; a norm must be a module",
-            Reason.IN_CODE,
+        LeftModule.of(
+            name, model.get_submodule(name), Why.of(Reason.IN_CODE, f"its code calls {call}; a norm must be a module")
         )
         for name, call in calls.found.items()
         if name not in known and not name.startswith(inside)

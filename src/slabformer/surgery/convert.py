@@ -9,7 +9,7 @@ import logging
 import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.repbn import RepBN
 from slabformer.settings import Eta, Fraction, NonNegativeFloat, checked
 from slabformer.surgery.conversion_plan import ConversionPlan, names_to_take
+from slabformer.surgery.converted import ConvertedModules, LeftModule, summary_of
 from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.one_input import optional_arguments, take_one_input_
 from slabformer.surgery.reasons import Reason, Why
@@ -29,37 +30,6 @@ from slabformer.surgery.recognise import HOOKS, Lookalike, NormForm, Verdict, re
 logger = logging.getLogger(__name__)
 #: attribute of a norm that was put in another one's place; a plain value survives copies, moves and pickling
 CONVERTED = "slabformer_converted"
-
-
-class LeftNorm(NamedTuple):
-    """A module that looks like a norm and was left as it is.
-
-    Attributes:
-        name: Of the module.
-        kind: Name of its class.
-        reason: Why it was left, as a clause.
-        code: Of the reason.
-    """
-
-    name: str
-    kind: str
-    reason: str
-    code: Reason
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.kind}) left as it is: {self.reason}"
-
-
-class ConvertedNorms(list[str]):
-    """Names of the converted modules, in the model's order; a tied one stands under each of its names.
-
-    Attributes:
-        left: What looks like a norm and was left, but for what the filter refused.
-    """
-
-    def __init__(self, names: Iterable[str] = (), left: Iterable[LeftNorm] = ()) -> None:
-        super().__init__(names)
-        self.left = tuple(left)
 
 
 @makes_ordinary_tensors
@@ -74,7 +44,7 @@ def convert_norms_(
     eta: Eta | None = None,
     eps: NonNegativeFloat = 1e-5,
     momentum: Fraction | None = 0.1,
-) -> ConvertedNorms:
+) -> ConvertedModules:
     """Replace every LayerNorm and RMSNorm of ``model`` in place by a :class:`PRepBN` that still holds it.
 
     A norm is recognised by what a copy of it computes, whatever its class and the names of its parameters: LayerNorm,
@@ -122,24 +92,16 @@ def convert_norms_(
         if name in planned and (filter is None or filter(model.get_submodule(name), name))
     }
     found = {name: form for name, form in asked.items() if form.channel_dim == -1 or "channel_dim" in row.settings}
-    left += tuple(
-        LeftNorm(
-            name,
-            type(model.get_submodule(name)).__name__,
-            f"it is over the channels of maps, {row.title} is not",
-            Reason.OVER_MAPS,
-        )
-        for name in asked
-        if name not in found
-    )
+    over_maps = Why.of(Reason.OVER_MAPS, f"it is over the channels of maps, {row.title} is not")
+    left += tuple(LeftModule.of(name, model.get_submodule(name), over_maps) for name in asked if name not in found)
     if not found:
         already = f"{len(recognised) - len(others)} {row.title}" if len(recognised) > len(others) else ""
         raise ValueError(nothing_to_convert(model, len(others) - len(asked), left, already))
     replace_norms_(model, found, norm=row, **settings)
     logger.info("converted %d norms of %s to %s", len(found), type(model).__name__, row.title)
-    for line in _summary(left):
+    for line in summary_of(left):
         logger.warning("%s", line)
-    return ConvertedNorms(found, left)
+    return ConvertedModules(found, left)
 
 
 def replace_norms_(
@@ -187,7 +149,7 @@ def was_converted(module: nn.Module) -> bool:
     return CONVERTED in vars(module)
 
 
-def find_layer_norms(model: nn.Module) -> tuple[dict[str, NormForm], tuple[LeftNorm, ...]]:
+def find_layer_norms(model: nn.Module) -> tuple[dict[str, NormForm], tuple[LeftModule, ...]]:
     """What :func:`convert_norms_` can convert, by name, and what looks like it and cannot be; nothing is changed."""
     modules = dict(model.named_modules(remove_duplicate=False))
     gone = [name for name, module in modules.items() if _needs_none(module)]
@@ -212,18 +174,16 @@ def find_layer_norms(model: nn.Module) -> tuple[dict[str, NormForm], tuple[LeftN
         for name, why in left.items()
         if not _holds_any(name, forms) and not any(_holds_any(other, [name]) for other in (*forms, *left))
     }
-    return forms, tuple(
-        LeftNorm(name, type(modules[name]).__name__, why.words, why.codes[0]) for name, why in left.items()
-    )
+    return forms, tuple(LeftModule.of(name, modules[name], why) for name, why in left.items())
 
 
-def staying_norms(model: nn.Module) -> tuple[LeftNorm, ...]:
+def staying_norms(model: nn.Module) -> tuple[LeftModule, ...]:
     """Norms of ``model`` that :func:`slabformer.fuse` cannot fold whatever stands next to them, and why."""
     forms, _ = find_layer_norms(model)
     rows = {name: norm_types()[form.kind] for name, form in forms.items()}
     rows |= {name: row for name, row in norms_of(model) if row.scale_shift is None}
     return tuple(
-        LeftNorm(name, type(model.get_submodule(name)).__name__, row.stays, Reason.NOT_AFFINE)
+        LeftModule.of(name, model.get_submodule(name), Why.of(Reason.NOT_AFFINE, row.stays))
         for name, row in rows.items()
     )
 
@@ -238,7 +198,7 @@ def _holds_any(name: str, others: Iterable[str]) -> bool:
     return any(other != name and other.startswith(f"{name}." if name else "") for other in others)
 
 
-def nothing_to_convert(model: nn.Module, num_refused: int, left: Sequence[LeftNorm], already: str = "") -> str:
+def nothing_to_convert(model: nn.Module, num_refused: int, left: Sequence[LeftModule], already: str = "") -> str:
     """The words of an error about it, with what the filter refused, what was left and what is ``already`` there."""
     there = sum(isinstance(module, (PRepBN, RepBN)) for module in model.modules())
     if num_refused:
@@ -248,16 +208,8 @@ def nothing_to_convert(model: nn.Module, num_refused: int, left: Sequence[LeftNo
     elif there:
         hint = f"it holds {there} of ours already"
     else:
-        hint = "; ".join(_summary(left)) or "is it norm-free?"
+        hint = "; ".join(summary_of(left)) or "is it norm-free?"
     return f"no LayerNorm or RMSNorm to convert in {type(model).__name__}; {hint}"
-
-
-def _summary(left: Iterable[LeftNorm]) -> list[str]:
-    """One line for each class and reason: the first such norm, and how many more there are."""
-    groups: dict[tuple[str, str], list[LeftNorm]] = {}
-    for norm in left:
-        groups.setdefault((norm.kind, norm.reason), []).append(norm)
-    return [str(first) + (f" (and {len(more)} more like it)" if more else "") for first, *more in groups.values()]
 
 
 def _given_by_callers(model: nn.Module, name: str, optional: Mapping[str, Any]) -> str:

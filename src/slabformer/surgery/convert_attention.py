@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Collection, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,10 @@ from slabformer.nn.converted_attention import ConvertedLinearAttention
 from slabformer.nn.resample import Grid
 from slabformer.settings import NonNegativeInt, PositiveInt, checked
 from slabformer.surgery.batches import eval_mode
+from slabformer.surgery.converted import ConvertedModules, LeftModule, summary_of
 from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.outputs import first_line
+from slabformer.surgery.reasons import Reason, Why
 
 logger = logging.getLogger(__name__)
 
@@ -41,35 +42,6 @@ _SAME = 1e-3
 _PROBE = (2, 10)
 
 
-class LeftAttention(NamedTuple):
-    """A module that looks like an attention and was left as it is.
-
-    Attributes:
-        name: Of the module.
-        kind: Name of its class.
-        reason: Why it was left, as a clause.
-    """
-
-    name: str
-    kind: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.kind}) left as it is: {self.reason}"
-
-
-class ConvertedAttentions(list[str]):
-    """Names of the converted modules, in the model's order.
-
-    Attributes:
-        left: What looks like an attention and was left, but for what the filter refused.
-    """
-
-    def __init__(self, names: Iterable[str] = (), left: Iterable[LeftAttention] = ()) -> None:
-        super().__init__(names)
-        self.left = tuple(left)
-
-
 @makes_ordinary_tensors
 @checked
 def convert_attention_(
@@ -80,7 +52,7 @@ def convert_attention_(
     grid_size: tuple[PositiveInt, PositiveInt] | None = None,
     num_prefix_tokens: NonNegativeInt | None = None,
     kernel_size: PositiveInt = 5,
-) -> ConvertedAttentions:
+) -> ConvertedModules:
     """Replace softmax self-attention of ``model`` in place by linear attention on the same projections.
 
     An attention is recognised by what it computes: its output must be that of softmax attention on its projections,
@@ -97,7 +69,7 @@ def convert_attention_(
         kernel_size: Of the depthwise convolution, odd.
 
     Returns:
-        Names of the converted modules.
+        Names of the converted modules, in the model's order; ``left`` holds what looks like an attention and was left.
 
     Raises:
         ValueError: If nothing matched, ``plan`` names an attention that the model does not have, or the grid is not
@@ -113,7 +85,7 @@ def convert_attention_(
         if (plan is None or name in plan) and (filter is None or filter(model.get_submodule(name), name))
     ]
     if not taken:
-        because = f"; {left[0]}" if left else ""
+        because = "; ".join(["", *summary_of(left)])
         raise ValueError(f"no softmax attention of {type(model).__name__} to convert{because}")
     grid, prefix = _tokens_of(model, grid_size, num_prefix_tokens)
     for name in taken:
@@ -129,26 +101,26 @@ def convert_attention_(
             returns_weights=_returns_weights(old, projections),
         )
         model.set_submodule(name, new.train(old.training))
-    for line in left:
-        logger.warning("%s", line)
     logger.info("converted %d attentions of %s", len(taken), type(model).__name__)
-    return ConvertedAttentions(taken, left)
+    for line in summary_of(left):
+        logger.warning("%s", line)
+    return ConvertedModules(taken, left)
 
 
 Form = tuple[tuple[str, ...], tuple[str, ...]]
 
 
-def find_attentions(model: nn.Module) -> tuple[dict[str, Form], tuple[LeftAttention, ...]]:
+def find_attentions(model: nn.Module) -> tuple[dict[str, Form], tuple[LeftModule, ...]]:
     """What can be converted, by name, and what looks like it and cannot be; nothing is changed."""
     found: dict[str, Form] = {}
-    left: list[LeftAttention] = []
+    left: list[LeftModule] = []
     for name, module in model.named_modules():
         form = next((form for form in FORMS if _has(module, form)), None)
         if form is None or isinstance(module, ConvertedLinearAttention) or not _num_heads(module):
             continue
-        reason = _why_not(module, form)
-        if reason:
-            left.append(LeftAttention(name, type(module).__name__, reason))
+        why = _why_not(module, form)
+        if why:
+            left.append(LeftModule.of(name, module, why))
         else:
             found[name] = form
     return found, tuple(left)
@@ -164,8 +136,8 @@ def _num_heads(module: nn.Module) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
-def _why_not(module: nn.Module, form: Form) -> str:
-    """Why ``module`` is no plain softmax attention; empty if it is."""
+def _why_not(module: nn.Module, form: Form) -> Why | None:
+    """Why ``module`` is no plain softmax attention; None if it is."""
     projections = [module.get_submodule(name) for name in form[0]]
     width = projections[0].in_features
     assert isinstance(width, int)
@@ -174,19 +146,19 @@ def _why_not(module: nn.Module, form: Form) -> str:
     assert isinstance(weight, Tensor)
     dim = weight.shape[0] * len(projections) // 3
     if dim % heads:
-        return f"its {dim} channels are no multiple of its {heads} heads"
+        return Why.of(Reason.UNEVEN_HEADS, f"its {dim} channels are no multiple of its {heads} heads")
     further = [name for name in inspect.signature(module.forward).parameters if name not in TAKEN]
     if further:
-        return f"its forward also takes {further[0]}, which linear attention cannot"
+        return Why.of(Reason.FURTHER_INPUTS, f"its forward also takes {further[0]}, which linear attention cannot")
     if weight.is_meta:
-        return "its weights are on the meta device"
+        return Why.of(Reason.NO_VALUES, "its weights are on the meta device")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(*_PROBE, width, generator=generator).to(weight)
     with torch.no_grad(), eval_mode(module):
         try:
             output = module(x)
         except Exception as error:  # code of others, on inputs of ours
-            return f"it takes more than tokens ({first_line(error)})"
+            return Why.of(Reason.CANNOT_RUN, f"it takes more than tokens ({first_line(error)})")
         actual = output[0] if isinstance(output, tuple) else output
         outputs = [projection(x) for projection in projections]
         q, k, v = outputs[0].chunk(3, dim=-1) if len(outputs) == 1 else outputs
@@ -195,9 +167,11 @@ def _why_not(module: nn.Module, form: Form) -> str:
         for name in form[1]:
             expected = getattr(module, name, nn.Identity())(expected)
     if not isinstance(actual, Tensor) or actual.shape != expected.shape:
-        return "its output has another shape than its input"
+        return Why.of(Reason.NOT_SOFTMAX_ATTENTION, "its output has another shape than its input")
     distance = (actual - expected).abs().max() / expected.abs().mean().clamp(min=1e-12)
-    return "" if distance < _SAME else "it computes more than softmax attention on its projections"
+    if distance < _SAME:
+        return None
+    return Why.of(Reason.NOT_SOFTMAX_ATTENTION, "it computes more than softmax attention on its projections")
 
 
 def _returns_weights(module: nn.Module, projections: tuple[str, ...]) -> bool:

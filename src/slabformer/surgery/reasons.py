@@ -1,4 +1,4 @@
-"""Why a norm stays, as codes for programs and words for people."""
+"""Why a norm or an attention stays, as codes for programs and words for people."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """Why a norm was not folded, or not converted; ``docs/fusing.md`` says of each code what to do about it."""
+    """Why a norm was not folded, or a norm or an attention not converted; ``docs/fusing.md`` says what to do."""
 
     # what reads the norm
     MODEL_OUTPUT = "model-output"
@@ -68,6 +68,10 @@ class Reason(StrEnum):
     CANNOT_RUN = "cannot-run"
     IN_CODE = "in-code"
     OVER_MAPS = "over-maps"
+    # what looks like a softmax attention and cannot be converted, beside FURTHER_INPUTS and CANNOT_RUN
+    NOT_SOFTMAX_ATTENTION = "not-softmax-attention"
+    UNEVEN_HEADS = "uneven-heads"
+    NO_VALUES = "no-values"
     # what fuse cannot fold wherever it stands
     NOT_AFFINE = "not-affine"
 

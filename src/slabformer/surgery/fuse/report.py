@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from slabformer.surgery.convert import LeftNorm
+from slabformer.surgery.converted import LeftModule
 from slabformer.surgery.reasons import Reason
 
 Action = Literal["forward", "backward", "kept"]
@@ -56,7 +56,7 @@ class FuseReport:
 
     outcomes: tuple[NormOutcome, ...]
     input_shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    left: tuple[LeftNorm, ...] = ()
+    left: tuple[LeftModule, ...] = ()
     changed_methods: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[NormOutcome]:
