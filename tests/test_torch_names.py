@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -67,3 +69,71 @@ def test_settings_of_the_compiler_hold_for_a_block() -> None:
         assert config.freezing is not before
     assert config.freezing is before
     assert issubclass(_torch.compile_error(), Exception)
+
+
+def test_slots_of_a_module_are_its_own() -> None:
+    module = nn.Sequential(nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3))
+    _torch.parameter_slots(module[0])["bias"] = nn.Parameter(torch.ones(3))
+    assert module(torch.zeros(1, 2).expand(2, 2)).shape == (2, 3)
+    assert "0.bias" in module.state_dict()
+    _torch.unsaved_buffers(module[1]).add("running_mean")
+    _torch.buffer_slots(module[1])["running_var"] = torch.full((3,), 4.0)
+    assert "1.running_mean" not in module.state_dict()
+    assert torch.equal(module.state_dict()["1.running_var"], torch.full((3,), 4.0))
+    _torch.child_slots(module)["0"] = nn.Identity()
+    assert module.eval()(torch.ones(1, 3)).shape == (1, 3)
+
+
+def test_a_copy_with_another_child_shares_the_others() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    made = _torch.with_child(module, "0", nn.Identity())
+    assert made[1] is module[1]
+    assert isinstance(made[0], nn.Identity)
+    assert isinstance(module[0], nn.Linear)
+
+
+def test_hooks_are_those_that_a_module_calls() -> None:
+    module, seen = nn.Identity(), []
+    module.register_forward_hook(lambda *_: seen.append("after"))
+    module.register_forward_pre_hook(lambda *_: seen.append("before"))
+    module(1)
+    assert len(_torch.forward_hooks(module)) == len(_torch.forward_pre_hooks(module)) == 1
+    _torch.forward_hooks(module).clear()
+    module(1)
+    assert seen == ["before", "after", "before"]
+    assert all(name in vars(module) for name in _torch.HOOKS)
+
+
+def test_operators_of_a_graph_are_described() -> None:
+    add = torch.ops.aten.add_.Tensor
+    assert _torch.operator_of(add) is torch.ops.aten.add_
+    assert _torch.name_of_operator(add) == "aten::add_.Tensor"
+    assert _torch.schema_of(add).arguments[0].alias_info.is_write
+    assert _torch.schema_of(len) is _torch.name_of_operator(len) is None
+
+
+def test_a_compiled_model_is_unwrapped_and_recurrent_weights_are_named() -> None:
+    model = nn.LSTM(2, 3)
+    assert _torch.uncompiled(torch.compile(model)) is model
+    assert _torch.uncompiled(model) is model
+    assert {"weight_ih_l0", "bias_hh_l0"} <= set(_torch.recurrent_weights(model))
+    assert not list(_torch.recurrent_weights(nn.Linear(2, 2)))
+
+
+def test_methods_that_our_modules_override_are_called() -> None:
+    """``_apply`` and ``_load_from_state_dict``, which only a subclass can override, have no place in one file."""
+
+    class Watched(nn.Linear):
+        called: ClassVar[list[str]] = []
+
+        def _apply(self, *args, **kwargs):
+            self.called.append("apply")
+            return super()._apply(*args, **kwargs)
+
+        def _load_from_state_dict(self, *args, **kwargs):
+            self.called.append("load")
+            super()._load_from_state_dict(*args, **kwargs)
+
+    model = nn.Sequential(Watched(2, 2))
+    model.double().load_state_dict(model.state_dict())
+    assert Watched.called == ["apply", "load"]

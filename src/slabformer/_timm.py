@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
 from slabformer._private import private
 
@@ -23,3 +23,11 @@ def is_feature_getter(module: nn.Module) -> TypeGuard[Any]:
     """Whether ``features_only=True`` wrapped a model that gives its features itself."""
     getter: Any = private("timm.models._features.FeatureGetterNet", CHECKED_WITH)
     return isinstance(module, getter)
+
+
+class EmbedsPositions:
+    """Base beside timm's ``VisionTransformer``: its private method under a public name."""
+
+    def embed_positions(self, x: Tensor) -> Tensor:
+        """Patches ``(B, H, W, C)`` with positions and class tokens, ``(B, N, C)``."""
+        return self._pos_embed(x)  # type: ignore[attr-defined,no-any-return]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -20,24 +21,49 @@ from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 from slabformer._private import MissingPrivateNameError, private
 
 __all__ = [
+    "HOOKS",
     "BatchNorm",
     "Conv",
     "DispatchMode",
     "NormBase",
     "assert_async",
+    "buffer_slots",
+    "child_slots",
     "compile_error",
+    "forward_hooks",
+    "forward_pre_hooks",
     "graph_sources",
     "in_backward",
     "in_function_transform",
     "inductor_settings",
     "is_compiled_in_place",
+    "name_of_operator",
+    "operator_of",
+    "parameter_slots",
+    "recurrent_weights",
+    "schema_of",
     "storage_identity",
     "tree_leaves",
     "tree_map_tensors",
+    "uncompiled",
+    "unsaved_buffers",
     "version_of",
+    "with_child",
 ]
 
 CHECKED_WITH = ("2.11", "2.14")
+Module = TypeVar("Module", bound=nn.Module)
+#: where a module keeps the hooks on its calls, and what kind its backward hooks are
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 _private = functools.partial(private, checked_with=CHECKED_WITH)
 _graph_task = _private("torch._C._current_graph_task_id")
 _peek_interpreter = _private("torch._C._functorch.peek_interpreter_stack")
@@ -52,6 +78,68 @@ def in_backward() -> bool:
 def in_function_transform() -> bool:
     """Whether :mod:`torch.func` or forward-mode differentiation runs."""
     return _peek_interpreter() is not None or forward_ad._current_level >= 0
+
+
+def child_slots(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Children of ``module``, None where it has a place for one; a write is seen by the module."""
+    return module._modules
+
+
+def with_child(module: Module, name: str, child: nn.Module) -> Module:
+    """A shallow copy of ``module`` that has ``child`` under ``name`` and shares all its other children."""
+    made = copy.copy(module)
+    made._modules = {**module._modules, name: child}
+    return made
+
+
+def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Parameters of ``module`` itself, None where it has a place for one; a write is seen by the module."""
+    return module._parameters
+
+
+def buffer_slots(module: nn.Module) -> dict[str, Tensor | None]:
+    """Buffers of ``module`` itself, None where it has a place for one; a write is seen by the module."""
+    return module._buffers
+
+
+def unsaved_buffers(module: nn.Module) -> set[str]:
+    """Names of its buffers that are not in the state dict; a write is seen by the module."""
+    return module._non_persistent_buffers_set
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Hooks that see what ``module`` itself returns, by their keys; a write is seen by the module."""
+    return module._forward_hooks
+
+
+def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Hooks that see what ``module`` itself is called with, by their keys; a write is seen by the module."""
+    return module._forward_pre_hooks
+
+
+def recurrent_weights(layer: nn.Module) -> list[str]:
+    """Names of the weights of an RNN, GRU or LSTM in its kernel's order; of another layer none."""
+    return getattr(layer, "_flat_weights_names", [])
+
+
+def uncompiled(model: Any) -> Any:
+    """The model inside what ``torch.compile`` returned; any other as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
+def schema_of(operator: Any) -> Any:
+    """Names and aliases of the arguments and results of an operator in a graph; None for a function of Python."""
+    return getattr(operator, "_schema", None)
+
+
+def operator_of(overload: Any) -> Any:
+    """``aten.add`` of ``aten.add.Tensor``."""
+    return overload._overloadpacket
+
+
+def name_of_operator(operator: Any) -> str | None:
+    """Name of an operator in a graph; None for a function of Python."""
+    return getattr(operator, "_name", None)
 
 
 def tree_map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:

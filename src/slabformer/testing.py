@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slabformer._torch import buffer_slots
 from slabformer.nn.affine import Affine
 from slabformer.nn.repbn import RepBN
 from slabformer.settings import Seed, checked
@@ -51,7 +52,7 @@ def randomize_norms_(model: nn.Module, seed: Seed = 0) -> nn.Module:
 
 def _is_frozen(module: nn.Module) -> bool:
     """Whether it is a BatchNorm whose gain and offset are buffers, as detectors have."""
-    return {"weight", "bias", "running_mean", "running_var"} <= module._buffers.keys()
+    return {"weight", "bias", "running_mean", "running_var"} <= buffer_slots(module).keys()
 
 
 def _is_constant(parameter: Tensor) -> bool:

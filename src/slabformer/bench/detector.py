@@ -9,16 +9,15 @@ compute what its eager form does.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slabformer._defaults import RUNTIME_RTOL
-from slabformer._torch import compile_error
+from slabformer._torch import compile_error, with_child
 from slabformer.bench.detector_report import Latency, LatencyReport, Part
 from slabformer.deployment.compiled import Compiled
 from slabformer.deployment.detector import fuse_detector, verify_detections
@@ -125,19 +124,12 @@ def _calls(
             return {key: call for key, call in calls.items() if key[2] == "eager"}, found
         verify(detector.backbone, program, padded, rtol=RUNTIME_RTOL, lazy=True)
         calls[variant, "backbone", "compiled"] = partial(program, padded)
-        calls[variant, "detector", "compiled"] = partial(_detect, _on(detector, program), image)
+        calls[variant, "detector", "compiled"] = partial(_detect, with_child(detector, "backbone", program), image)
     return calls, found
 
 
 def _detect(detector: Detector, image: Tensor) -> object:
     return detector([image])
-
-
-def _on(detector: Detector, backbone: nn.Module) -> Detector:
-    """``detector`` on another backbone, its heads shared."""
-    made = copy.copy(detector)
-    made._modules = {**detector._modules, "backbone": backbone}
-    return made
 
 
 def _row(

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from jsonargparse import ActionYesNo, Namespace
 
 from slabformer._extras import require
+from slabformer._jsonargparse import hint_of, options_of
 from slabformer.cli import main
 from slabformer.cli.outcome import Outcome
 from slabformer.cli.parser import Parser, flags_of
@@ -59,7 +60,7 @@ def _add_verbs(shtab: Any, commands: Any, verbs: Mapping[str, tuple[str, str]]) 
     for verb, (module, what) in verbs.items():
         plain = commands.add_parser(verb, help=what, add_help=False)
         try:
-            actions = parser_of(module)._actions
+            actions = options_of(parser_of(module))
         except ImportError:  # an extra is missing: the verb says which when it runs
             continue
         for action in actions:
@@ -74,7 +75,7 @@ def _add_option(shtab: Any, plain: argparse.ArgumentParser, action: argparse.Act
     if action.nargs == 0 or isinstance(action, ActionYesNo) or action.dest == "print_config":
         plain.add_argument(*flags, action="store_true", help=action.help)
         return
-    hint = getattr(action, "checked_type", getattr(action, "_typehint", None))
+    hint = getattr(action, "checked_type", hint_of(action))
     added = plain.add_argument(*flags, nargs=action.nargs, help=action.help)
     if choices := _choices(hint):
         added.choices = choices

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 
 from jsonargparse import ArgumentError, Namespace
 
+from slabformer._jsonargparse import options_of
 from slabformer.cli.parser import Parser, in_recipe, type_of
 from slabformer.cli.suggest import did_you_mean
 from slabformer.settings import asks_the_disk, check, describe, is_default, nested_hints, shown
@@ -28,7 +29,7 @@ def add_settings(parser: Parser, kind: type, skip: Collection[str] = ()) -> None
     """Every field of a dataclass as an option, but for those to ``skip``, nested ones by dotted names."""
     parser.add_class_arguments(kind, skip=set(skip))
     hints = nested_hints(kind)
-    for action in parser._actions:
+    for action in options_of(parser):
         if action.dest in hints:
             # the parser's own type has lost its rules
             action.checked_type = hints[action.dest]  # type: ignore[attr-defined]
@@ -52,7 +53,7 @@ def parse(parser: Parser, options: Sequence[str], command: str) -> Namespace:
     for name in parser.groups or {}:
         if name in config and not isinstance(config[name], Namespace):
             raise ValueError(f"{name} must be a mapping of settings to values, got {shown(config[name])}")
-    for action in parser._actions:
+    for action in options_of(parser):
         hint = type_of(action)
         if hint is None or action.dest not in config:
             continue
@@ -81,7 +82,7 @@ def _explain(message: str, parser: Parser, given: Sequence[str]) -> str:
     """``message`` of a parser, with what is allowed, or the nearest known key where it is about an unknown one."""
     mistyped = MISTYPED.search(message)
     if mistyped is not None:
-        action = next(action for action in parser._actions if action.dest == mistyped["key"])
+        action = next(action for action in options_of(parser) if action.dest == mistyped["key"])
         hint = type_of(action)
         allowed = describe(bool if hint is None else hint)
         return f"{_shown_name(action, given)} must be {allowed}, got {mistyped['given'].removesuffix('.')}"
@@ -92,15 +93,15 @@ def _explain(message: str, parser: Parser, given: Sequence[str]) -> str:
     if flag:
         return _unknown_flag(flag, parser)
     key = f"{group}.{member}" if group else unknown["option"]
-    settings = [action.dest for action in parser._actions if action.option_strings]
+    settings = [action.dest for action in options_of(parser) if action.option_strings]
     return f"unknown setting {key!r}{did_you_mean(key.replace('-', '_'), settings)}"
 
 
 def _unknown_flag(flag: str, parser: Parser) -> str:
     name = flag.removeprefix("--")
-    if any(not action.option_strings and action.dest == name for action in parser._actions):
+    if any(not action.option_strings and action.dest == name for action in options_of(parser)):
         return f"{name} is given without --{name}, as in the usage line"
     shown_flags = [
-        flag for action in parser._actions for flag in action.option_strings if action.help != argparse.SUPPRESS
+        flag for action in options_of(parser) for flag in action.option_strings if action.help != argparse.SUPPRESS
     ]
     return f"unknown option {flag!r}{did_you_mean(flag.replace('_', '-'), shown_flags)}"

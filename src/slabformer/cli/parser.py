@@ -15,8 +15,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
-from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
+from slabformer._jsonargparse import (
+    Layout,
+    arguments_group,
+    groups_of,
+    hint_of,
+    members_of,
+    options_by_flag,
+    options_group,
+    options_of,
+    set_groups,
+    set_members,
+)
 from slabformer.cli.words import facts, placeholder
 from slabformer.settings import FileToWrite
 
@@ -30,30 +42,34 @@ WIDEST = 100
 ROLE = re.compile(r":\w+:`~?(?:\w+\.)*(\w+)`")
 
 
-class HelpFormatter(DefaultHelpFormatter):
+class HelpFormatter(Layout):
     """Flags of an option, what it is for, and in brackets type, range and default."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, max_help_position=26, width=min(WIDEST, shutil.get_terminal_size().columns), **options)
 
-    def _format_action_invocation(self, action: argparse.Action) -> str:
+    def invocation(self, action: argparse.Action) -> str:
+        """Flags, and a word for the value."""
         if not action.option_strings:
             return str(action.metavar)
         values = (
             ""
             if action.nargs == 0 or action.dest == "print_config"
-            else f" {self._format_args(action, placeholder(type_of(action)))}"
+            else f" {self.values(action, placeholder(type_of(action)))}"
         )
         return ", ".join(flags_of(action)) + values
 
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
+    def filled(self, text: str, width: int, indent: str) -> str:
+        """A paragraph; indented lines, examples for instance, stay as they are."""
         lines = (line if line.startswith("  ") else textwrap.fill(line, width) for line in text.splitlines())
         return textwrap.indent("\n".join(lines), indent)
 
-    def _split_lines(self, text: str, width: int) -> list[str]:
+    def lines(self, text: str, width: int) -> list[str]:
+        """The help of an option; flags are not broken at their dashes."""
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
-    def _expand_help(self, action: argparse.Action) -> str:
+    def expanded(self, action: argparse.Action) -> str:
+        """The help of an option with its type, range and default."""
         text = ROLE.sub(r"`\1`", (action.help or "").strip().removesuffix("."))
         hint = bool if isinstance(action, ActionYesNo) else type_of(action)
         text = text if in_recipe(action) else text[:1].upper() + text[1:]
@@ -85,7 +101,7 @@ class Parser(ArgumentParser):
             print_config="--print-config",
             epilog=notes or None,
         )
-        self._positionals.title = "arguments"
+        arguments_group(self).title = "arguments"
         self.does, self.examples, self.json_files = does, tuple(examples), json_files
         self.add_argument("-h", "--help", action="help", help="show this help and exit")
         if json:
@@ -130,7 +146,7 @@ class Parser(ArgumentParser):
                 spelled.append(item)
                 continue
             flag = self._flag(flag)
-            action = self._option_string_actions.get(flag)
+            action = options_by_flag(self).get(flag)
             if not equals and given and self._takes_old_value(action, given[0]):
                 equals, value = "=", given.pop(0)
             if equals and isinstance(action, ActionYesNo):
@@ -144,15 +160,15 @@ class Parser(ArgumentParser):
     def _long(self, item: str) -> str:
         """``-o FILE``, ``-oFILE`` and ``-o=FILE`` by the long flag."""
         for long, short in SHORT.items():
-            if item.startswith(short) and short in self._option_string_actions:
+            if item.startswith(short) and short in options_by_flag(self):
                 value = item[len(short) :].removeprefix("=")
                 return f"{long}={value}" if value else long
         return item
 
     def _flag(self, given: str) -> str:
         """The flag that is spelled with underscores or called by an old name; an unknown one as it is."""
-        known, dashed = self._option_string_actions, given.replace("_", "-")
-        for action in self._actions:
+        known, dashed = options_by_flag(self), given.replace("_", "-")
+        for action in options_of(self):
             if dashed in getattr(action, "aliases", ()):
                 return action.option_strings[-1]
         if dashed in known:
@@ -177,7 +193,7 @@ class Parser(ArgumentParser):
 
     def format_help(self, *args: Any) -> str:
         """What the verb does, its usage, examples, and its options, the general ones last."""
-        for action in self._actions:
+        for action in options_of(self):
             _name_value(action)
         self.usage, self.description = argparse.SUPPRESS, self._opening()
         self._arrange()
@@ -185,18 +201,19 @@ class Parser(ArgumentParser):
 
     def _arrange(self) -> None:
         """What is required first, what every verb has last; groups that show nothing are left out."""
-        own: Any = self._optionals
-        own._group_actions.sort(
+        own = options_group(self)
+        members_of(own).sort(
             key=lambda action: GENERAL.index(action.dest) + 1 if action.dest in GENERAL else -int(is_needed(action))
         )
-        groups: list[Any] = [group for group in self._action_groups if any(map(_is_shown, group._group_actions))]
-        sections = [group for group in groups if group not in (self._positionals, own)]
+        groups = [group for group in groups_of(self) if any(map(_is_shown, members_of(group)))]
+        sections = [group for group in groups if group not in (arguments_group(self), own)]
         if sections:
-            general = [action for action in own._group_actions if action.dest in GENERAL]
-            sections[0]._group_actions += [action for action in own._group_actions if action not in general]
-            own.title, own._group_actions = "general", general
+            general = [action for action in members_of(own) if action.dest in GENERAL]
+            members_of(sections[0]).extend(action for action in members_of(own) if action not in general)
+            own.title = "general"
+            set_members(own, general)
             groups = [*(group for group in groups if group is not own), own]
-        self._action_groups = groups
+        set_groups(self, groups)
 
     def _opening(self) -> str:
         examples = ["\n".join(["examples:", *(f"  {example}" for example in self.examples)])] if self.examples else []
@@ -205,7 +222,7 @@ class Parser(ArgumentParser):
     def short_usage(self) -> str:
         """The verb with what it cannot do without."""
         words = [self.prog]
-        for action in self._actions:
+        for action in options_of(self):
             _name_value(action)
             if not _is_shown(action):
                 continue
@@ -223,7 +240,7 @@ def _is_shown(action: argparse.Action) -> bool:
 
 def type_of(action: argparse.Action) -> Any:
     """An option's type with its rules, a list where it takes several values; None for a switch that is no setting."""
-    hint = getattr(action, "checked_type", getattr(action, "_typehint", None))
+    hint = getattr(action, "checked_type", hint_of(action))
     single = hint is None or action.nargs in (None, "?") or isinstance(action, ActionYesNo)
     return hint if single else list[hint]  # type: ignore[valid-type]
 
@@ -271,5 +288,5 @@ def _name_value(action: argparse.Action) -> None:
     own = None if in_recipe(action) else getattr(action, "own_metavar", None)
     if own is not None or isinstance(action, ActionYesNo) or type_of(action) is None:
         return
-    hint = getattr(action, "checked_type", getattr(action, "_typehint", None))
+    hint = getattr(action, "checked_type", hint_of(action))
     action.metavar = placeholder(hint) if action.option_strings else action.dest.upper().replace("_", "-")

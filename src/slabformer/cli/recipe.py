@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 
 from slabformer._files import check_readable, read_text
+from slabformer._jsonargparse import groups_of, members_of, options_by_flag, options_of, set_groups, set_members
 from slabformer.cli.options import add_settings
 from slabformer.cli.outcome import Outcome
 from slabformer.cli.parser import Parser
@@ -82,11 +83,11 @@ def recipe_parser(
     parser = RecipeParser(prog, does, examples, notes=NOTES, **options)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     next(
-        action for action in parser._actions if action.dest == "print_config"
+        action for action in options_of(parser) if action.dest == "print_config"
     ).help = "write the settings as a recipe and exit"
     add_settings(parser, config)
     hints = field_hints(config)
-    for action in parser._actions:
+    for action in options_of(parser):
         section = action.dest.partition(".")[0]
         if section in hints and sections is not None and section not in sections:
             _take_flags(parser, action)
@@ -110,7 +111,7 @@ def _nested(config: type, key: str) -> type | None:
 def _take_flags(parser: Parser, action: argparse.Action) -> None:
     """Leave a setting to recipes."""
     for flag in action.option_strings:
-        parser._option_string_actions.pop(flag)
+        options_by_flag(parser).pop(flag)
     action.option_strings, action.help = [f"--{action.dest}"], argparse.SUPPRESS
 
 
@@ -125,12 +126,12 @@ def name_sections(parser: Parser, config: type) -> None:
 def _arrange(parser: Parser, config: type) -> None:
     """Sections by name, the most used settings before them."""
     name_sections(parser, config)
-    used = {action.dest: action for action in parser._actions if action.dest in MOST_USED}
-    for group in parser._action_groups:
-        group._group_actions = [action for action in group._group_actions if action.dest not in used]
+    used = {action.dest: action for action in options_of(parser) if action.dest in MOST_USED}
+    for group in groups_of(parser):
+        set_members(group, [action for action in members_of(group) if action.dest not in used])
     first = parser.add_argument_group("most used")
-    first._group_actions = [used[dest] for dest in MOST_USED if dest in used]
-    parser._action_groups = [first, *(group for group in parser._action_groups if group is not first)]
+    set_members(first, [used[dest] for dest in MOST_USED if dest in used])
+    set_groups(parser, [first, *(group for group in groups_of(parser) if group is not first)])
 
 
 def settings_of(parser: Parser, parsed: Namespace) -> dict[str, Any]:

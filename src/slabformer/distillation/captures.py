@@ -30,11 +30,11 @@ class Capture:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         modules = dict(model.named_modules(remove_duplicate=False))
-        self._modules = {}
+        self._named = {}
         for name in names:
             if name not in modules:
                 raise ValueError(f"{type(model).__name__} has no module {name!r} to compare; see named_modules()")
-            self._modules[name] = modules[name]
+            self._named[name] = modules[name]
         self.outputs: dict[str, list[Tensor]] = {}
 
     @contextmanager
@@ -45,13 +45,13 @@ class Capture:
             ValueError: On leaving it, if a module was not called or returned no tensor.
         """
         self.outputs.clear()
-        handles = [module.register_forward_hook(self._keeper(name)) for name, module in self._modules.items()]
+        handles = [module.register_forward_hook(self._keeper(name)) for name, module in self._named.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        missing = sorted(self._modules.keys() - self.outputs.keys())
+        missing = sorted(self._named.keys() - self.outputs.keys())
         if missing:
             raise ValueError(
                 f"{missing[0]} returned no tensor in this forward, so that it cannot be compared; "
@@ -66,7 +66,7 @@ class Capture:
 
     def is_trained(self, name: str) -> bool:
         """Whether the module has a parameter that training moves."""
-        return any(parameter.requires_grad for parameter in self._modules[name].parameters())
+        return any(parameter.requires_grad for parameter in self._named[name].parameters())
 
     def _keeper(self, name: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:

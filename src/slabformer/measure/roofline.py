@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slabformer._torch import DispatchMode, tree_leaves
+from slabformer._torch import DispatchMode, operator_of, tree_leaves
 from slabformer.measure.flops import flop_counter, is_counted
 from slabformer.measure.timing import quantile, time_interleaved
 
@@ -98,7 +98,7 @@ class _Traffic(DispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if is_counted(func._overloadpacket):
+        if is_counted(operator_of(func)):
             self.bytes += _size((args, kwargs)) + _size(result)
         return result
 

@@ -13,7 +13,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from slabformer._timm import take_indices
+from slabformer._timm import EmbedsPositions, take_indices
 from slabformer.models.arguments import check_ranges
 from slabformer.models.registry import cfg, create
 from slabformer.models.weights.official import PublishedLayout, State, load_published, read_published
@@ -24,7 +24,7 @@ from slabformer.nn.resample import Grid
 from slabformer.settings import Eta, ImageSize, PositiveFloat, PositiveInt, checked
 
 
-class DeiT(VisionTransformer):
+class DeiT(EmbedsPositions, VisionTransformer):
     """timm's ``VisionTransformer`` whose norms have names.
 
     Args:
@@ -183,7 +183,7 @@ class SlabDeiT(DeiT):
     def _embed(self, x: Tensor) -> tuple[Tensor, Grid]:
         x = self.patch_embed(x)
         grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else self.patch_embed.grid_size
-        return self.norm_pre(self._pos_embed(x)), grid
+        return self.norm_pre(self.embed_positions(x)), grid
 
     def _run(self, block: nn.Module, x: Tensor, grid: Grid, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slabformer._torch import forward_hooks, forward_pre_hooks
 from slabformer.nn.device import Device
 from slabformer.nn.resample import Grid, resample_table, resize_tokens, resolve_grid
 from slabformer.ops.depthwise import depthwise_tokens
@@ -281,7 +282,7 @@ def _is_plain(layer: nn.Module) -> bool:
     """Whether a Linear does nothing but multiply and add: no subclass, no adapter, no hook, no forward of its own."""
     if type(layer) is not nn.Linear or layer.bias is None or "forward" in vars(layer):
         return False
-    return not (layer._forward_hooks or layer._forward_pre_hooks)
+    return not (forward_hooks(layer) or forward_pre_hooks(layer))
 
 
 def shared_depthwise(head_dim: int, kernel_size: int, **factory: Any) -> nn.Conv2d:

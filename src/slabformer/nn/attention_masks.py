@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from slabformer._torch import forward_pre_hooks
 from slabformer.nn.controls import repbn_modules, set_token_mask
 
 #: arguments by which a model of transformers takes its data; those of text come with a mask
@@ -47,7 +48,7 @@ def keep_padding_out_everywhere_(model: nn.Module) -> list[RemovableHandle]:
         if not repbn_modules(module) or (module is not model and not _takes_data(module)):
             continue
         hook = keep_padding_out if module is model else keep_padding_out_of_tower
-        if not {keep_padding_out, keep_padding_out_of_tower} & set(module._forward_pre_hooks.values()):
+        if not {keep_padding_out, keep_padding_out_of_tower} & set(forward_pre_hooks(module).values()):
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     return handles
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from slabformer._torch import child_slots
 from slabformer.nn.norms import is_from_here
 from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.repbn import RepBN
@@ -26,7 +27,7 @@ def prepbn_modules(model: nn.Module) -> dict[str, PRepBN]:
 
 def _original_of(module: nn.Module) -> nn.Module | None:
     """What stands aside while a copy is trained in its place (PEFT's ``modules_to_save``)."""
-    return module._modules.get("original_module") if "modules_to_save" in module._modules else None
+    return child_slots(module).get("original_module") if "modules_to_save" in child_slots(module) else None
 
 
 def repbn_modules(model: nn.Module) -> dict[str, RepBN]:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from slabformer._torch import buffer_slots
+
 
 class KeepsFloat32(nn.Module):
     """A module some of whose buffers are float32 at least, however its model is cast or loaded.
@@ -22,17 +24,17 @@ class KeepsFloat32(nn.Module):
     def keep_float32(self) -> None:
         """Widen buffers that someone has narrowed behind the module's back; reads nothing from a device."""
         for name in self.float32_buffers:
-            buffer = self._buffers[name]
+            buffer = buffer_slots(self)[name]
             if buffer is not None and _is_short(buffer):
-                self._buffers[name] = buffer.float()
+                buffer_slots(self)[name] = buffer.float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsFloat32:
-        before = {name: self._buffers[name] for name in self.float32_buffers}
+        before = {name: buffer_slots(self)[name] for name in self.float32_buffers}
         super()._apply(fn, recurse)
         for name, old in before.items():
-            new = self._buffers[name]
+            new = buffer_slots(self)[name]
             if old is not None and new is not None and _is_short(new):
-                self._buffers[name] = new.float() if old.is_meta else old.to(new.device, torch.float32)
+                buffer_slots(self)[name] = new.float() if old.is_meta else old.to(new.device, torch.float32)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from slabformer._torch import BatchNorm
+from slabformer._torch import BatchNorm, child_slots, parameter_slots
 from slabformer.ops.precision import wide, wide_device
 
 #: what timm's norms with an activation inside run behind their map, in this order
@@ -33,7 +33,7 @@ def batch_norm_map(module: BatchNorm) -> tuple[Tensor, Tensor]:
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:
     """A BatchNorm whose gain, offset and statistics are all buffers, as detectors have: torchvision's, DETR's."""
-    bare = not module._parameters and (not module._modules or _has_tail(module))
+    bare = not parameter_slots(module) and (not child_slots(module) or _has_tail(module))
     return bare and {name for name, _ in module.named_buffers()} == {"weight", "bias", "running_mean", "running_var"}
 
 
@@ -42,8 +42,8 @@ def probed_map(module: nn.Module) -> tuple[Tensor, Tensor]:
     """The map of a module that does not say what it adds to its variance, by what it makes of 0 and 1."""
     one = torch.ones(1, len(module.bias), 1, 1, dtype=torch.float64, device=wide_device(module.bias.device))  # type: ignore[arg-type]
     double = copy.deepcopy(module).to(one.device).double()
-    for name in double._modules:
-        double._modules[name] = nn.Identity()  # what comes after the map
+    for name in child_slots(double):
+        child_slots(double)[name] = nn.Identity()  # what comes after the map
     shift = double(0 * one).flatten()
     return double(one).flatten() - shift, shift
 
@@ -51,4 +51,4 @@ def probed_map(module: nn.Module) -> tuple[Tensor, Tensor]:
 def _has_tail(module: nn.Module) -> bool:
     """Whether it holds a dropout and an activation, and these hold no tensors, which would change their names."""
     inside = [tensor for child in module.children() for tensor in (*child.parameters(), *child.buffers())]
-    return module._modules.keys() == set(TAIL) and not inside
+    return child_slots(module).keys() == set(TAIL) and not inside

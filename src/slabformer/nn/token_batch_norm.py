@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slabformer._torch import buffer_slots
 from slabformer.nn.device import Device
 from slabformer.nn.repbn import RepBN
 from slabformer.settings import ChannelDim, Fraction, NonNegativeFloat, PositiveInt, checked
@@ -51,7 +52,7 @@ class TokenBatchNorm(RepBN):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._buffers["eta"] = torch.zeros_like(self.weight[:1], requires_grad=False)  # no file fills it
+        buffer_slots(self)["eta"] = torch.zeros_like(self.weight[:1], requires_grad=False)  # no file fills it
 
     def reset_parameters(self) -> None:
         """As a new module has them; FSDP calls this after ``to_empty()``."""

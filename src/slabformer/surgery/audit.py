@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from slabformer._torch import HOOKS
 from slabformer.nn.affine import Affine
 from slabformer.nn.norms import norm_type
 from slabformer.settings import PositiveFraction, PositiveInt, checked
@@ -30,7 +31,6 @@ from slabformer.surgery.fuse.tree.norms import Norm, find_norms, tail_of
 from slabformer.surgery.fuse.tree.sharing import Untied
 from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.reasons import Reason, Why
-from slabformer.surgery.recognise import HOOKS
 from slabformer.surgery.sensitivity import NormCost, Outputs, norm_costs
 
 #: what code that is no module of its own normalises with

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._norm_names import NormName
+from slabformer._torch import HOOKS
 from slabformer.nn.affine import Folded
 from slabformer.nn.norms import NormType, check_eta, norm_type, norm_types, norms_of, type_of
 from slabformer.nn.prepbn import PRepBN
@@ -25,7 +26,7 @@ from slabformer.surgery.converted import ConvertedModules, LeftModule, summary_o
 from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.one_input import optional_arguments, take_one_input_
 from slabformer.surgery.reasons import Reason, Why
-from slabformer.surgery.recognise import HOOKS, Lookalike, NormForm, Verdict, recognise
+from slabformer.surgery.recognise import Lookalike, NormForm, Verdict, recognise
 
 logger = logging.getLogger(__name__)
 #: attribute of a norm that was put in another one's place; a plain value survives copies, moves and pickling

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from slabformer._torch import uncompiled
 from slabformer.nn.attention_masks import padding_left_out
 from slabformer.nn.controls import prepbn_modules
 from slabformer.nn.prepbn import PRepBN
@@ -79,7 +80,7 @@ def fit_norms_(
     begun = [name for name, norm in norms.items() if float(norm.gamma) < 1]
     if begun:
         raise ValueError(f"fading has begun (gamma of {begun[0]} is below 1); fit before training")
-    model = getattr(model, "_orig_mod", model)  # a compiled model's own
+    model = uncompiled(model)
     norms = prepbn_modules(model)
     fit = _Fit(norms)
     with torch.no_grad(), _eager():

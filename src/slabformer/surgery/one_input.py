@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from slabformer._torch import forward_pre_hooks
 from slabformer.nn import PRepBN, RepBN
 from slabformer.nn.affine import Affine, Folded
 
@@ -54,7 +55,7 @@ def take_one_input_(new: nn.Module, norm: nn.Module) -> None:
 
 def one_input_hook(module: nn.Module) -> OneInput | None:
     """The hook that :func:`take_one_input_` gave ``module``, if it did."""
-    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, OneInput)), None)
+    return next((hook for hook in forward_pre_hooks(module).values() if isinstance(hook, OneInput)), None)
 
 
 def optional_arguments(norm: nn.Module) -> dict[str, Any]:

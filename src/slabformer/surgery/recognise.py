@@ -15,22 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._process import alone, no_warnings
+from slabformer._torch import HOOKS, buffer_slots, parameter_slots
 from slabformer.nn.norms import NormType, norm_types, rows, type_of
 from slabformer.surgery.one_input import arguments
 from slabformer.surgery.outputs import first_line
 from slabformer.surgery.reasons import Reason, Why
-
-#: where a module keeps the hooks on its calls, and what kind its backward hooks are
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 #: size of inputs beside which no eps counts, and how far float32 inside a module may take it from float64
 LARGE, TOLERANCE = 1e3, 1e-4
@@ -229,7 +218,7 @@ def _called_norm(module: nn.Module) -> bool:
 
 def _stands_alone(module: nn.Module) -> bool:
     descendants = list(itertools.islice(module.modules(), 1, MAX_DESCENDANTS + 2))
-    return len(descendants) <= MAX_DESCENDANTS and not any(part._parameters for part in descendants)
+    return len(descendants) <= MAX_DESCENDANTS and not any(parameter_slots(part) for part in descendants)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -239,7 +228,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _traits(module: nn.Module) -> Iterator[Any]:
     """All that decides what a module computes, but for the values of its tensors."""
-    for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+    for name, tensor in itertools.chain(parameter_slots(module).items(), buffer_slots(module).items()):
         yield name, tensor is not None and (tensor.shape, tensor.dtype.is_floating_point)
     plain = (int, float, str, bool, type(None), torch.dtype, torch.Size)
     for name, value in vars(module).items():
@@ -304,7 +293,7 @@ class _Probe:
         memo: dict[int, Any] = {}
         for part in module.modules():
             memo.update({id(vars(part)[name]): type(vars(part)[name])() for name in HOOKS[:-1]})
-            for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
+            for tensor in (*parameter_slots(part).values(), *buffer_slots(part).values(), *vars(part).values()):
                 if isinstance(tensor, Tensor):
                     memo[id(tensor)] = _blank(tensor, dtype)
         try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slabformer._defaults import RTOL
 from slabformer._process import alone
+from slabformer._torch import uncompiled
 from slabformer.ops.precision import wide, widened
 from slabformer.settings import NonNegativeFloat, checked
 from slabformer.surgery.batches import eval_mode
@@ -195,7 +196,7 @@ def _own_errors(
 
 def _in_float64(model: nn.Module) -> nn.Module:
     """A copy in float64, on a CPU where the device of ``model`` has none."""
-    model = getattr(model, "_orig_mod", model)  # a compiled model's own
+    model = uncompiled(model)
     return copy_model(model, widened)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import slabformer as sf
 from slabformer._extras import require
 from slabformer._files import check_readable, replaced
+from slabformer._torch import uncompiled
 from slabformer.nn.affine import Affine, Folded
 from slabformer.nn.norms import type_of
 from slabformer.settings import NonEmptyStr, check, check_fields, from_mapping
@@ -143,7 +144,7 @@ def load_with_info(path: Path, kind: type[Info], device: torch.device | str = "c
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 

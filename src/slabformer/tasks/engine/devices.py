@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from slabformer._accelerate import forget_settings
 from slabformer._extras import require
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ def create_accelerator(precision: str = "fp32", device: str = "auto") -> Acceler
         ImportError: If accelerate is missing; names the extra that brings it.
     """
     accelerate = require("accelerate", extra="train")
-    # accelerate keeps its first settings for the life of the process; a second run may want others
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    forget_settings()  # a second run may want others than the first
     # without cpu=True accelerate does not see torchrun's other processes on a machine that has nothing else
     cpu = device == "cpu" or not torch.accelerator.is_available()
     accelerator = accelerate.Accelerator(mixed_precision=PRECISIONS[precision], cpu=cpu)

@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from slabformer._accelerate import shared_settings
 from slabformer._extras import require
 from slabformer.tasks.engine.seeds import random_state, set_random_state
 
@@ -34,8 +35,8 @@ def leaves_the_process_alone(train: Callable[P, R]) -> Callable[P, R]:
 @contextmanager
 def _restored() -> Iterator[None]:
     random, threads = random_state(), torch.get_num_threads()
-    state = require("accelerate.state", extra="train")
-    shared = [each._shared_state for each in (state.PartialState, state.AcceleratorState, state.GradientState)]
+    require("accelerate", extra="train")
+    shared = shared_settings()
     before = [dict(each) for each in shared]
     try:
         yield

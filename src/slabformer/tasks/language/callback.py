@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from slabformer._torch import child_slots
 from slabformer.models.llama import SlabLlamaPreTrainedModel
 from slabformer.nn.attention_masks import keep_padding_out_everywhere_
 from slabformer.nn.controls import norm_parameters, prepbn_modules
@@ -230,7 +231,7 @@ def _check_adapters(model: nn.Module) -> None:
             f"PEFT would save its adapters without {len(unsaved)} norms (first: {unsaved[0]}); "
             "pass modules_to_save=slabformer.convert_norms_(model) to its configuration"
         )
-    saved = [name for name, module in model.named_modules() if "modules_to_save" in module._modules]
+    saved = [name for name, module in model.named_modules() if "modules_to_save" in child_slots(module)]
     torn = [name for name in saved if any(name.startswith(f"{outer}.") for outer in saved)]
     if torn:
         raise ValueError(

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainerState
 
 import slabformer as sf
+from slabformer._transformers import TrainerHooks
 from slabformer.nn.controls import prepbn_modules
 from slabformer.ops.precision import wide_device
 from slabformer.tasks.engine.checkpoint import LAST_FILE, CheckpointFolders
@@ -30,7 +31,7 @@ from slabformer.tasks.language.packing import BlockStream, batches_of
 from slabformer.tasks.language.perplexity import Perplexity, perplexity
 
 
-class LanguageTrainer(Trainer):
+class LanguageTrainer(TrainerHooks, Trainer):
     """A :class:`transformers.Trainer` over packed blocks.
 
     A loss that is not finite ends training with :class:`NonFiniteError` before it reaches a checkpoint: at once on a
@@ -73,8 +74,7 @@ class LanguageTrainer(Trainer):
             self.train(resume_from_checkpoint=str(checkpoint))
             return
         # the Trainer would take one more step before it looks
-        self._load_from_checkpoint(str(checkpoint))
-        self._load_rng_state(str(checkpoint))
+        self.restore(checkpoint)
         self.state = state
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -140,7 +140,8 @@ class LanguageTrainer(Trainer):
         found = self.held_out_perplexity()
         return {f"{prefix}perplexity": found.perplexity, f"{prefix}loss": found.loss}
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def save_checkpoint(self, write: Callable[[], None]) -> None:
+        """A checkpoint of a model that is finite, out of sight until it is whole."""
         self._check_finite()
         name = first_of_ranks(first_nonfinite_tensor(self.net.state_dict()))
         if name is not None:
@@ -153,16 +154,16 @@ class LanguageTrainer(Trainer):
             self._place = Path(broadcast(None if place is None else str(place)))
             try:
                 with told_to_all(), self._checkpoints.errors_of(step):  # each rank writes the state of its generators
-                    super()._save_checkpoint(model, trial)
+                    write()
             finally:
                 self._place = None
             with told_to_all(), self._checkpoints.errors_of(step):
                 if place is not None:
                     self._checkpoints.keep_from(place, step)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where the Trainer puts a checkpoint's folder: out of sight while it is being written."""
-        return super()._get_output_dir(trial) if self._place is None else str(self._place)
+    def checkpoint_parent(self) -> Path | None:
+        """Out of sight while a checkpoint is being written."""
+        return self._place
 
     def _check_finite(self, inputs: dict[str, Any] | None = None) -> None:
         step = self._guard.first_bad_step()
@@ -175,7 +176,7 @@ class LanguageTrainer(Trainer):
         raise NonFiniteError(f"the loss became non-finite in step {step + 1}{first}; {self._kept()}")
 
     def _run(self, inputs: dict[str, Any]) -> None:
-        self.net(**self._prepare_inputs(inputs))
+        self.net(**self.on_device(inputs))
 
     def _kept(self) -> str:
         checkpoint = latest_checkpoint(Path(str(self.args.output_dir)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from slabformer._torch import schema_of
 from slabformer.surgery.fuse.graph.rules import CHECKS, FOLLOW, NUMBERS, Call, Labels, unread
 from slabformer.surgery.fuse.graph.trace import NORM, PAD, Trace, describe
 from slabformer.surgery.reasons import Reason, RefusalError, Why
@@ -310,13 +311,13 @@ def _aliased(node: Node) -> list[Node] | None:
 
 
 def _is_alias(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         return node.op == "call_function"  # getitem
     return node.target in _UNSAID_ALIASES or any(result.alias_info is not None for result in schema.returns)
 
 
 def _writes(user: Node, node: Node) -> bool:
-    schema = getattr(user.target, "_schema", None)
+    schema = schema_of(user.target)
     arguments = zip(schema.arguments, user.args, strict=False) if schema is not None else ()
     return any(arg is node and spec.alias_info is not None and spec.alias_info.is_write for spec, arg in arguments)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from slabformer._process import alone, no_logs
-from slabformer._torch import graph_sources
+from slabformer._torch import graph_sources, name_of_operator, schema_of
 from slabformer.surgery.fuse.consumers import CONSTANT
 from slabformer.surgery.fuse.tree.copies import WATCHED, Example, quiet
 from slabformer.surgery.fuse.tree.norms import Layer, Norm, Pad, find_layers, find_pads, tail_of
@@ -216,7 +216,7 @@ def describe(node: Node) -> str:
         return "the model's output"
     if node.target is WATCHED:
         return str(node.args[1])
-    name = getattr(node.target, "_schema", None)
+    name = schema_of(node.target)
     bare = name.name.split("::")[-1] if name is not None else getattr(node.target, "__name__", str(node.target))
     return f"{'an' if bare[0] in 'aeiou' else 'a'} {bare}"
 
@@ -294,7 +294,7 @@ def _copy_body(module: GraphModule, graph: Graph, env: dict[Node, Any]) -> Any:
 
 
 def _region_of(module: GraphModule, node: Node) -> tuple[GraphModule, list[Node]] | None:
-    if getattr(node.target, "_name", None) not in _REGIONS:
+    if name_of_operator(node.target) not in _REGIONS:
         return None
     position = next(i for i, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr")
     holder: Any = node.args[position]

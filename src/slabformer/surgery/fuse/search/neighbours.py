@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from slabformer._torch import forward_hooks, forward_pre_hooks
 from slabformer.surgery.fuse.consumers import CONSTANTS, Side, Site, readers_at, sites_of
 from slabformer.surgery.fuse.graph.flow import SUMS, End, downstream, is_written
 from slabformer.surgery.fuse.graph.parts import bias_parts, name_of, weight_part
@@ -128,9 +129,9 @@ class Neighbours:
         elif site.consumer.needs_bias:
             bias = self._new_bias(weight, role)
         module = self.owners.module(weight.name)
-        if side == "next" and module._forward_pre_hooks:
+        if side == "next" and forward_pre_hooks(module):
             raise RefusalError(Reason.HOOKS, f"{name} has forward pre-hooks, which see its input")
-        if side == "previous" and module._forward_hooks:
+        if side == "previous" and forward_hooks(module):
             raise RefusalError(Reason.HOOKS, f"{name} has forward hooks, which see its output")
         return Target(name, role, side, index, site.consumer, weight, bias, site.bias is None and bool(bias))
 
@@ -180,7 +181,7 @@ def _code_of(node: Node) -> Reason:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something looks at what ``module`` reads or returns."""
-    return bool(module._forward_hooks) or any(not isinstance(h, OneInput) for h in module._forward_pre_hooks.values())
+    return bool(forward_hooks(module)) or any(not isinstance(h, OneInput) for h in forward_pre_hooks(module).values())
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from slabformer._torch import Conv
+from slabformer._torch import Conv, recurrent_weights
 from slabformer.surgery.fuse.consumers import CONSTANT, writer_at
 from slabformer.surgery.fuse.graph.flow import SUMS
 from slabformer.surgery.fuse.graph.rules import CHECKS, FOLLOW
@@ -41,9 +41,9 @@ class Wrappers:
     def __init__(
         self, model: nn.Module, norms: Sequence[Norm], layers: Sequence[Layer], traces: Sequence[Trace]
     ) -> None:
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._named = dict(model.named_modules(remove_duplicate=False))
         self._names: dict[nn.Module, list[str]] = {}
-        for name, module in self._modules.items():
+        for name, module in self._named.items():
             self._names.setdefault(module, []).append(name)
         self._first: dict[Tensor, str] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -52,7 +52,7 @@ class Wrappers:
         called = [norm.module for norm in norms if any(norm.index in trace.calls for trace in traces)]
         called += [layer.module for layer in layers if any(layer.index in trace.layer_calls for trace in traces)]
         self._read |= {self._first[t] for module in called for t in (*module.parameters(), *module.buffers())}
-        self._calls = [_Calls(trace, self._modules) for trace in traces]
+        self._calls = [_Calls(trace, self._named) for trace in traces]
         self._reasons: dict[nn.Module, str] = {}
 
     def need_plain(self, tensor: str) -> None:
@@ -64,7 +64,7 @@ class Wrappers:
         prefix, _, _ = tensor.rpartition(".")
         if ".parametrizations." in f".{tensor}":
             raise RefusalError(Reason.COMPUTED_WEIGHT, f"{tensor} is parametrized; remove the parametrization first")
-        owner = self._modules[prefix]
+        owner = self._named[prefix]
         if owner not in self._reasons:
             self._reasons[owner] = next(self._objections(owner, prefix), "")
         if self._reasons[owner]:
@@ -90,7 +90,7 @@ class Wrappers:
         Raises:
             RefusalError: Naming the wrapper.
         """
-        owner = self._modules[weight.rpartition(".")[0]]
+        owner = self._named[weight.rpartition(".")[0]]
         own = set(owner.parameters())
         for name in self._names[owner]:
             for place, module in self._around(name):
@@ -116,7 +116,7 @@ class Wrappers:
         """The layers that ``name`` is part of, inner ones first; or the modules whose calls ``fits``."""
         fits = fits or _Calls.is_layer
         while name:
-            module = self._modules[name]
+            module = self._named[name]
             called = [calls for calls in self._calls if module in calls.nodes]
             if called and not all(fits(calls, module) for calls in called):
                 return
@@ -202,7 +202,7 @@ def _extra_tensors(layer: nn.Module) -> list[str]:
     """What a subclass of one of torch's layers holds beside the weights of its base."""
     if not isinstance(layer, _LAYERS) or _is_torchs(layer):
         return []
-    own = {"weight", "bias", *getattr(layer, "_flat_weights_names", ())}
+    own = {"weight", "bias", *recurrent_weights(layer)}
     attributes = [name for name, value in vars(layer).items() if isinstance(value, Tensor)]
     named: tuple[Callable[[], Any], ...] = (layer.named_parameters, layer.named_buffers)
     held = [name for found in named for name, _ in found()]

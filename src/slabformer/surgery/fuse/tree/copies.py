@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer._process import no_warnings
-from slabformer._torch import tree_map_tensors
+from slabformer._torch import buffer_slots, forward_hooks, forward_pre_hooks, parameter_slots, tree_map_tensors
 from slabformer.nn.prepbn import PRepBN
 from slabformer.ops.precision import widened
 from slabformer.surgery.outputs import first_line, tensors_of
@@ -77,11 +77,11 @@ def hooked(model: nn.Module) -> list[Watched]:
     """What the forward hooks of modules see that hold no tensors of their own: blocks, activations, the identity."""
     found = []
     for name, module in model.named_modules():
-        if not name or module._parameters or module._buffers:
+        if not name or parameter_slots(module) or buffer_slots(module):
             continue
-        if module._forward_pre_hooks:
+        if forward_pre_hooks(module):
             found.append(Watched(name, "inputs", f"the forward pre-hooks of {name}"))
-        if module._forward_hooks:
+        if forward_hooks(module):
             found.append(Watched(name, "outputs", f"the forward hooks of {name}"))
     return found
 
@@ -145,10 +145,10 @@ def copy_model(model: nn.Module, share: Callable[[Tensor], Tensor] | None = None
             # computed attributes of weight_norm and the like are no leaves, which deepcopy refuses
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 memo[id(value)] = (share or torch.clone)(value.detach())
-        for parameter in module._parameters.values():
+        for parameter in parameter_slots(module).values():
             if parameter is not None and share is not None and id(parameter) not in memo:
                 memo[id(parameter)] = nn.Parameter(share(parameter.detach()), parameter.requires_grad)
-        for buffer in module._buffers.values():
+        for buffer in buffer_slots(module).values():
             if buffer is not None and share is not None and id(buffer) not in memo:
                 memo[id(buffer)] = share(buffer.detach()).clone()
     try:

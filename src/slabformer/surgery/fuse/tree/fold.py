@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from slabformer._torch import HOOKS, buffer_slots, child_slots, parameter_slots, unsaved_buffers
 from slabformer.nn.affine import Affine, Folded
 from slabformer.nn.norms import ScaleShift
 from slabformer.ops.affine import compose, spread
 from slabformer.ops.precision import wide
-from slabformer.surgery.convert import HOOKS, switch_off_fast_paths
+from slabformer.surgery.convert import switch_off_fast_paths
 from slabformer.surgery.fuse.consumers import Consumer, Side
 from slabformer.surgery.fuse.report import Action, NormOutcome
 from slabformer.surgery.fuse.tree.norms import (
@@ -347,18 +348,18 @@ def commit(model: nn.Module, solution: Solution, untouchable: Collection[int]) -
 def _store(model: nn.Module, name: str, value: Tensor) -> None:
     like, (owner, leaf) = tensor_at(model, name), _parent(model, name)
     value = value.to(like).contiguous()
-    if leaf in owner._parameters:
+    if leaf in parameter_slots(owner):
         setattr(owner, leaf, nn.Parameter(value, like.requires_grad))  # an LSTM notes that, and lists its weights anew
         return
-    owner._buffers[leaf] = value
-    if leaf in owner._non_persistent_buffers_set:
+    buffer_slots(owner)[leaf] = value
+    if leaf in unsaved_buffers(owner):
         keep_buffer(model, name)
 
 
 def keep_buffer(model: nn.Module, name: str) -> None:
     """Let the buffer ``name`` be saved from now on, and note that on its module."""
     owner, leaf = _parent(model, name)
-    owner._non_persistent_buffers_set.discard(leaf)
+    unsaved_buffers(owner).discard(leaf)
     setattr(owner, KEPT_BUFFERS, (*getattr(owner, KEPT_BUFFERS, ()), leaf))
 
 
@@ -385,7 +386,7 @@ def _replacement(norm: Norm, scale_shift: ScaleShift, gone: bool) -> nn.Module:
 def create_bias(model: nn.Module, name: str, weight: str, num_out: int) -> None:
     """Give the module that holds ``weight`` a bias of zeros called ``name``, and note on it that it is new."""
     like, (owner, leaf) = model.get_parameter(weight), _parent(model, name)
-    owner._parameters[leaf] = nn.Parameter(like.new_zeros(num_out), like.requires_grad)
+    parameter_slots(owner)[leaf] = nn.Parameter(like.new_zeros(num_out), like.requires_grad)
     setattr(owner, NEW_BIASES, (*getattr(owner, NEW_BIASES, ()), leaf))
 
 
@@ -393,7 +394,7 @@ def set_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> Non
     """Put ``module`` at every one of ``names``."""
     for name in names:
         parent, leaf = _parent(model, name)
-        parent._modules[leaf] = module
+        child_slots(parent)[leaf] = module
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:

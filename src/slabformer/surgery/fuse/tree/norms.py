@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slabformer._torch import child_slots
 from slabformer.nn.affine import Affine, Folded
 from slabformer.nn.foreign_norms import TAIL
 from slabformer.nn.norms import NormType, ScaleShift, type_of
@@ -60,7 +61,7 @@ def tail_of(module: nn.Module) -> nn.Module | None:
     """What a norm runs on the result of its map, as timm's BatchNormAct2d does; None for nothing."""
     if isinstance(module, (Affine, Folded)):
         return module.then
-    children = [module._modules[name] for name in TAIL if name in module._modules]
+    children = [child_slots(module)[name] for name in TAIL if name in child_slots(module)]
     tail = [child for child in children if child is not None and not isinstance(child, nn.Identity)]
     return nn.Sequential(*tail) if tail else None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slabformer._torch import buffer_slots, parameter_slots, unsaved_buffers
 from slabformer.surgery.fuse.tree.fold import set_module
 from slabformer.surgery.reasons import Reason, RefusalError
 
@@ -24,7 +25,7 @@ class Owners:
     def __init__(self, model: nn.Module) -> None:
         self.tied: set[str] = set()
         self.shared: set[str] = set()
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._named = dict(model.named_modules(remove_duplicate=False))
         self._first: dict[Tensor, str] = {}
         first = self._first
         holders: dict[str, dict[tuple[nn.Module, str], str]] = {}
@@ -41,11 +42,11 @@ class Owners:
 
     def module(self, parameter: str) -> nn.Module:
         """The module that holds ``parameter``."""
-        return self._modules[parameter.rpartition(".")[0]]
+        return self._named[parameter.rpartition(".")[0]]
 
     def is_saved(self, name: str) -> bool:
         """Whether ``name`` is in the state dict: a parameter, or a buffer that is persistent."""
-        return name.rpartition(".")[2] not in self.module(name)._non_persistent_buffers_set
+        return name.rpartition(".")[2] not in unsaved_buffers(self.module(name))
 
     def need_single(self, parameter: str) -> None:
         """Refuse a parameter that two modules hold.
@@ -61,10 +62,10 @@ class Owners:
     def other_names(self, parameter: str) -> str:
         """A clause that names the other places of the module that holds ``parameter``; empty where it has none."""
         module = self.module(parameter)
-        others = [name for name, other in self._modules.items() if other is module][1:]
+        others = [name for name, other in self._named.items() if other is module][1:]
         if not others:
             return ""
-        self.shared |= {self._first[own] for own in module._parameters.values() if own is not None}
+        self.shared |= {self._first[own] for own in parameter_slots(module).values() if own is not None}
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         return f", one layer with {others[0]}{more},"
 
@@ -76,7 +77,7 @@ class Owners:
         """
         prefix, dot, leaf = weight.rpartition(".")
         bias = leaf.removesuffix("weight") + "bias"
-        slots = self.module(weight)._parameters
+        slots = parameter_slots(self.module(weight))
         if not leaf.endswith("weight") or bias not in slots or slots[bias] is not None:
             raise RefusalError(Reason.NO_BIAS, f"{display(weight)} has no bias to take the shift")
         return f"{prefix}{dot}{bias}"
@@ -199,7 +200,7 @@ def _copy_alone(module: nn.Module, model: nn.Module) -> nn.Module:
     """A copy of ``module`` that holds the same children and tensors."""
     memo: dict[int, object] = {}
     for other in model.modules():
-        held = (other, *vars(other).values(), *other._parameters.values(), *other._buffers.values())
+        held = (other, *vars(other).values(), *parameter_slots(other).values(), *buffer_slots(other).values())
         memo |= {id(item): item for item in held if isinstance(item, (Tensor, nn.Module)) and item is not module}
     return copy.deepcopy(module, memo)
 

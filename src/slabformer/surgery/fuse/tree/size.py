@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slabformer._torch import forward_pre_hooks
 from slabformer.surgery.fuse.tree.copies import Example
 
 #: pixels by which images differ from the examples when a fused model is tried at another size
@@ -51,15 +52,15 @@ def sizes_of(example: Example) -> tuple[tuple[int, ...], ...]:
 
 def fix_size_(model: nn.Module, sizes: Sequence[Sequence[Sequence[int]]]) -> None:
     """Let ``model`` refuse inputs of other sizes; replaces an earlier such refusal."""
-    for key, hook in list(model._forward_pre_hooks.items()):
+    for key, hook in list(forward_pre_hooks(model).items()):
         if isinstance(hook, FixedSize):
-            del model._forward_pre_hooks[key]
+            del forward_pre_hooks(model)[key]
     model.register_forward_pre_hook(FixedSize(sizes), with_kwargs=True)
 
 
 def fixed_sizes(model: nn.Module) -> Sizes | None:
     """The sizes that ``model`` is fixed to, or None."""
-    return next((hook.sizes for hook in model._forward_pre_hooks.values() if isinstance(hook, FixedSize)), None)
+    return next((hook.sizes for hook in forward_pre_hooks(model).values() if isinstance(hook, FixedSize)), None)
 
 
 def at_another_size(example: Example) -> Example | None:
