@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -30,4 +30,8 @@ class EmbedsPositions:
 
     def embed_positions(self, x: Tensor) -> Tensor:
         """Patches ``(B, H, W, C)`` with positions and class tokens, ``(B, N, C)``."""
-        return self._pos_embed(x)  # type: ignore[attr-defined,no-any-return]
+        return self._pos_embed(x)
+
+    if TYPE_CHECKING:  # TorchScript takes `# type:` behind a call for a comment of its own
+
+        def _pos_embed(self, x: Tensor) -> Tensor: ...
