@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slabformer import SimplifiedLinearAttention
 from slabformer.nn.attention import LinearAttentionCore
 from slabformer.nn.attention_variants import PyramidLinearAttention
+from slabformer.nn.converted_attention import ConvertedLinearAttention
 from slabformer.nn.stripes import WindowLinearAttention
 from slabformer.ops.dispatch import has_kernel
 from slabformer.ops.linear_attention import linear_attention
@@ -30,11 +31,18 @@ class Windows(WindowLinearAttention):
         return super().forward(x, 0.5 * x, x.sin(), (4, 4), **options)
 
 
+def converted(grid: tuple[int, int], prefix: int) -> ConvertedLinearAttention:
+    projections, out = {"qkv": nn.Linear(C, 3 * C)}, {"proj": nn.Linear(C, C)}
+    return ConvertedLinearAttention(projections, out, 2, grid_size=grid, num_prefix_tokens=prefix)
+
+
 KINDS: dict[str, Callable[[], LinearAttentionCore]] = {
     "packed": lambda: SimplifiedLinearAttention(C, 2, grid_size=GRID),
     "pyramid": lambda: PyramidLinearAttention(C, 2, 1, grid_size=GRID),
     "reduced": lambda: PyramidLinearAttention(C, 2, 2, grid_size=GRID, norm_layer=nn.LayerNorm),
     "windows": lambda: Windows(C, 2, (2, 4)),
+    "converted": lambda: converted(GRID, 0),
+    "converted_prefix": lambda: converted((3, 5), 1),
 }
 
 

@@ -100,8 +100,8 @@ def test_attention_is_the_formula() -> None:
     q, k = q.relu(), (k + table.unflatten(-1, (2, 16)).transpose(1, 2)).relu()
     weights = q @ k.transpose(2, 3)
     expected = weights / (weights.sum(-1, keepdim=True) + 1e-6) @ v
-    maps = v[:, :, 2:].transpose(2, 3).reshape(4, 16, 8, 8)
-    expected[:, :, 2:] += attention.dwc(maps).flatten(2).transpose(1, 2).unflatten(0, (2, 2))
+    maps = v[:, :, 2:].transpose(2, 3).reshape(2, 32, 8, 8)
+    expected[:, :, 2:] += attention.dwc(maps).unflatten(1, (2, 16)).flatten(3).transpose(2, 3)
     expected = attention.proj(expected.transpose(1, 2).flatten(2))
     assert_close(attention(x), expected, FLOAT32)
 

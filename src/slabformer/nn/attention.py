@@ -291,9 +291,18 @@ def shared_depthwise(head_dim: int, kernel_size: int, **factory: Any) -> nn.Conv
     Raises:
         ValueError: If ``kernel_size`` is even.
     """
+    check_odd(kernel_size)
+    return nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim, **factory)
+
+
+def check_odd(kernel_size: int) -> None:
+    """Kernels have a middle.
+
+    Raises:
+        ValueError: If ``kernel_size`` is even.
+    """
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-    return nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim, **factory)
 
 
 def key_mask(attn_mask: Tensor | None) -> Tensor | None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from slabformer.nn.attention import LinearAttentionCore, key_mask, shared_depthwise
+from slabformer.nn.attention import LinearAttentionCore, check_odd, key_mask
 from slabformer.nn.resample import Grid, resolve_grid
-from slabformer.ops.linear_attention import mask_tokens
+from slabformer.ops.depthwise import depthwise_tokens
 from slabformer.settings import NonNegativeInt, PositiveInt, checked
 
 
@@ -18,7 +19,9 @@ class ConvertedLinearAttention(LinearAttentionCore):
     """``out(relu(q) (relu(k + table)^T v) / normaliser + DWC(v))`` on an attention's projections (Guo et al. 2024).
 
     Prefix tokens (class and register tokens) attend and are attended to like all others; the depthwise branch runs on
-    the patch tokens alone. Projections keep their names, so that files of the original model load.
+    the patch tokens alone. It has a kernel for each channel, where the paper's heads share theirs: what heads of a
+    trained model look at differs too much (docs/log.md). Projections keep their names, so that files of the original
+    model load.
 
     Args:
         projections: Of queries, keys and values, by their names: one Linear of all three, or three.
@@ -53,12 +56,15 @@ class ConvertedLinearAttention(LinearAttentionCore):
         factory: dict[str, Any] = {"device": first.weight.device, "dtype": first.weight.dtype}
         dim = first.out_features * len(projections) // 3
         super().__init__(dim, num_heads, grid_size=grid_size, **factory)
+        self.prefix_encoding: nn.Parameter | None
         self.num_prefix_tokens, self.returns_weights = num_prefix_tokens, returns_weights
-        self.prefix_encoding = nn.Parameter(torch.zeros(1, num_prefix_tokens, dim, **factory))
+        own = nn.Parameter(torch.zeros(1, num_prefix_tokens, dim, **factory)) if num_prefix_tokens else None
+        self.register_parameter("prefix_encoding", own)  # an empty one would be a parameter without a gradient
         self._projections, self._out = tuple(projections), tuple(out)
         for name, module in {**projections, **out}.items():
             self.add_module(name, module)
-        self.dwc = shared_depthwise(dim // num_heads, kernel_size, **factory)
+        check_odd(kernel_size)
+        self.dwc = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **factory)
         nn.init.zeros_(self.dwc.weight)
         assert self.dwc.bias is not None
         nn.init.zeros_(self.dwc.bias)
@@ -78,15 +84,32 @@ class ConvertedLinearAttention(LinearAttentionCore):
 
     def mixed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention and depthwise branch, before what follows the heads: ``(B, N, C)``."""
-        q, k, v = self.heads(*self.projected(x))
+        q, k, v = self.projected(x)
         grid, prefix = self.grid_of(x), self.num_prefix_tokens
-        v = mask_tokens(v, mask).contiguous()
-        mixed = self.attend(q, k, v, grid, mask)
-        if not prefix:
-            return (mixed + self.local(v, grid, grid)).transpose(1, 2).flatten(2)
-        first, patches = mixed.split([prefix, mixed.shape[2] - prefix], dim=2)
-        patches = patches + self.local(v[:, :, prefix:].contiguous(), grid, grid)
-        return torch.cat([first, patches], dim=2).transpose(1, 2).flatten(2)
+        if not prefix and self.takes_kernel(*self.heads(q, k, v)):  # one operator for both branches
+            return self.linear(q, k, v, grid, mask, self.kernels())
+        v = v if mask is None else v.masked_fill(~mask[..., None], 0)
+        local = depthwise_tokens(v[:, prefix:], grid, self.dwc.weight, self.dwc.bias)
+        return self.linear(q, k, v, grid, mask) + F.pad(local, (0, 0, prefix, 0))
+
+    def linear(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Grid,
+        mask: Tensor | None = None,
+        kernels: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """The linear product of tokens ``(B, N, C)``, to the same; ``kernels`` as for :meth:`attend`."""
+        q, k, v = self.heads(q, k, v)
+        out = self.attend(q, k, v, grid, mask, kernels, native=self.takes_kernel(q, k, v))
+        return out.transpose(1, 2).flatten(2)
+
+    def kernels(self) -> tuple[Tensor, Tensor | None]:
+        """The depthwise branch's kernels, ``(num_heads, D, K, K)``, and biases, as :meth:`attend` takes them."""
+        weight, bias = self.dwc.weight[:, 0], self.dwc.bias
+        return weight.unflatten(0, (self.num_heads, -1)), None if bias is None else bias.view(self.num_heads, -1)
 
     def projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values ``(B, N, C)``."""
@@ -100,7 +123,8 @@ class ConvertedLinearAttention(LinearAttentionCore):
     def table(self, key_grid: Grid) -> Tensor:
         """Position table of prefix and patch tokens, ``(1, num_heads, P + M, D)``."""
         patches = super().table(key_grid)
-        return torch.cat([self.split(self.prefix_encoding), patches], dim=2) if self.num_prefix_tokens else patches
+        own = self.prefix_encoding
+        return patches if own is None else torch.cat([self.split(own), patches], dim=2)
 
     def extra_repr(self) -> str:
         """Width, heads, grid and prefix tokens."""

@@ -141,55 +141,73 @@ def _captured(teacher: nn.Module, pairs: Pairs, call: Callable[[nn.Module, Any],
 @torch.no_grad()
 def _start(student: ConvertedLinearAttention, seen: list[_Seen]) -> None:
     """Keys' shift and depthwise branch that miss least of the teacher's heads."""
-    keys = torch.cat([student.projected(each.x)[1].flatten(0, 1) for each in seen])
-    spread = keys.std(0)
-    best: tuple[float, float, Tensor] | None = None
-    for shift in _SHIFTS:
-        _shift_keys(student, shift * spread)
-        missed, kernels = _depthwise(student, seen)
-        if best is None or missed < best[0]:
-            best = (missed, shift, kernels)
-    assert best is not None
-    _shift_keys(student, best[1] * spread)
-    side = student.dwc.kernel_size[0]
-    student.dwc.weight.copy_(best[2][:, :-1].unflatten(1, (1, side, side)))
+    spread = torch.cat([student.projected(each.x)[1].flatten(0, 1) for each in seen]).std(0)
+    sums = _DepthwiseSums(student)
+    for x, mixed in seen:
+        sums.add(student.projected(x)[2], torch.stack([mixed - _linear(student, x, s * spread) for s in _SHIFTS]))
+    kernels, missed = sums.solve()
+    best = int(missed.argmin())
+    _shift_keys(student, _SHIFTS[best] * spread)
+    student.dwc.weight.copy_(kernels[best, :, :-1].view_as(student.dwc.weight))
     assert student.dwc.bias is not None
-    student.dwc.bias.copy_(best[2][:, -1])
+    student.dwc.bias.copy_(kernels[best, :, -1])
 
 
 def _shift_keys(student: ConvertedLinearAttention, shift: Tensor) -> None:
     student.positional_encoding.copy_(shift.expand_as(student.positional_encoding))
-    student.prefix_encoding.copy_(shift.expand_as(student.prefix_encoding))
+    if student.prefix_encoding is not None:
+        student.prefix_encoding.copy_(shift.expand_as(student.prefix_encoding))
 
 
-def _depthwise(student: ConvertedLinearAttention, seen: list[_Seen]) -> tuple[float, Tensor]:
-    """Least squares over all heads: share of the teacher's patch tokens missed, and ``(D, K * K + 1)`` kernels."""
-    prefix, side = student.num_prefix_tokens, student.dwc.kernel_size[0]
-    normal: Tensor | float = 0.0
-    wanted: Tensor | float = 0.0
-    square, size = 0.0, 0.0
-    for x, mixed in seen:
-        grid = student.grid_of(x)
-        q, k, v = student.heads(*student.projected(x))
-        linear = student.attend(q, k, v.contiguous(), grid)
-        targets = (student.split(mixed)[:, :, prefix:] - linear[:, :, prefix:]).flatten(0, 1)  # (B h, N, D)
-        values = v[:, :, prefix:].flatten(0, 1).transpose(1, 2).unflatten(2, grid)  # (B h, D, H, W)
-        rows = max(1, _ELEMENTS // (values[0].numel() * side**2))
-        for maps, target in zip(values.split(rows), targets.split(rows), strict=True):
-            maps, target = wide(maps), wide(target)
-            taps = F.unfold(maps, side, padding=side // 2).unflatten(1, (maps.shape[1], -1))  # (b, D, K K, N)
-            taps = torch.cat([taps, torch.ones_like(taps[:, :, :1])], dim=2)
-            normal = normal + torch.einsum("bdkn,bdln->dkl", taps, taps)
-            wanted = wanted + torch.einsum("bdkn,bnd->dk", taps, target)
-            square += float(target.square().sum())
-        size += float(wide(mixed[:, prefix:]).square().sum())
-    assert isinstance(normal, Tensor)
-    assert isinstance(wanted, Tensor)
-    ridge = _RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1)
-    eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-    kernels = torch.linalg.solve(normal + ridge[:, None, None] * eye, wanted)
-    missed = square - 2 * float((kernels * wanted).sum()) + float(torch.einsum("dk,dkl,dl->", kernels, normal, kernels))
-    return missed / max(size, 1e-12), kernels
+def _linear(student: ConvertedLinearAttention, x: Tensor, shift: Tensor) -> Tensor:
+    """The linear product alone, with shifted keys: ``(B, N, C)``."""
+    _shift_keys(student, shift)
+    q, k, v = student.projected(x)
+    return student.linear(q, k, v, student.grid_of(x))
+
+
+class _DepthwiseSums:
+    """Normal equations of the depthwise branch, a system for each channel, for several targets at once, in float64."""
+
+    def __init__(self, student: ConvertedLinearAttention) -> None:
+        self._student, self._side = student, student.dwc.kernel_size[0]
+        self._normal: Tensor | float = 0.0
+        self._wanted: Tensor | float = 0.0
+        self._square: Tensor | float = 0.0
+
+    def add(self, v: Tensor, targets: Tensor) -> None:
+        """Take in values ``(B, N, C)`` and what is to come of them, ``(S, B, N, C)``; prefix tokens are left out."""
+        prefix, grid = self._student.num_prefix_tokens, self._student.grid_of(v)
+        maps = v[:, prefix:].transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+        targets = targets[:, :, prefix:].permute(3, 1, 2, 0)  # (C, B, N, S)
+        per_map = maps[0, 0].numel() * (self._side**2 + 1)
+        channels = min(maps.shape[1], max(1, _ELEMENTS // per_map))
+        rows = max(1, _ELEMENTS // (per_map * channels))
+        parts = [self._sums(*pair, rows) for pair in zip(maps.split(channels, 1), targets.split(channels), strict=True)]
+        normal, wanted, square = (torch.cat(each) for each in zip(*parts, strict=True))
+        self._normal, self._wanted, self._square = self._normal + normal, self._wanted + wanted, self._square + square
+
+    def _sums(self, maps: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some channels: ``(c, T, T)``, ``(c, T, S)`` and ``(c, S)`` for ``T`` taps and a constant."""
+        found = []
+        for few, wide_targets in zip(maps.split(rows), map(wide, targets.split(rows, 1)), strict=True):
+            taps = F.unfold(wide(few), self._side, padding=self._side // 2).unflatten(1, (few.shape[1], -1))
+            taps = torch.cat([taps, torch.ones_like(taps[:, :, :1])], dim=2).permute(1, 2, 0, 3).flatten(2)
+            flat = wide_targets.flatten(1, 2)  # (c, bN, S)
+            found.append((taps @ taps.mT, taps @ flat, flat.square().sum(1)))
+        normal, wanted, square = (torch.stack(each).sum(0) for each in zip(*found, strict=True))
+        return normal, wanted, square
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Kernels ``(S, C, T)``, their constant last, and the squared error ``(S,)`` that each target is left with."""
+        assert isinstance(self._normal, Tensor)
+        assert isinstance(self._wanted, Tensor)
+        assert isinstance(self._square, Tensor)
+        ridge = _RIDGE * self._normal.diagonal(dim1=1, dim2=2).mean(1)
+        eye = torch.eye(self._normal.shape[-1], dtype=self._normal.dtype, device=self._normal.device)
+        kernels = torch.linalg.solve(self._normal + ridge[:, None, None] * eye, self._wanted)  # (C, T, S)
+        explained = 2 * kernels * self._wanted - kernels * (self._normal @ kernels)
+        return kernels.permute(2, 0, 1), (self._square - explained.sum(1)).sum(0)
 
 
 @torch.no_grad()
