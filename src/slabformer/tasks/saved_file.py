@@ -25,6 +25,11 @@ from slabformer.nn.affine import Affine, Folded
 from slabformer.nn.norms import type_of
 from slabformer.settings import NonEmptyStr, check, check_fields, from_mapping
 from slabformer.tasks.conversion import Conversion, as_written_now, buildable_norms, convert_as_described_, describe
+from slabformer.tasks.conversion_of_attention import (
+    AttentionConversion,
+    convert_attentions_as_described_,
+    describe_attentions,
+)
 from slabformer.tasks.engine.documents import parse_json
 
 #: files that PyTorch pickles, as published weights are
@@ -43,6 +48,8 @@ class SavedInfo(ABC):
     """One of :data:`KINDS`."""
     converted: list[Conversion] = field(default_factory=list)
     """Norms that are not as they are built; found by :func:`save_with_info`."""
+    attentions: list[AttentionConversion] = field(default_factory=list)
+    """Attentions that were made linear; found by :func:`save_with_info`."""
     fused: bool = False
     """Norms are folded; found by :func:`save_with_info`."""
 
@@ -61,7 +68,10 @@ class SavedInfo(ABC):
     @classmethod
     def restore(cls, values: dict[str, Any]) -> dict[str, Any]:
         """``values`` as JSON gave them, checked, as the fields want them."""
-        return values | {"converted": [Conversion(**conversion) for conversion in values.get("converted", [])]}
+        return values | {
+            "converted": [Conversion(**conversion) for conversion in values.get("converted", [])],
+            "attentions": [AttentionConversion(**conversion) for conversion in values.get("attentions", [])],
+        }
 
     def to_json(self) -> str:
         """One line, for the file's header."""
@@ -97,7 +107,7 @@ def save_with_info(model: nn.Module, path: str | Path, info: Info) -> Info:
     Args:
         model: Built by ``info``, then converted and fused as you like; wrappers of DDP and compile are taken off.
         path: A ``.safetensors`` file.
-        info: What the model is; ``converted`` and ``fused`` are filled in.
+        info: What the model is; ``converted``, ``attentions`` and ``fused`` are filled in.
 
     Returns:
         ``info`` as it was written.
@@ -108,7 +118,11 @@ def save_with_info(model: nn.Module, path: str | Path, info: Info) -> Info:
     """
     model = _unwrap(model)
     info.check_model(model)
-    info = replace(info, fused=any(isinstance(module, (Affine, Folded)) for module in model.modules()))
+    info = replace(
+        info,
+        attentions=describe_attentions(model),
+        fused=any(isinstance(module, (Affine, Folded)) for module in model.modules()),
+    )
     if not info.fused:
         info = replace(info, converted=_conversions(model, info))
     with replaced(Path(path)) as temporary:
@@ -264,8 +278,9 @@ def _build(info: SavedInfo) -> nn.Module:
 
 
 def _skeleton(info: SavedInfo) -> nn.Module:
-    """The model before its weights, norms converted."""
+    """The model before its weights, norms and attentions converted."""
     model = _build(info)
+    convert_attentions_as_described_(model, info.attentions, info.title)
     convert_as_described_(model, info.converted, info.title)
     return model
 

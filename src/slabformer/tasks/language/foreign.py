@@ -1,8 +1,9 @@
 """Models of transformers' own classes, their norms converted or folded by slabformer: how folders hold them.
 
 transformers builds a model from its configuration alone, which knows nothing of conversions. So a converted model's
-configuration notes them (``slabformer_norms`` in ``config.json``), and a fused one's weights lie in a file of another
-name, whose header says which norms are gone: ``from_pretrained`` finds no weights there, and loads none wrongly.
+configuration notes them (``slabformer_norms`` and ``slabformer_attentions`` in ``config.json``), and a fused one's
+weights lie in a file of another name, whose header says which norms are gone: ``from_pretrained`` finds no weights
+there, and loads none wrongly.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.nn.affine import Affine, Folded
 from slabformer.settings import check
 from slabformer.tasks.conversion import Conversion, as_written_now, convert_as_described_, converted_norms, describe
+from slabformer.tasks.conversion_of_attention import (
+    AttentionConversion,
+    convert_attentions_as_described_,
+    describe_attentions,
+)
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.saved_file import load_strictly
 
 #: what a configuration calls the conversions
-NOTE = "slabformer_norms"
+NOTE, ATTENTION_NOTE = "slabformer_norms", "slabformer_attentions"
 FUSED_WEIGHTS, CONFIG = "fused.safetensors", "config.json"
 
 
@@ -43,7 +49,7 @@ def note_norms_(model: PreTrainedModel) -> None:
 
 def is_foreign(folder: Path) -> bool:
     """Whether ``folder`` holds a model that transformers cannot build: fused, or with a note of conversions."""
-    return (folder / FUSED_WEIGHTS).is_file() or bool(_noted(folder))
+    return (folder / FUSED_WEIGHTS).is_file() or bool(_noted(folder) or _noted_attentions(folder))
 
 
 def load_foreign(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -56,6 +62,7 @@ def load_foreign(folder: Path, dtype: torch.dtype) -> nn.Module:
         skeleton = fresh_model(AutoConfig.from_pretrained(folder), dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"no language model at {str(folder)!r}: {str(error).partition(chr(10))[0]}") from error
+    convert_attentions_as_described_(skeleton, _noted_attentions(folder), type(skeleton).__name__)
     if (folder / FUSED_WEIGHTS).is_file():
         return sf.load_fused(skeleton, folder / FUSED_WEIGHTS)
     convert_as_described_(skeleton, _noted(folder), type(skeleton).__name__)
@@ -74,6 +81,8 @@ def save_foreign(model: PreTrainedModel, folder: Path) -> None:
     norms = [module for module in model.modules() if isinstance(module, (Affine, Folded))]
     if norms and type(model) is LlamaForCausalLM and all(isinstance(norm, Folded) for norm in norms):
         model = as_slab_llama(model)
+    if attentions := describe_attentions(model):
+        setattr(model.config, ATTENTION_NOTE, [asdict(conversion) for conversion in attentions])
     if norms and not is_buildable(model):
         sf.save_fused(model, folder / FUSED_WEIGHTS)
         model.config.save_pretrained(folder)
@@ -82,7 +91,8 @@ def save_foreign(model: PreTrainedModel, folder: Path) -> None:
         return
     if converted_norms(model):
         note_norms_(model)
-    model.save_pretrained(folder)
+    # names as the modules have them, not as older files did, where transformers itself cannot read the folder
+    model.save_pretrained(folder, save_original_format=not (attentions or getattr(model.config, NOTE, None)))
 
 
 def is_buildable(model: PreTrainedModel) -> bool:
@@ -122,17 +132,27 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def _noted(folder: Path) -> list[Conversion]:
+    return [Conversion(**row) for row in _rows(folder, NOTE, list[Conversion], "norms")]
+
+
+def _noted_attentions(folder: Path) -> list[AttentionConversion]:
+    rows = _rows(folder, ATTENTION_NOTE, list[AttentionConversion], "attentions")
+    return [AttentionConversion(**row) for row in rows]
+
+
+def _rows(folder: Path, note: str, kind: Any, what: str) -> list[dict[str, Any]]:
+    """What ``config.json`` notes of conversions, checked; none where the file cannot be read."""
     try:
-        rows = as_written_now(read_json(folder / CONFIG).get(NOTE) or [])
+        rows: list[dict[str, Any]] = as_written_now(read_json(folder / CONFIG).get(note) or [])
     except (OSError, ValueError, AttributeError):
         return []  # whoever reads the folder next says what is wrong with it
     try:
-        check(NOTE, rows, list[Conversion])
+        check(note, rows, kind)
     except ValueError as error:
         raise ValueError(
-            f"{folder / CONFIG} says which norms were converted in words that cannot be read: {error}"
+            f"{folder / CONFIG} says which {what} were converted in words that cannot be read: {error}"
         ) from error
-    return [Conversion(**row) for row in rows]
+    return rows
 
 
 def _read(folder: Path) -> list[tuple[str, Tensor]]:
