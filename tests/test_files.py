@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from slabformer._files import replaced, replaced_with
+from slabformer._files import replaced, replaced_with, write_text
+from slabformer._listing import NotRegularError
+from slabformer.settings import FileToWrite, check
 
 
 def write(folder: Path, text: str, with_companion: bool, fail: bool = False) -> None:
@@ -76,6 +81,49 @@ def test_a_full_disk_is_told_with_the_file_whoever_writes_it(tmp_path: Path) -> 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(tmp_path) == dict.fromkeys(writers, "old")
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+def a_link_to_a_device(path: Path) -> None:
+    path.symlink_to(os.devnull)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has none of these in folders")
+@pytest.mark.parametrize("make", [a_pipe, a_socket, a_link_to_a_device, Path.mkdir])
+def test_what_is_no_file_is_not_replaced_by_one(
+    make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    path = Path("there")
+    make(path)
+    before = path.lstat()
+    with pytest.raises(NotRegularError, match="there is a"):
+        write_text(path, "text")
+    with pytest.raises(NotRegularError, match="there is a"), replaced_with(path, Path("there.data")):
+        pass
+    assert path.lstat() == before
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+    with pytest.raises(ValueError, match="--output must be a file, (but 'there' is a named|got the folder 'there')"):
+        check("--output", path, FileToWrite)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["file", "nothing"])
+def test_a_link_is_written_through(there: bool, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "latest").symlink_to(Path("disk", "run-1"))
+    if there:
+        (tmp_path / "disk" / "run-1").write_text("before")
+    write_text(tmp_path / "latest", "after")
+    assert (tmp_path / "latest").is_symlink()
+    assert contents(tmp_path / "disk") == {"run-1": "after"}
 
 
 def test_a_folder_that_is_missing_is_told_with_the_file(tmp_path: Path) -> None:

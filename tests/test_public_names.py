@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import pickle
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,6 +116,62 @@ def test_a_library_that_is_too_old_for_us_can_be_imported_all_the_same(library: 
     library("some_library.not_yet")
     with pytest.warns(UserWarning, match=r"nothing of slabformer is registered with some_library: .*'not_yet'"):
         assert importlib.import_module("some_library").registry == []
+
+
+PARTS = {
+    "some_library": "import time\ntime.sleep(0.2)\nregistry = []\n",
+    "ours/__init__": "",
+    "ours/room/__init__": "import time\ntime.sleep(0.2)\nfrom ours.room.part import part\n",
+    "ours/room/part": "import some_library\nsome_library.registry.append('ours')\npart = True\n",
+}
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow library, and a package of ours that registers with it and takes time to import."""
+    for name, text in PARTS.items():
+        file = tmp_path / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(_registered, "REGISTERING", {"some_library": ("ours.room",)})
+    monkeypatch.setattr(_registered, "LIBRARIES", {"room": ("some_library",)})
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("ours", "some_library")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def in_threads(*calls: Callable[[], object]) -> list[object]:
+    """What each returns; all begin at once."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+@pytest.mark.usefixtures("parts")
+def test_threads_may_begin_with_a_package_and_with_a_module_in_it() -> None:
+    package, module = in_threads(
+        *(functools.partial(_registered.import_in_turn, name) for name in ("ours.room", "ours.room.part"))
+    )
+    assert package.part is module.part is True
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_library_is_whole_for_one_thread_while_another_imports_ours() -> None:
+    def use_library() -> list[str]:
+        return list(importlib.import_module("some_library").registry)
+
+    def use_ours() -> object:
+        time.sleep(0.1)  # the library takes twice as long
+        return _registered.import_in_turn("ours.room.part")
+
+    assert in_threads(use_library, use_ours)[0] == ["ours"]
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_turn_that_does_not_come_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_registered, "PATIENCE_SECONDS", 0.01)
+    with _registered._in_turn():
+        (module,) = in_threads(lambda: _registered.import_in_turn("ours.room.part"))
+    assert module.part
 
 
 @pytest.mark.slow

@@ -5,11 +5,11 @@ Importing it costs next to nothing: each name is imported when it is first used,
 
 from __future__ import annotations
 
-import importlib as _importlib
 import importlib.util as _importlib_util
 from typing import TYPE_CHECKING, Any
 
 from slabformer._moved import answer_to_old_names as _answer_to_old_names
+from slabformer._registered import import_in_turn as _import_in_turn
 from slabformer._registered import register_ours as _register_ours
 
 if TYPE_CHECKING:
@@ -100,11 +100,11 @@ _register_ours()
 def __getattr__(name: str) -> Any:
     """A public name or a module of this package, imported now."""
     if name in _HOMES:
-        value = getattr(_importlib.import_module(_HOMES[name]), name)
+        value = getattr(_import_in_turn(_HOMES[name]), name)
     elif name.startswith("__") or _importlib_util.find_spec(f"{__name__}.{name}") is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     else:
-        value = _importlib.import_module(f"{__name__}.{name}")
+        value = _import_in_turn(f"{__name__}.{name}")
     globals()[name] = value
     return value
 

@@ -34,11 +34,14 @@ def replaced(path: Path) -> Iterator[Path]:
     """A path to write to; what is there when the block ends takes ``path``'s place, and nothing does if it fails.
 
     The file is on the disk before it is renamed, the rename before the block is left: a crash at any moment leaves
-    the old file or the new one, and what else it leaves is deleted when a file is next written to the folder.
+    the old file or the new one, and what else it leaves is deleted when a file is next written to the folder. A link
+    stays, and the file that it leads to is replaced.
 
     Raises:
         OSError: If the file cannot be written, naming ``path``; also for what other libraries call such a failure.
+        NotRegularError: If ``path`` is a folder, a named pipe, a device.
     """
+    path = _target(path)
     with errors_of(path), workspace(path.parent) as folder:
         temporary = folder / path.name
         temporary.touch()
@@ -56,7 +59,11 @@ def replaced_with(path: Path, companion: Path) -> Iterator[Path]:
 
     What the block writes into the folder of the path that it gets, under the two files' own names, takes their places.
     The two never stand beside each other unless they belong together: ``path`` is away while ``companion`` moves.
+
+    Raises:
+        OSError: As :func:`replaced` does.
     """
+    path, companion = _target(path), _target(companion)
     with errors_of(path), workspace(path.parent) as folder:
         temporary = folder / path.name
         yield temporary
@@ -71,6 +78,13 @@ def replaced_with(path: Path, companion: Path) -> Iterator[Path]:
             if source.exists():
                 os.replace(source, target)  # noqa: PTH105 - the one call that is atomic on every platform
     sync_folder(path.parent)
+
+
+def _target(path: Path) -> Path:
+    """What a link leads to, or ``path``; a rename would put a file in the place of a device just as of a file."""
+    if path.exists():
+        check_regular(path)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 @contextmanager

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 #: library -> our modules that register something with it
 REGISTERING = {"torch": ("slabformer.ops.native.linear_attention",), "timm": ("slabformer.models",)}
+#: room -> those of these libraries that its modules import, where it is not torch alone
+LIBRARIES: dict[str, tuple[str, ...]] = {"models": ("torch", "timm"), "settings": (), "cli": ()}
+#: held by the one thread that imports a public name, or registers: two that begin with a package and a module in it
+#: are told by Python that they wait for each other
+_turn = threading.RLock()
+#: after which an import goes on out of turn, since whoever has the turn may wait for what is being imported here
+PATIENCE_SECONDS = 10.0
 
 
 class Watch(MetaPathFinder):
@@ -39,6 +49,29 @@ def register_ours() -> None:
             _register(library)
 
 
+def import_in_turn(name: str) -> ModuleType:
+    """Our module ``name``, after the libraries that it needs.
+
+    Their imports end with registering, which waits for its turn: they must not be waited for by whoever has it.
+    """
+    room = name.split(".")[1]
+    for library in () if room.startswith("_") else LIBRARIES.get(room, ("torch",)):
+        if importlib.util.find_spec(library) is not None:
+            importlib.import_module(library)
+    with _in_turn():
+        return importlib.import_module(name)
+
+
+@contextmanager
+def _in_turn() -> Iterator[None]:
+    has_turn = _turn.acquire(timeout=PATIENCE_SECONDS)
+    try:
+        yield
+    finally:
+        if has_turn:
+            _turn.release()
+
+
 def _extend(loader: object, library: str) -> None:
     """Change the loader in place: its class and all else that other libraries ask of it stay as they are."""
     load = loader.exec_module  # type: ignore[attr-defined]
@@ -53,7 +86,8 @@ def _extend(loader: object, library: str) -> None:
 
 def _register(library: str) -> None:
     try:
-        for module in REGISTERING[library]:
-            importlib.import_module(module)
+        with _in_turn():
+            for module in REGISTERING[library]:
+                importlib.import_module(module)
     except Exception as error:  # with a release that is too old for us: importing it must succeed all the same
         warnings.warn(f"nothing of slabformer is registered with {library}: {error}", stacklevel=2)

@@ -155,6 +155,8 @@ class OutputFile:
             return None
         if not path.name or path.is_dir():
             return f"must be {self.words()}, got the folder {str(path)!r}"
+        if path.exists() and not path.is_file():
+            return f"must be {self.words()}, but {str(path)!r} is a named pipe or a device"
         if self.suffixes and path.suffix not in self.suffixes:
             return f"must be {self.words()}, got {str(path)!r}"
         if not path.parent.is_dir():

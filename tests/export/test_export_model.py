@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,18 @@ class Scaled(nn.Module):
         return self.layer(x)
 
 
-def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "_export_pt2", lambda model, *_: lambda x: model(x) * 1.01)
+def test_a_file_that_computes_something_else_is_refused_and_the_one_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: nn.Module, example: torch.Tensor, path: Path, shapes: object) -> Callable[..., torch.Tensor]:
+        path.write_text("wrong")
+        return lambda x: model(x) * 1.01
+
+    monkeypatch.setattr(export_module, "_export_pt2", wrong)
+    (tmp_path / "model.pt2").write_text("before")
     with pytest.raises(sf.VerificationError, match="outputs differ"):
         export(Scaled().eval(), torch.randn(1, 4), tmp_path / "model.pt2", format="pt2")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("model.pt2", "before")]
 
 
 def test_train_mode_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import get_args
 
 from jsonargparse import Namespace
@@ -38,7 +37,6 @@ def parser() -> Parser:
 def run(config: Namespace) -> Outcome:
     """Export and check; the file appears when it has passed."""
     from slabformer._defaults import Format
-    from slabformer._files import replaced
     from slabformer.export.model import export
 
     format = config.format or config.output.suffix.removeprefix(".")
@@ -47,18 +45,17 @@ def run(config: Namespace) -> Outcome:
     output = config.output
     model, info = load(config)
     metadata = {"slabformer": info.to_json()}
-    with replaced(output) as temporary:
-        result = export(
-            model,
-            example_images(info, batch_size=1),
-            temporary,
-            format=format,
-            batch_sizes=config.batch_sizes,
-            rtol=config.rtol,
-            metadata=metadata,
-        )
+    result = export(
+        model,
+        example_images(info, batch_size=1),
+        output,
+        format=format,
+        batch_sizes=config.batch_sizes,
+        rtol=config.rtol,
+        metadata=metadata,
+    )
     batches = ", ".join(map(str, result.batch_sizes))
     size = output.stat().st_size
     told = f"{size / 1e6:.1f} MB, within {result.max_rel:.1e} of PyTorch's scale at batch sizes {batches}"
-    data = {**vars(replace(result, path=output)), "bytes": size}
+    data = {**vars(result), "bytes": size}
     return Outcome(data=data, shown=[f"{output}: {told}"])

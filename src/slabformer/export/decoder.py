@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from slabformer._defaults import RUNTIME_RTOL
 from slabformer._extras import require
+from slabformer._files import replaced_with
 from slabformer.export.model import quiet_exporter
 from slabformer.measure.equality import Runtime
 from slabformer.models.cache import cache_argument
@@ -81,13 +82,13 @@ class CachedDecoder(nn.Module):
 
 
 def export_decoder(
-    model: PreTrainedModel, path: Path, *, rtol: float = RUNTIME_RTOL, metadata: Mapping[str, str] | None = None
+    model: PreTrainedModel, path: str | Path, *, rtol: float = RUNTIME_RTOL, metadata: Mapping[str, str] | None = None
 ) -> DecoderExport:
     """Write ``model`` as ONNX with cache inputs, any batch and length, and compare the file with it.
 
     Args:
         model: In eval mode, on a CPU, fused or not.
-        path: To write; it holds the file only when this returns, so write beside and rename. More weights than fit
+        path: To write. The file appears when it has passed; until then what was there stays. More weights than fit
             into one file, about 2 GB, lie in :func:`weights_file` beside it, which it refers to by that name.
         rtol: Largest difference that passes, relative to the outputs' scale.
         metadata: Strings to keep in the file's header.
@@ -96,13 +97,15 @@ def export_decoder(
         VerificationError: If the file computes something else.
         ValueError: If ``model`` is in train mode.
         ImportError: If onnx or onnxruntime is missing; names the extra.
+        OSError: If ``path`` cannot be written.
     """
+    path = Path(path)
     require("onnxscript", extra="export")
     runtime = require("onnxruntime", extra="export")
     if model.training:
         raise ValueError("export needs eval mode, got a model in train mode; call model.eval() first")
     decoder = CachedDecoder(model).eval()
-    with torch.no_grad(), quiet_exporter():
+    with replaced_with(path, weights_file(path)) as temporary, torch.no_grad(), quiet_exporter():
         program = torch.onnx.export(
             decoder,
             _case(model, 2, 6, 3),
@@ -116,8 +119,8 @@ def export_decoder(
         program.model.metadata_props.update(metadata or {})
         weights = weights_file(path) if _size(program) > LARGEST_FILE else None
         save = require("onnx_ir", extra="export").save
-        save(program.model, str(path), external_data=None if weights is None else weights.name)
-        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        save(program.model, str(temporary), external_data=None if weights is None else weights.name)
+        session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         cases = [_case(model, *case, seed=seed) for seed, case in enumerate(CASES)]
         result = verify(decoder, Runtime(_runner(session)), cases, rtol=rtol, lazy=True)
     return DecoderExport(path, weights, result.max_abs, result.max_rel)

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slabformer._defaults import MAX_CANDIDATES, RUNTIME_PIXELS
 from slabformer._extras import require
+from slabformer._files import replaced
 from slabformer.export.model import quiet_exporter
 from slabformer.export.static_detector import Size, StaticDetector
 from slabformer.measure.detections import Detection, DetectionAgreement, agreement_of, agreement_over
@@ -96,7 +97,7 @@ class OnnxDetector:
 def export_detector(
     detector: Detector,
     images: Iterable[Tensor],
-    path: Path,
+    path: str | Path,
     *,
     size: Size,
     max_candidates: int = MAX_CANDIDATES,
@@ -108,7 +109,7 @@ def export_detector(
     Args:
         detector: In eval mode, on a CPU, fused or not.
         images: ``(3, H, W)`` in [0, 1], to compare on; larger ones are scaled down.
-        path: To write; it holds the file only when this returns, so write beside and rename.
+        path: To write. The file appears when it has passed; until then what was there stays.
         size: Largest height and width; rounded up to multiples of 32.
         max_candidates: See :class:`StaticDetector`.
         pixels: Largest distance of a box's edge that passes.
@@ -119,6 +120,7 @@ def export_detector(
         ValueError: If ``detector`` is in train mode, or there is no image.
         RuntimeError: If it cannot be exported.
         ImportError: If onnx or onnxruntime is missing; names the extra.
+        OSError: If ``path`` cannot be written.
     """
     if detector.training:
         raise ValueError("export needs eval mode, got a detector in train mode; call detector.eval() first")
@@ -140,8 +142,9 @@ def export_detector(
         )
     assert program is not None
     program.model.metadata_props.update({**(metadata or {}), CANVAS: json.dumps(canvas)})
-    program.save(str(path), external_data=False)
-    return _compare(detector, OnnxDetector(path), images, pixels)
+    with replaced(Path(path)) as temporary:
+        program.save(str(temporary), external_data=False)
+        return _compare(detector, OnnxDetector(temporary), images, pixels)
 
 
 def _compare(detector: Detector, exported: OnnxDetector, images: Iterable[Tensor], pixels: float) -> DetectionAgreement:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from slabformer._defaults import RUNTIME_RTOL, Format
 from slabformer._extras import require
+from slabformer._files import replaced
 from slabformer._process import alone, no_logs
 from slabformer.measure.equality import Runtime
 from slabformer.surgery.verify import verify
@@ -44,7 +45,7 @@ class ExportResult:
 def export(
     model: nn.Module,
     example: Tensor,
-    path: Path,
+    path: str | Path,
     *,
     format: Format = "onnx",
     batch_sizes: Sequence[int] = (1, 2, 7),
@@ -56,7 +57,7 @@ def export(
     Args:
         model: In eval mode, on a CPU, taking one tensor and returning one.
         example: A batch ``(B, ...)``; other batch sizes are drawn like it.
-        path: To write; it holds the file only when this returns, so write beside and rename.
+        path: To write. The file appears when it has passed; until then what was there stays.
         format: "onnx", run by onnxruntime; or "pt2", for ``torch.export.load`` and AOTInductor.
         batch_sizes: Compared with PyTorch.
         rtol: Largest difference that passes, relative to the output's scale.
@@ -66,6 +67,7 @@ def export(
         VerificationError: If the file computes something else.
         ValueError: If ``model`` is in train mode, or ``format`` is unknown.
         RuntimeError: If ``model`` cannot be exported.
+        OSError: If ``path`` cannot be written.
     """
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
@@ -73,15 +75,15 @@ def export(
         raise ValueError("export needs eval mode, got a model in train mode; call model.eval() first")
     pair = example[:1].expand(2, *example.shape[1:]).contiguous()  # a batch of 1 would be taken for a constant
     shapes = ({0: torch.export.Dim("batch", min=1)},)
-    with torch.no_grad(), quiet_exporter():
+    with replaced(Path(path)) as temporary, torch.no_grad(), quiet_exporter():
         if format == "onnx":
-            run = _export_onnx(model, pair, path, shapes, metadata or {})
+            run = _export_onnx(model, pair, temporary, shapes, metadata or {})
         else:
-            run = _export_pt2(model, pair, path, shapes)
+            run = _export_pt2(model, pair, temporary, shapes)
         generator = torch.Generator().manual_seed(0)
         cases = [torch.randn(n, *example.shape[1:], generator=generator).to(example) for n in batch_sizes]
         result = verify(model, Runtime(run), cases, rtol=rtol, lazy=True)
-    return ExportResult(path, tuple(batch_sizes), result.max_abs, result.max_rel)
+    return ExportResult(Path(path), tuple(batch_sizes), result.max_abs, result.max_rel)
 
 
 def _export_onnx(

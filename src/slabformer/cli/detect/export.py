@@ -46,23 +46,21 @@ def parser() -> Parser:
 
 def run(config: Namespace) -> Outcome:
     """Export and compare; the file appears when it has passed."""
-    from slabformer._files import replaced
     from slabformer.export.detector import export_detector
     from slabformer.tasks.detection.saved import DetectorInfo, load_detector
 
     output = config.output
     detector, info = load_detector(config.model)
     images = compared_pictures(config, info)
-    with replaced(output) as temporary:
-        agreement = export_detector(
-            detector,
-            images,
-            temporary,
-            size=tuple(config.size or (info.size, info.max_size)),
-            max_candidates=config.max_candidates,
-            pixels=config.pixels,
-            metadata={DetectorInfo.KEY: info.to_json()},
-        )
+    agreement = export_detector(
+        detector,
+        images,
+        output,
+        size=tuple(config.size or (info.size, info.max_size)),
+        max_candidates=config.max_candidates,
+        pixels=config.pixels,
+        metadata={DetectorInfo.KEY: info.to_json()},
+    )
     size = output.stat().st_size
     told = (
         f"{output}: {size / 1e6:.1f} MB; {agreement.num_detections} detections on {agreement.num_images} images agree "

@@ -35,8 +35,7 @@ def parser() -> Parser:
 
 def run(config: Namespace) -> Outcome:
     """Export and check; the file appears when it has passed."""
-    from slabformer._files import replaced_with
-    from slabformer.export.decoder import export_decoder, weights_file
+    from slabformer.export.decoder import export_decoder
     from slabformer.tasks.language.folders import load_model_folder
     from slabformer.tasks.language.fusing import fuse_language_model
 
@@ -45,11 +44,8 @@ def run(config: Namespace) -> Outcome:
     model = load_model_folder(config.model)
     if config.fused:
         model, _ = fuse_language_model(model)
-    with replaced_with(output, weights_file(output)) as temporary:
-        result = export_decoder(
-            model, temporary, rtol=config.rtol, metadata={"slabformer": model.config.to_json_string()}
-        )
-    files = [output] if result.weights is None else [output, weights_file(output)]
+    result = export_decoder(model, output, rtol=config.rtol, metadata={"slabformer": model.config.to_json_string()})
+    files = [output] if result.weights is None else [output, result.weights]
     size = sum(file.stat().st_size for file in files)
     told = f"{size / 1e6:.1f} MB, within {result.max_rel:.1e} of PyTorch's scale, reading and writing"
     data = {"bytes": size, "max_rel": result.max_rel}
