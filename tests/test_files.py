@@ -111,7 +111,7 @@ def test_what_is_no_file_is_not_replaced_by_one(
         pass
     assert path.lstat() == before
     assert list(tmp_path.iterdir()) == [tmp_path / "there"]
-    with pytest.raises(ValueError, match="--output must be a file, (but 'there' is a named|got the folder 'there')"):
+    with pytest.raises(ValueError, match=r"--output must be a file, (but 'there' is a named|got the folder 'there')"):
         check("--output", path, FileToWrite)
 
 

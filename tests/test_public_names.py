@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
 import pickle
 import subprocess
@@ -13,6 +12,7 @@ import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,7 +121,8 @@ def test_a_library_that_is_too_old_for_us_can_be_imported_all_the_same(library: 
 PARTS = {
     "some_library": "import time\ntime.sleep(0.2)\nregistry = []\n",
     "ours/__init__": "",
-    "ours/room/__init__": "import time\ntime.sleep(0.2)\nfrom ours.room.part import part\n",
+    "ours/room/__init__": "import time\ntime.sleep(0.2)\nimport ours.room.other\n",
+    "ours/room/other": "import time\ntime.sleep(0.2)\nimport ours.room.part\n",
     "ours/room/part": "import some_library\nsome_library.registry.append('ours')\npart = True\n",
 }
 
@@ -140,18 +141,24 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
 
 
-def in_threads(*calls: Callable[[], object]) -> list[object]:
+def in_threads(*calls: Callable[[], Any]) -> list[Any]:
     """What each returns; all begin at once."""
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 @pytest.mark.usefixtures("parts")
-def test_threads_may_begin_with_a_package_and_with_a_module_in_it() -> None:
-    package, module = in_threads(
-        *(functools.partial(_registered.import_in_turn, name) for name in ("ours.room", "ours.room.part"))
-    )
-    assert package.part is module.part is True
+def test_threads_may_begin_with_two_modules_of_a_package_that_imports_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_registered, "LIBRARIES", {"room": ()})
+    monkeypatch.setattr(_registered, "REGISTERING", {})
+
+    def use(name: str, seconds_later: float) -> types.ModuleType:
+        time.sleep(seconds_later)  # the package takes 0.2
+        return _registered.import_in_turn(name)
+
+    part, other = in_threads(lambda: use("ours.room.part", 0.0), lambda: use("ours.room.other", 0.1))
+    assert part.part
+    assert other.ours.room.part is part
 
 
 @pytest.mark.usefixtures("parts")

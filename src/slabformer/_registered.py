@@ -17,8 +17,8 @@ from types import ModuleType
 REGISTERING = {"torch": ("slabformer.ops.native.linear_attention",), "timm": ("slabformer.models",)}
 #: room -> those of these libraries that its modules import, where it is not torch alone
 LIBRARIES: dict[str, tuple[str, ...]] = {"models": ("torch", "timm"), "settings": (), "cli": ()}
-#: held by the one thread that imports a public name, or registers: two that begin with a package and a module in it
-#: are told by Python that they wait for each other
+#: held by the one thread that imports a public name, or registers: two that begin with different modules of a package
+#: may come to wait for each other, which Python ends with an error
 _turn = threading.RLock()
 #: after which an import goes on out of turn, since whoever has the turn may wait for what is being imported here
 PATIENCE_SECONDS = 10.0
