@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from slabformer.progressive import ProgressiveSchedule
     from slabformer.surgery.align_attention import align_attention_
     from slabformer.surgery.audit import audit
+    from slabformer.surgery.audit_attention import audit_attention
     from slabformer.surgery.convert import convert_norms_
     from slabformer.surgery.convert_attention import convert_attention_
     from slabformer.surgery.fit import fit_norms_
@@ -49,6 +50,7 @@ __all__ = [
     "VerifyResult",
     "align_attention_",
     "audit",
+    "audit_attention",
     "blended",
     "convert_attention_",
     "convert_norms_",
@@ -83,6 +85,7 @@ _NAMES = {
     "progressive": ("ProgressiveSchedule",),
     "surgery.align_attention": ("align_attention_",),
     "surgery.audit": ("audit",),
+    "surgery.audit_attention": ("audit_attention",),
     "surgery.convert": ("convert_norms_",),
     "surgery.convert_attention": ("convert_attention_",),
     "surgery.fit": ("fit_norms_",),

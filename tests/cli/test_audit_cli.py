@@ -126,11 +126,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with LayerNorms that were drawn anew, and images of noise."""
     folder = tmp_path_factory.mktemp("audit")
     torch.manual_seed(0)
-    model = timm.create_model("test_vit", img_size=SIZE)
+    arguments = {"img_size": SIZE, "patch_size": 4}
+    model = timm.create_model("test_vit", **arguments)
     sf.testing.randomize_norms_(model, 0)
     info = ModelInfo(
         model="test_vit",
-        model_args={"img_size": SIZE},
+        model_args=arguments,
         class_names=[str(label) for label in range(1000)],
         input_size=(3, SIZE, SIZE),
     )
@@ -172,18 +173,46 @@ def test_costs_and_plan_are_in_the_document(place: Path, capsys: pytest.CaptureF
     assert len(found["plan"]["take"]) + len(found["plan"]["keep"]) == 13
 
 
+def test_data_tells_what_linear_attention_costs_and_saves(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "attentions.json"
+    assert main(with_data(place, "--attention-budget", "0.9", "--attention-plan", str(plan))) == 0
+    printed = capsys.readouterr().out
+    assert "what making each attention linear costs" in printed
+    assert "million multiply-adds of attention's products for each sample" in " ".join(printed.split())
+    written = ConversionPlan.from_dict(json.loads(plan.read_text()))
+    assert written.summary() in " ".join(printed.split())
+    model, _ = load_model(place / "model.safetensors")
+    assert sf.convert_attention_(model, plan=written) == list(written.take)
+    assert main(with_data(place, "--json")) == 0
+    found = json.loads(capsys.readouterr().out)["attentions"]
+    assert [set(cost) for cost in found["costs"]] == [{"name", "error", "alone", "products", "saved"}] * 6
+
+
 def test_a_text_encoder_is_audited_on_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, text = save_encoder(tmp_path / "bert"), write_lines(tmp_path / "text.txt", 20)
     assert main(["audit", str(folder), "--data", str(text), "--no-time", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["costs"]) == 5
+    assert "attentions" not in found
+    assert main(["audit", str(folder), "--data", str(text), "--attention-budget", "0.1"]) == 2
+    assert "no softmax attention of BertModel to convert" in capsys.readouterr().err
     (text := tmp_path / "empty.txt").write_text("")
     assert main(["audit", str(folder), "--data", str(text)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "option", [["--budget", "0.1"], ["--plan", "p.json"], ["--num-batches", "2"], ["--pretrained"]]
+    "option",
+    [
+        ["--budget", "0.1"],
+        ["--plan", "p.json"],
+        ["--attention-budget", "0.1"],
+        ["--attention-plan", "p.json"],
+        ["--num-batches", "2"],
+        ["--pretrained"],
+    ],
 )
 def test_options_of_data_need_data(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "test_vit", *option]) == 2

@@ -100,6 +100,72 @@ def test_the_report_stands_alone(model: Path, images: Path, tmp_path: Path) -> N
         assert words in page
 
 
+VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "num_classes": 3}
+
+
+@pytest.fixture
+def softmax(tmp_path: Path) -> Path:
+    """A ViT with 65 tokens, enough for linear attention to save something."""
+    torch.manual_seed(0)
+    made = randomize_norms_(timm.create_model("vit_tiny_patch16_224", **VIT))
+    info = ModelInfo(model="vit_tiny_patch16_224", model_args=VIT, class_names=list("abc"), input_size=(3, 32, 32))
+    save_model(made, tmp_path / "softmax.safetensors", info)
+    return tmp_path / "softmax.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("options", "linear"),
+    [({"attention": "all"}, 2), ({"attention": "plan"}, 2), ({"attention": "plan", "attention_budget": 0.02}, None)],
+    ids=["all", "plan", "budget"],
+)
+def test_attention_becomes_linear_too(
+    options: dict[str, Any], linear: int | None, softmax: Path, images: Path, tmp_path: Path
+) -> None:
+    result = lose_norms(softmax, images, tmp_path / "run", **TINY, **options)
+    summary = result.summary
+    assert summary["norms_folded"] == 5
+    assert summary["attentions_linear"] + summary["attentions_kept"] == 2
+    assert linear in (None, summary["attentions_linear"])
+    assert len(summary["attention_errors"]) == summary["attentions_linear"] > 0
+    assert all(0 < error < 1 for error in summary["attention_errors"].values())
+    noted = json.loads((tmp_path / "run" / "attention.json").read_text())
+    fused, info = load_model(tmp_path / "run" / "fused.safetensors")
+    assert noted["names"] == info.attentions[0].names
+    inputs = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(fused(inputs), result.model(inputs), atol=1e-5)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"<b>{summary['attentions_linear']} of 2</b> softmax attentions became linear" in page
+
+
+def test_a_conversion_of_attention_goes_on_bit_for_bit(softmax: Path, images: Path, tmp_path: Path) -> None:
+    settings = TINY | {"save_every": 1, "attention": "plan", "attention_budget": 0.02, "align_steps": 2}
+    lose_norms(softmax, images, tmp_path / "whole", **settings)
+    halved = ConvertConfig(model=str(softmax), data=str(images), output=str(tmp_path / "halved"), **settings)
+    with pytest.raises(InterruptedRunError):
+        convert(halved, observers=[AtStep(4, stop)])
+    noted = tmp_path / "halved" / "attention.json"
+    kept = noted.read_text()
+    noted.write_text("{}")
+    with pytest.raises(ValueError, match=r"does not say which attentions the run made linear .*names"):
+        convert(halved)
+    noted.write_text(kept)
+    convert(halved)
+    whole, again = (load_file(tmp_path / name / "fused.safetensors") for name in ("whole", "halved"))
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_settings_of_attention_without_effect_are_refused(softmax: Path, images: Path, tmp_path: Path) -> None:
+    for settings, words in (
+        ({"attention_budget": 0.1}, "attention_budget has no effect with attention 'none'; set attention to plan"),
+        ({"attention": "all", "attention_budget": 0.1}, "has no effect with attention 'all'; set attention to plan"),
+        ({"align_steps": 5}, "align_steps has no effect with attention 'none'; set attention to all or plan"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            lose_norms(softmax, images, tmp_path / "run", **TINY, **settings)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_text_encoder_loses_its_norms(encoder: Path, tmp_path: Path) -> None:
     text = write_lines(tmp_path / "text.txt", 60)
     result = lose_norms(encoder, text, tmp_path / "run", **TINY)

@@ -170,7 +170,10 @@ def test_what_is_no_plan_is_refused(data: Any) -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (["blocks.0.norm", "blocks.9.norm"], r"names 1 norms that the model does not have \(first: 'blocks.9.norm'\)"),
+        (
+            ["blocks.0.norm", "blocks.9.norm"],
+            r"names 1 norms that the model does not have or that cannot be converted \(first: 'blocks.9.norm'\)",
+        ),
         (ConversionPlan(take=("last",), keep=("mlp",), cost=0), "first: 'mlp'"),
         ([], "the plan takes no norm"),
     ],

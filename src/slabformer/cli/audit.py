@@ -19,11 +19,14 @@ from slabformer.cli.parser import Parser
 from slabformer.settings import FileToWrite, NonEmptyStr, PositiveFraction, PositiveInt
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from slabformer.surgery.audit import AuditReport
+    from slabformer.surgery.audit_attention import AttentionAudit
 
 
 #: options that have no effect without data
-OF_DATA = ("budget", "plan", "num_batches", "checkpoint", "pretrained")
+OF_DATA = ("budget", "plan", "attention_budget", "attention_plan", "num_batches", "checkpoint", "pretrained")
 CHOICES = {True: "[green]convert[/]", False: "[yellow]keep[/]"}
 
 
@@ -35,7 +38,7 @@ def parser() -> Parser:
         "slab audit",
         "Convert a model's norms on a copy, follow each to its neighbours, and say which would fold and why the "
         "others would not; no weights are needed. With data, also measure what a trained model loses with "
-        "each norm, and plan which norms to convert.",
+        "each norm and each softmax attention, and plan which of them to convert.",
         [
             "slab audit convnext_atto",
             "slab audit mypackage.models:build --untie",
@@ -63,6 +66,14 @@ def parser() -> Parser:
     )
     made.add_argument("--plan", type=FileToWrite | None, help="file to write the plan to, as JSON")
     made.add_argument(
+        "--attention-budget",
+        type=PositiveFraction | None,
+        help="the same for linear attention in place of softmax attention",
+    )
+    made.add_argument(
+        "--attention-plan", type=FileToWrite | None, help="file to write the plan of attentions to, as JSON"
+    )
+    made.add_argument(
         "--num-batches", type=PositiveInt | None, help=f"batches of data to read; by default {AUDIT_BATCHES}"
     )
     add_weight_options(made)
@@ -85,6 +96,7 @@ def run(config: Namespace) -> Outcome:
     from slabformer.surgery.audit import audit, time_norms
 
     _check_options(config)
+    attentions: AttentionAudit | None = None
     options: dict[str, Any] = {"fixed_size": config.fixed_size, "untie": config.untie}
     if config.data is None:
         with torch.device("meta") if config.meta else nullcontext():
@@ -93,6 +105,7 @@ def run(config: Namespace) -> Outcome:
         subject = trained(config)
         model, batches = subject.model, subject.held_out
         args, kwargs = ((), batches[0]) if isinstance(batches[0], dict) else ((batches[0],), {})
+        attentions = _attentions_of(model, batches, config)
         options |= {"batches": batches, "num_batches": len(batches), "budget": config.budget}
     report = audit(model, args, kwargs, **options)
     shown: list[RenderableType] = [fuse_table(report), report.summary().replace(" folded", " would fold", 1)]
@@ -101,6 +114,11 @@ def run(config: Namespace) -> Outcome:
     if config.plan is not None and report.plan is not None:
         write_json(config.plan, report.plan.to_dict())
     found = report.to_dict()
+    if attentions is not None:
+        shown += [attention_table(attentions), attentions.summary()]
+        found["attentions"] = attentions.to_dict()
+        if config.attention_plan is not None:
+            write_json(config.attention_plan, attentions.plan.to_dict())
     if config.time and not config.meta:
         taken = time_norms(model, args, kwargs)
         found["norm_seconds"], found["forward_seconds"] = taken.norms, taken.total
@@ -108,7 +126,25 @@ def run(config: Namespace) -> Outcome:
             f"norms take about {taken.norms * 1e3:.1f} of {taken.total * 1e3:.1f} ms today ({taken.share:.0%}), eager, "
             f"{torch.get_num_threads()} threads"
         )
-    return Outcome(data=found, shown=shown, files=[config.plan] if config.plan else [])
+    files = [file for file in (config.plan, config.attention_plan) if file is not None]
+    return Outcome(data=found, shown=shown, files=files)
+
+
+def _attentions_of(model: nn.Module, batches: list[Any], config: Namespace) -> AttentionAudit | None:
+    """The audit of the model's attentions; None where it has none that could be linear.
+
+    Raises:
+        ValueError: If options ask for one and there is none.
+    """
+    from slabformer.surgery.audit_attention import audit_attention
+    from slabformer.surgery.convert_attention import find_attentions, no_attention
+
+    found, left = find_attentions(model)
+    if found:
+        return audit_attention(model, batches, num_batches=len(batches), budget=config.attention_budget)
+    if config.attention_budget is not None or config.attention_plan is not None:
+        raise ValueError(no_attention(model, left))
+    return None
 
 
 def cost_table(report: AuditReport) -> Table:
@@ -120,6 +156,18 @@ def cost_table(report: AuditReport) -> Table:
     for cost in report.costs:
         choice = CHOICES[cost.name not in kept]
         table.add_row(escape(cost.name), f"{cost.r2:.3f}", f"{cost.alone:.2g}", choice, cost.where())
+    return table
+
+
+def attention_table(report: AttentionAudit) -> Table:
+    """What linear attention in each place costs and saves, and what the plan does with it."""
+    table = Table(title="what making each attention linear costs, untrained")
+    for heading in ("attention", "error", "cosine lost alone", "multiply-adds saved", "plan"):
+        table.add_column(heading, justify="left" if heading in ("attention", "plan") else "right")
+    for cost in report.costs:
+        saved = f"{cost.saved / 1e6:,.1f} of {cost.products / 1e6:,.1f} M"
+        choice = CHOICES[cost.name not in report.plan.keep]
+        table.add_row(escape(cost.name), f"{cost.error:.3f}", f"{cost.alone:.2g}", saved, choice)
     return table
 
 

@@ -11,6 +11,9 @@ from slabformer.cli.recipe import config_of, ending_well, name_sections, outcome
 from slabformer.converting.config import ConvertConfig
 from slabformer.settings import NonEmptyStr
 
+#: what is said of a run, beside how near it came
+COUNTS = ("norms_folded", "norms_kept", "attentions_linear", "attentions_kept")
+
 
 def parser() -> Parser:
     """Options of `slab convert`: a model, its data, and the other fields of :class:`ConvertConfig`."""
@@ -18,9 +21,11 @@ def parser() -> Parser:
     made = Parser(
         "slab convert",
         "Remove the norms of a trained model on data without labels: fit, fade, distil from the original, recalibrate, "
-        "fuse, verify, report. A run that was stopped resumes from its output folder.",
+        "fuse, verify, report. With --attention, softmax attention becomes linear too, aligned block by block. A run "
+        "that was stopped resumes from its output folder.",
         [
             "slab convert model.safetensors --data photos/ -o runs/convert",
+            "slab convert vit.safetensors --data photos/ -o runs/linear --attention all",
             "slab convert path/to/encoder --data sentences.txt -o runs/encoder",
         ],
     )
@@ -47,5 +52,5 @@ def run(config: Namespace) -> Outcome | None:
     with ending_well():
         result = convert(to_convert_config(config), observers=[ConsoleObserver()])
     summary = result.summary
-    norms = {name: summary[name] for name in ("norms_folded", "norms_kept")}
-    return outcome_of(result, {**summary["fused"], **norms})
+    counts = {name: summary[name] for name in COUNTS if name in summary}
+    return outcome_of(result, {**summary["fused"], **counts})

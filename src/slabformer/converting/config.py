@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from slabformer._loss_weights import LossWeights
 from slabformer.settings import (
     NonEmptyStr,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
     Seed,
     Workers,
 )
 from slabformer.tasks.engine.config import HARMLESS, FadeConfig, RunConfig
+
+Attention = Literal["none", "all", "plan"]
 
 
 @dataclass(kw_only=True)
@@ -39,6 +44,14 @@ class ConvertConfig(RunConfig):
     """How the norms fade."""
     weights: LossWeights = field(default_factory=LossWeights)
     """Of the losses against the teacher."""
+    attention: Attention = "none"
+    """Which softmax attentions become linear, beside the norms: none, all, or those that an audit plans."""
+    attention_budget: PositiveFraction | None = None
+    """For a plan: what linear attention may take from the cosine of the model's outputs, before training; by default
+    those are converted that take at most 0.1 each."""
+    align_steps: NonNegativeInt | None = None
+    """Batches that each linear attention is aligned on by itself before all else; by default a tenth of `steps`, 10 at
+    least."""
     fit_batches: PositiveInt = 16
     """Batches that the start is fitted to."""
     recalibrate_batches: PositiveInt = 64
@@ -63,3 +76,10 @@ class ConvertConfig(RunConfig):
     """Write TensorBoard events."""
     num_workers: Workers = field(default=0, metadata=HARMLESS)
     """Processes that decode images; no effect on the result."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention_budget is not None and self.attention != "plan":
+            raise ValueError(f"attention_budget has no effect with attention {self.attention!r}; set attention to plan")
+        if self.align_steps is not None and self.attention == "none":
+            raise ValueError("align_steps has no effect with attention 'none'; set attention to all or plan")

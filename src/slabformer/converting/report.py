@@ -59,6 +59,7 @@ def write_report(
         ),
         "norms": f"{summary['norms_folded']} of {summary['norms_folded'] + summary['norms_kept']}",
         "difference": f"{summary['difference']:.1e}",
+        "attentions": _attentions(summary),
         "nearness": to_svg(curves(nearness, xlabel="optimizer step")),
         "training": to_svg(curves(training, xlabel="optimizer step")),
         "gamma": to_svg(gamma_over_time([0, *_series(steps, "gamma")[0]], [1.0, *_series(steps, "gamma")[1]])),
@@ -68,6 +69,20 @@ def write_report(
         ),
     }
     write_text(path, template.substitute(values))
+
+
+def _attentions(summary: Mapping[str, Any]) -> str:
+    """How many are linear and how near each came before training; nothing where the run left them alone."""
+    if "attentions_linear" not in summary:
+        return ""
+    linear, kept = summary["attentions_linear"], summary["attentions_kept"]
+    rows = "\n".join(_row(name, f"{error:.3f}") for name, error in summary["attention_errors"].items())
+    words = (
+        f"<b>{linear} of {linear + kept}</b> softmax attentions became linear. Each was aligned by itself first; its "
+        "error is the squared error of its output over the variance of the teacher's."
+    )
+    table = f"<table><tr><th>attention</th><th>error</th></tr>\n{rows}\n</table>"
+    return f"<section>\n<h2>Linear attention</h2>\n<p>{words}</p>\n{table}\n</section>"
 
 
 def _series(rows: Rows, key: str) -> tuple[list[float], list[float]]:

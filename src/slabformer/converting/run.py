@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 import slabformer as sf
+from slabformer.converting.attention import ATTENTION, LinearAttentions, linear_again_, make_linear_
 from slabformer.converting.config import ConvertConfig
 from slabformer.converting.report import write_report
 from slabformer.converting.result import COLUMNS, PARTS, ConvertResult, similarity
@@ -30,6 +31,7 @@ from slabformer.tasks.engine.devices import create_accelerator
 from slabformer.tasks.engine.folder import RunFolder, fingerprint
 from slabformer.tasks.engine.loop import Trainer
 from slabformer.tasks.engine.observers import STEP_COLUMNS, CsvFile, CsvObserver, Observer, RunStart
+from slabformer.tasks.engine.order import OrderedLoader
 from slabformer.tasks.engine.process import leaves_the_process_alone
 from slabformer.tasks.engine.seeds import reseed
 from slabformer.tasks.engine.session import open_folder, recalibrate_after, train_and_finish
@@ -48,7 +50,7 @@ class ConvertFolder(RunFolder):
     """The output folder of a conversion."""
 
     OUTPUTS: ClassVar[tuple[str, ...]] = (
-        *(METRICS, STEPS, REPORT),
+        *(METRICS, STEPS, REPORT, ATTENTION),
         *(CONVERTED, FUSED, f"{CONVERTED}.safetensors", f"{FUSED}.safetensors"),
     )
 
@@ -67,7 +69,8 @@ def convert(config: ConvertConfig, *, observers: Sequence[Observer] = ()) -> Con
     """Fit, fade, distil, recalibrate, fuse and verify as ``config`` says, or go on with what is in ``config.output``.
 
     The folder then holds ``config.yaml``, ``metrics.csv``, ``steps.csv``, the last checkpoints, and at the end the
-    converted ``model`` and the ``fused`` one (files, or folders for transformers), ``result.json`` and ``report.html``.
+    converted ``model`` and the ``fused`` one (files, or folders for transformers), ``result.json`` and ``report.html``;
+    where attention was made linear, ``attention.json``.
 
     Args:
         config: The recipe.
@@ -75,7 +78,7 @@ def convert(config: ConvertConfig, *, observers: Sequence[Observer] = ()) -> Con
 
     Raises:
         FileNotFoundError: If there is no such model or no data.
-        ValueError: If the model has no norm to convert, or data and model do not fit together.
+        ValueError: If the model has no norm, or no attention, to convert, or data and model do not fit together.
         NonFiniteError: If the loss, a gradient or a weight is NaN or infinite; the last good checkpoint stays.
         VerificationError: If the fused model computes something else.
         StoppedError: After SIGTERM or SIGINT, once a checkpoint is written.
@@ -99,6 +102,7 @@ class _Run:
         reseed(config.seed)
         self.model = self.subject.model.to(self.accelerator.device)
         teacher = Teacher(self.model)
+        self.attentions = self._make_linear(teacher, fresh=fresh)
         sf.convert_norms_(self.model, eta=0.0)
         keep_padding_out_everywhere_(self.model)
         if self.accelerator.num_processes > 1:
@@ -107,12 +111,23 @@ class _Run:
         if fresh:
             self._fit()
 
+    def _make_linear(self, teacher: Teacher, *, fresh: bool) -> LinearAttentions | None:
+        """Before norms are replaced: attention is aligned to the teacher's with the norms that it was trained with."""
+        if self.config.attention == "none":
+            return None
+        if fresh:
+            return make_linear_(self.model, teacher, self._from_the_start(), self.subject.held_out, self.config)
+        return linear_again_(self.model, self.folder.path)
+
     def _fit(self) -> None:
         """Start near the teacher."""
+        sf.fit_norms_(self.model, self._from_the_start(), self.config.fit_batches)
+
+    def _from_the_start(self) -> OrderedLoader:
         loader = self.subject.loader
         loader.set_epoch(0)
         loader.set_start(0)
-        sf.fit_norms_(self.model, loader, self.config.fit_batches)
+        return loader
 
     def trainer(self, observers: Sequence[Observer]) -> Trainer:
         """The loop with everything that this recipe gives it."""
@@ -178,6 +193,8 @@ class _Run:
                 "norms_folded": report.num_folded,
                 "norms_kept": report.num_kept,
             }
+            if self.attentions is not None:
+                result |= self.attentions.summary()
             self._save(model, deployed)
             steps = CsvFile(self.folder.path / STEPS, [*STEP_COLUMNS, *PARTS]).rows()
             self.folder.record(REPORT)
@@ -202,9 +219,12 @@ class _Start(Observer):
         self._run, self._others = run, others
 
     def on_start(self, start: RunStart) -> None:
-        """A row of metrics for step 0."""
+        """A row of metrics for step 0, and a file for the run to go on with."""
         if start.step:
             return
+        if self._run.attentions is not None:
+            self._run.folder.record(ATTENTION)
+            self._run.attentions.write(self._run.folder.path)
         for observer in self._others:
             observer.on_epoch({"epoch": 0, "step": 0, "gamma": 1.0, **self._run.similarity(self._run.model)})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from slabformer.nn.converted_attention import ConvertedLinearAttention
 from slabformer.nn.resample import Grid
 from slabformer.settings import NonNegativeInt, PositiveInt, checked
 from slabformer.surgery.batches import eval_mode
+from slabformer.surgery.conversion_plan import ConversionPlan, names_to_take
 from slabformer.surgery.converted import ConvertedModules, LeftModule, summary_of
 from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.outputs import first_line
@@ -48,7 +49,7 @@ def convert_attention_(
     model: nn.Module,
     filter: Callable[[nn.Module, str], bool] | None = None,
     *,
-    plan: Collection[str] | None = None,
+    plan: ConversionPlan | Collection[str] | None = None,
     grid_size: tuple[PositiveInt, PositiveInt] | None = None,
     num_prefix_tokens: NonNegativeInt | None = None,
     kernel_size: PositiveInt = 5,
@@ -63,7 +64,7 @@ def convert_attention_(
     Args:
         model: timm's or transformers' ViT and its kin; edited in place.
         filter: Called with ``(module, name)`` of each such attention; false leaves it as it is.
-        plan: Names of those to convert; the others stay.
+        plan: Names of those to convert, or what :func:`slabformer.audit_attention` recommends; the others stay.
         grid_size: Grid ``(H, W)`` of the patch tokens; read from the model by default.
         num_prefix_tokens: Class and register tokens in front of them; read from the model by default.
         kernel_size: Of the depthwise convolution, odd.
@@ -76,47 +77,55 @@ def convert_attention_(
             known.
     """
     found, left = find_attentions(model)
-    unknown = sorted(set(plan or ()) - set(found))
-    if unknown:
-        raise ValueError(f"the plan names {len(unknown)} attentions that cannot be converted (first: {unknown[0]!r})")
-    taken = [
-        name
-        for name in found
-        if (plan is None or name in plan) and (filter is None or filter(model.get_submodule(name), name))
-    ]
+    planned = set(found) if plan is None else names_to_take(plan, found, "attentions")
+    taken = [name for name in found if name in planned and (filter is None or filter(model.get_submodule(name), name))]
     if not taken:
-        because = "; ".join(["", *summary_of(left)])
-        raise ValueError(f"no softmax attention of {type(model).__name__} to convert{because}")
-    grid, prefix = _tokens_of(model, grid_size, num_prefix_tokens)
+        raise ValueError(no_attention(model, left))
+    grid, prefix = tokens_of(model, grid_size, num_prefix_tokens)
+    made: dict[nn.Module, ConvertedLinearAttention] = {}  # one that stands in several places stays one
     for name in taken:
         old = model.get_submodule(name)
-        projections, out = found[name]
-        new = ConvertedLinearAttention(
-            {leaf: old.get_submodule(leaf) for leaf in projections},  # type: ignore[misc]
-            {leaf: old.get_submodule(leaf) for leaf in out if hasattr(old, leaf)},
-            _num_heads(old) or 1,
-            grid_size=grid,
-            num_prefix_tokens=prefix,
-            kernel_size=kernel_size,
-            returns_weights=_returns_weights(old, projections),
-        )
-        model.set_submodule(name, new.train(old.training))
+        if old not in made:
+            made[old] = linear_form(old, found[name], grid, prefix, kernel_size).train(old.training)
+        model.set_submodule(name, made[old])
     logger.info("converted %d attentions of %s", len(taken), type(model).__name__)
     for line in summary_of(left):
         logger.warning("%s", line)
     return ConvertedModules(taken, left)
 
 
+def no_attention(model: nn.Module, left: Iterable[LeftModule]) -> str:
+    """The error of a model that has no attention to convert."""
+    because = "; ".join(["", *summary_of(left)])
+    return f"no softmax attention of {type(model).__name__} to convert{because}"
+
+
 Form = tuple[tuple[str, ...], tuple[str, ...]]
 
 
+def linear_form(
+    old: nn.Module, form: Form, grid: Grid, num_prefix_tokens: int, kernel_size: int
+) -> ConvertedLinearAttention:
+    """Linear attention on the projections of ``old``, which it shares."""
+    projections, out = form
+    return ConvertedLinearAttention(
+        {leaf: old.get_submodule(leaf) for leaf in projections},  # type: ignore[misc]
+        {leaf: old.get_submodule(leaf) for leaf in out if hasattr(old, leaf)},
+        _num_heads(old) or 1,
+        grid_size=grid,
+        num_prefix_tokens=num_prefix_tokens,
+        kernel_size=kernel_size,
+        returns_weights=_returns_weights(old, projections),
+    )
+
+
 def find_attentions(model: nn.Module) -> tuple[dict[str, Form], tuple[LeftModule, ...]]:
-    """What can be converted, by name, and what looks like it and cannot be; nothing is changed."""
+    """What can be converted, by each of its names, and what looks like it and cannot be; nothing is changed."""
     found: dict[str, Form] = {}
     left: list[LeftModule] = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         form = next((form for form in FORMS if _has(module, form)), None)
-        if form is None or isinstance(module, ConvertedLinearAttention) or not _num_heads(module):
+        if not name or form is None or isinstance(module, ConvertedLinearAttention) or not _num_heads(module):
             continue
         why = _why_not(module, form)
         if why:
@@ -181,7 +190,7 @@ def _returns_weights(module: nn.Module, projections: tuple[str, ...]) -> bool:
         return isinstance(module(torch.zeros(1, 4, linear.in_features).to(linear.weight)), tuple)
 
 
-def _tokens_of(model: nn.Module, grid_size: Grid | None, num_prefix_tokens: int | None) -> tuple[Grid, int]:
+def tokens_of(model: nn.Module, grid_size: Grid | None, num_prefix_tokens: int | None) -> tuple[Grid, int]:
     """Grid of the patch tokens and tokens in front of them, as asked or as the model says.
 
     Raises:

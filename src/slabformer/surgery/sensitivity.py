@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -14,25 +13,20 @@ from torch import Tensor, nn
 
 from slabformer._defaults import AUDIT_BATCHES
 from slabformer.nn.controls import prepbn_modules
-from slabformer.ops.precision import wide
 from slabformer.settings import PositiveFraction, PositiveInt, checked
-from slabformer.surgery.batches import NO_BATCH, call_model, eval_mode, model_device, to_device
+from slabformer.surgery.batches import eval_mode
 from slabformer.surgery.conversion_plan import ConversionPlan
 from slabformer.surgery.convert import convert_norms_, find_layer_norms, nothing_to_convert
 from slabformer.surgery.fit import fit_norms_
-from slabformer.surgery.outputs import first_line, tensors_by_place
 from slabformer.surgery.regression import PairSums, TokenSums
+from slabformer.surgery.study import Outputs, Study, pick, plan_within, valid
 
 logger = logging.getLogger(__name__)
 
-#: without a budget a norm is kept if losing it alone takes more than this from the outputs' cosine
-WORTH = 0.1
 #: share of tokens and of channels in which errors are called concentrated
 _FEW = 0.01
 #: tokens or channels hold "most" of the error from here on
 _MOST = 0.5
-
-Outputs = Callable[[nn.Module, Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +93,13 @@ def norm_costs(
     found, left = find_layer_norms(model)
     if not found:
         raise ValueError(nothing_to_convert(model, 0, left))
-    study = _Study(model, [*found], {name: form.channel_dim for name, form in found.items()}, forward, outputs)
+    study = _NormStudy(model, [*found], {name: form.channel_dim for name, form in found.items()}, forward, outputs)
     study.read(itertools.islice(batches, num_batches or AUDIT_BATCHES))
     costs = study.costs()
     return costs, study.plan(costs, budget)
 
 
-class _Study:
+class _NormStudy(Study):
     """A model on some batches, as it is and with norms replaced by lines.
 
     Args:
@@ -124,41 +118,12 @@ class _Study:
         forward: Callable[[nn.Module, Any], Any] | None,
         outputs: Outputs | None,
     ) -> None:
-        self.model, self.names, self.axes = model, names, axes
-        self.forward = forward or call_model
-        self.outputs = outputs or self.forward
+        super().__init__(model, forward, outputs)
+        self.names, self.axes = names, axes
         #: first name of each norm, by the norm
         self.norms: dict[nn.Module, str] = {}
         for name in names:
             self.norms.setdefault(model.get_submodule(name), name)
-        self.batches: list[Any] = []
-        self.references: list[list[Tensor]] = []
-
-    @torch.no_grad()
-    def read(self, batches: Iterable[Any]) -> None:
-        """Keep the batches and what the model makes of them.
-
-        Raises:
-            ValueError: If there is none, or an output cannot be compared.
-        """
-        device = model_device(self.model)
-        with eval_mode(self.model):
-            for batch in batches:
-                self.batches.append(to_device(batch, device))
-                self.references.append(self._compared(self.model, len(self.batches) - 1))
-        if not self.batches:
-            raise ValueError(NO_BATCH)
-
-    def _compared(self, model: nn.Module, index: int) -> list[Tensor]:
-        """Outputs whose cosine counts, as rows ``(N, C)`` each, padding left out."""
-        batch = self.batches[index]
-        found = tensors_by_place(self.outputs(model, batch)).values()
-        rows = [
-            _pick(tensor, _valid(tensor, batch)) for tensor in found if tensor.is_floating_point() and tensor.ndim > 1
-        ]
-        if not rows:
-            raise ValueError("no output (*, C) to compare; pass outputs=lambda model, batch: ...")
-        return rows
 
     def costs(self) -> tuple[NormCost, ...]:
         """Of every norm that sees a token."""
@@ -199,8 +164,8 @@ class _Study:
                 first = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
                 if x.ndim == 3:
                     first[:, 0] = True
-                keep = _valid(x, self.batches[current])
-                see(name, _pick(x, keep), _pick(y, keep), _pick(first.unsqueeze(-1), keep).squeeze(-1))
+                keep = valid(x, self.batches[current])
+                see(name, pick(x, keep), pick(y, keep), pick(first.unsqueeze(-1), keep).squeeze(-1))
 
             return hook
 
@@ -225,8 +190,7 @@ class _Study:
 
         handle = norm.register_forward_hook(line, with_kwargs=True)
         try:
-            with eval_mode(self.model):
-                return self._distance(self.model)
+            return self.distance(self.model)
         finally:
             handle.remove()
 
@@ -236,53 +200,17 @@ class _Study:
         Raises:
             ValueError: If not even the cheapest can go.
         """
-        order = sorted(costs, key=lambda cost: cost.alone)
-        if budget is None:
-            return self._tried([cost.name for cost in order if cost.alone <= WORTH] or [order[0].name], None)
-        best: ConversionPlan | None = None
-        low, high = 0, len(order)  # the cheapest `low` are known to fit
-        while low < high:
-            middle = -(-(low + high) // 2)
-            plan = self._tried([cost.name for cost in order[:middle]], budget)
-            if plan.cost <= budget:
-                best, low = plan, middle
-            else:
-                high = middle - 1
-        if best is None:
-            raise ValueError(
-                f"no norm can go within a budget of {budget:.3g}: losing {order[0].name} alone, the cheapest, costs "
-                f"{order[0].alone:.3g}; raise it, or train (distil) and look again"
-            )
-        return best
+        alone = {cost.name: cost.alone for cost in sorted(costs, key=lambda cost: cost.alone)}
+        return plan_within(alone, budget, lambda names: self._tried(names, budget), "norms")
 
     @torch.no_grad()
     def _tried(self, names: Collection[str], budget: float | None) -> ConversionPlan:
         """The plan that takes ``names``, and what it costs: they are fitted one after the other, on a copy."""
         tied = {name for name in self.names if self.norms[self.model.get_submodule(name)] in set(names)}
-        try:
-            copied = copy.deepcopy(self.model)
-        except Exception as error:
-            raise ValueError(
-                f"a plan is tried on a copy, and the model cannot be copied ({first_line(error)})"
-            ) from error
+        copied = self.copied()
         convert_norms_(copied, lambda _, name: name in tied)
         fit_norms_(copied, self.batches, forward=self.forward)
-        with eval_mode(copied):
-            cost = self._distance(copied)
-        take = tuple(name for name in self.names if name in tied)
-        return ConversionPlan(
-            take=take, keep=tuple(name for name in self.names if name not in tied), cost=cost, budget=budget
-        )
-
-    def _distance(self, model: nn.Module) -> float:
-        """One minus the mean cosine between what ``model`` returns now and what the given one does."""
-        total, count = 0.0, 0
-        for index, references in enumerate(self.references):
-            for actual, reference in zip(self._compared(model, index), references, strict=True):
-                cosine = nn.functional.cosine_similarity(wide(actual), wide(reference), dim=-1)
-                total += float(cosine.nan_to_num(0.0).sum())
-                count += len(cosine)
-        return 1 - total / count
+        return ConversionPlan.of_names(tied, self.names, self.distance(copied), budget)
 
 
 class _Errors:
@@ -327,16 +255,3 @@ def _line(sums: PairSums) -> tuple[Tensor, Tensor]:
 
 def _input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
-
-
-def _valid(tokens: Tensor, batch: Any) -> Tensor | None:
-    """Which of ``tokens`` ``(B, N, C)`` the batch's ``attention_mask`` ``(B, N)`` lets through; None for all."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.shape != tokens.shape[:-1]:
-        return None
-    return mask.bool().to(tokens.device)
-
-
-def _pick(tokens: Tensor, keep: Tensor | None) -> Tensor:
-    """Tokens ``(*, C)`` as ``(N, C)``, those to keep."""
-    return tokens.flatten(0, -2) if keep is None else tokens[keep]
