@@ -37,13 +37,16 @@ __all__ = [
     "in_function_transform",
     "inductor_settings",
     "is_compiled_in_place",
+    "make_wrapper",
     "name_of_operator",
+    "no_torch_function",
     "operator_of",
     "parameter_slots",
     "recurrent_weights",
     "schema_of",
     "storage_identity",
     "tree_leaves",
+    "tree_map_of",
     "tree_map_tensors",
     "uncompiled",
     "unsaved_buffers",
@@ -51,6 +54,7 @@ __all__ = [
     "with_child",
 ]
 
+T = TypeVar("T")
 CHECKED_WITH = ("2.11", "2.14")
 Module = TypeVar("Module", bound=nn.Module)
 #: where a module keeps the hooks on its calls, and what kind its backward hooks are
@@ -68,6 +72,9 @@ _private = functools.partial(private, checked_with=CHECKED_WITH)
 _graph_task = _private("torch._C._current_graph_task_id")
 _peek_interpreter = _private("torch._C._functorch.peek_interpreter_stack")
 assert_async = _private("torch._assert_async")
+# for a subclass of Tensor without a storage of its own, whose operations return plain tensors
+no_torch_function = _private("torch._C._disabled_torch_function_impl")
+make_wrapper = _private("torch.Tensor._make_wrapper_subclass")
 
 
 def in_backward() -> bool:
@@ -142,9 +149,14 @@ def name_of_operator(operator: Any) -> str | None:
     return getattr(operator, "_name", None)
 
 
+def tree_map_of(kind: type[T], change: Callable[[T], Any], tree: Any) -> Any:
+    """``tree`` of nested containers with ``change`` of each ``kind`` in its place."""
+    return _private("torch.utils._pytree.tree_map_only")(kind, change, tree)
+
+
 def tree_map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
     """``tree`` of nested containers with ``change`` of each tensor in its place."""
-    return _private("torch.utils._pytree.tree_map_only")(Tensor, change, tree)
+    return tree_map_of(Tensor, change, tree)
 
 
 def tree_leaves(tree: Any) -> list[Any]:

@@ -8,11 +8,15 @@ import tracemalloc
 
 import pytest
 import torch
+from fuse_memory import PeakMemory
 from torch import nn
 from torch.fx import graph_module
 
-from fusing import X, net, norm
-from slabformer.surgery.fuse import fuse
+from fusing import X, net, norm, ready
+from slabformer.nn import RepBN
+from slabformer.ops import precision
+from slabformer.surgery.fuse import fuse, fuse_
+from slabformer.surgery.fuse.tree import fold
 
 
 def model() -> nn.Module:
@@ -54,3 +58,56 @@ def test_memory_does_not_grow_with_the_number_of_calls() -> None:
     grown = tracemalloc.get_traced_memory()[0] - held
     tracemalloc.stop()
     assert grown < 30 * 16384  # sources of graphs alone were 0.16 MB a call
+
+
+def deep(width: int, depth: int) -> nn.Module:
+    """Blocks that read one norm by two layers, the second of which has no bias."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        for block in m.blocks:  # type: ignore[union-attr]
+            y = block[0](x)
+            x = x + torch.tanh(block[1](y)) + torch.tanh(block[2](y))
+        return x
+
+    def block() -> nn.Module:
+        return nn.ModuleList([RepBN(width), nn.Linear(width, width), nn.Linear(width, width, bias=False)])
+
+    return net(forward, blocks=nn.ModuleList(block() for _ in range(depth)))
+
+
+def test_weights_that_are_widened_on_use_fold_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    model_, x = ready(deep(6, 3), torch.float32), X.float()
+    expected, known = fuse(model_, x)
+    for module in (precision, fold):
+        monkeypatch.setattr(module, "WIDE_ON_USE_FROM", 1)
+    fused, report = fuse(model_, x)
+    assert report.num_folded == 3
+    assert list(report) == list(known)
+    for name, tensor in fused.state_dict().items():
+        assert type(tensor) is torch.Tensor
+        assert torch.equal(tensor, expected.state_dict()[name])
+
+
+def test_a_fold_that_changes_the_output_is_refused_of_weights_that_are_widened_on_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.weight.abs().max()  # which folding changes
+
+    monkeypatch.setattr(precision, "WIDE_ON_USE_FROM", 1)
+    model_ = ready(net(lambda m, x: m.layer(m.norm(x)), norm=norm(), layer=Scaled(6, 3)), torch.float32)
+    assert fuse(model_, X.float())[1].num_kept == 1
+
+
+@pytest.mark.slow
+def test_fusing_in_place_takes_no_second_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slabformer.surgery.fuse.LARGE", 0)
+    model_ = ready(deep(512, 40), torch.float32).bfloat16()
+    x = torch.randn(2, 3, 512).bfloat16()
+    fuse(ready(deep(6, 1), torch.float32), X.float())  # what is imported once
+    weights = sum(parameter.nbytes for parameter in model_.parameters())
+    with PeakMemory() as peak:
+        assert fuse_(model_, x).num_folded == 40
+    layer = 2 * 8 * 512 * 512
+    assert peak.bytes < 0.2 * weights + 6 * layer

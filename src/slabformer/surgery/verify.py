@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slabformer._defaults import RTOL
 from slabformer._process import alone
 from slabformer._torch import uncompiled
-from slabformer.ops.precision import wide, widened
+from slabformer.ops.precision import wide, widened, widened_on_use
 from slabformer.settings import NonNegativeFloat, checked
 from slabformer.surgery.batches import eval_mode
 from slabformer.surgery.fuse.tree.copies import Example, copy_model
@@ -196,8 +196,7 @@ def _own_errors(
 
 def _in_float64(model: nn.Module) -> nn.Module:
     """A copy in float64, on a CPU where the device of ``model`` has none."""
-    model = uncompiled(model)
-    return copy_model(model, widened)
+    return copy_model(uncompiled(model), widened_on_use)
 
 
 def _is_random(model: nn.Module, case: Any, expected: Outputs) -> bool:

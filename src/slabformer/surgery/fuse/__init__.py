@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,6 +62,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+#: bytes of a model whose weights should not be held twice: a collection of garbage takes a fraction of a second
+LARGE = 2**26
+
 
 @makes_ordinary_tensors
 def fuse(
@@ -88,6 +92,8 @@ def fuse(
     code such as ``if pad > 0`` shows in no graph. Other inputs whose size matters need several examples, and so do
     other ways in: a table that took a norm over holds what the norm made of its rows, which ``inputs_embeds`` must then
     be, too.
+
+    Beyond the copy it returns, this takes the memory of the activations and of one layer in float64.
 
     Only the forward is held fast unless ``outputs`` and ``keep`` say more: a norm behind the last block may go into the
     head, so that ``forward_features`` returns what comes before it. The report names the methods that this is true of.
@@ -164,8 +170,9 @@ def _fuse(
         plan = propose(model, norms, examples, fixed_size, untied)
         solution = Trial(model, norms, examples).settle(plan)
     if untied is not None:
-        untied.put_together(solution.tensors)
+        untied.put_together(solution.names)
     changed = changed_methods(*trial.before_and_after(solution, plan), trial.examples[0])
+    _let_go_of_copies(model)
     commit(model, solution, plan.untouchable)
     if untied is not None:
         note_untied_(model)
@@ -174,3 +181,12 @@ def _fuse(
     report = FuseReport(plan.outcomes(norms), shapes_of(inputs), staying_norms(model), changed)
     logger.debug("%s: %s", type(model).__name__, report.summary())
     return report
+
+
+def _let_go_of_copies(model: nn.Module) -> None:
+    """Free the copies of a large model that were traced and tried: until then its old weights stay beside the new.
+
+    They share its weights, and graphs and modules stand in circles, which Python frees at its leisure.
+    """
+    if sum(parameter.nbytes for parameter in model.parameters()) >= LARGE:
+        gc.collect()

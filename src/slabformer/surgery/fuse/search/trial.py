@@ -14,7 +14,7 @@ from slabformer._process import alone
 from slabformer._torch import DispatchMode, tree_leaves
 from slabformer.ops.precision import wide, widened
 from slabformer.surgery.fuse.tree.copies import Example, copy_model, deployed_copy, quiet
-from slabformer.surgery.fuse.tree.fold import Edit, Plan, Solution, commit, solve
+from slabformer.surgery.fuse.tree.fold import Edit, Plan, Solution, commit
 from slabformer.surgery.fuse.tree.norms import Norm, find_norms
 from slabformer.surgery.outputs import Plain, first_line, leaves, why_not_comparable
 from slabformer.surgery.reasons import Reason, Why
@@ -60,7 +60,7 @@ class Trial:
 
     def _seeing(self) -> Trial | None:
         """The same of a copy whose parameters that are 0 throughout are drawn; None if that shows no more."""
-        copied = copy_model(self.model)
+        copied = copy_model(self.model, lambda tensor: tensor)
         _draw_zeros_(copied)
         try:
             trial = Trial(copied, find_norms(copied), self.examples)
@@ -81,7 +81,7 @@ class Trial:
         seeing = self._seeing() if self._is_blind() else None
         if seeing is not None:
             seeing._settle(plan)
-        return solve(self.model, self.norms, plan.edits)
+        return Solution(self.model, self.norms, plan.edits)
 
     def _settle(self, plan: Plan) -> None:
         if not self.holds(plan):
@@ -121,8 +121,8 @@ class Trial:
         plan.edits = [edit for edit in plan.edits if edit.norm not in plan.untouchable]
 
     def _holds(self, edits: Sequence[Edit], untouchable: set[int]) -> bool:
-        solution = solve(self.model, self.norms, edits)
-        if solution.overflows(self.model):
+        solution = Solution(self.model, self.norms, edits)
+        if solution.overflows():
             return False
         candidate = deployed_copy(self.model, self.dtype)
         commit(candidate, solution, untouchable)
@@ -149,11 +149,12 @@ def is_refuted_by(model: nn.Module, norms: Sequence[Norm], examples: Sequence[Ex
 
 @torch.no_grad()
 def _draw_zeros_(model: nn.Module) -> None:
+    """Draw what is 0 throughout in a copy that shares its tensors."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() and not parameter.any():
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * fan_in**-0.5).to(parameter)
 
 
 def _observe(model: nn.Module, examples: Sequence[Example]) -> list[Observation]:

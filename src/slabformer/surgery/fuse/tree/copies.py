@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from slabformer._process import no_warnings
 from slabformer._torch import buffer_slots, forward_hooks, forward_pre_hooks, parameter_slots, tree_map_tensors
 from slabformer.nn.prepbn import PRepBN
-from slabformer.ops.precision import widened
+from slabformer.ops.precision import widened_on_use
 from slabformer.surgery.outputs import first_line, tensors_of
 
 
@@ -159,11 +159,14 @@ def copy_model(model: nn.Module, share: Callable[[Tensor], Tensor] | None = None
 
 
 def deployed_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy that shares the parameters and computes what is deployed, in ``dtype`` where given."""
+    """A copy that shares the parameters and computes what is deployed, in ``dtype`` where given.
+
+    In float64 large parameters are widened where they are used, so that such a copy takes little memory.
+    """
 
     def share(tensor: Tensor) -> Tensor:
         if dtype is torch.float64:
-            return widened(tensor)
+            return widened_on_use(tensor)
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     copied = copy_model(model, share)

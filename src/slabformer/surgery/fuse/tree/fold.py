@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from slabformer._torch import HOOKS, buffer_slots, child_slots, parameter_slots,
 from slabformer.nn.affine import Affine, Folded
 from slabformer.nn.norms import ScaleShift
 from slabformer.ops.affine import compose, spread
-from slabformer.ops.precision import wide
+from slabformer.ops.precision import WIDE_ON_USE_FROM, WideOnUse, wide
 from slabformer.surgery.convert import switch_off_fast_paths
 from slabformer.surgery.fuse.consumers import Consumer, Side
 from slabformer.surgery.fuse.report import Action, NormOutcome
@@ -85,6 +86,17 @@ class Part:
         """Whether both are the same elements for the same channels."""
         mine, others = (self.name, self.axis), (other.name, other.axis)
         return mine == others and torch.equal(self.rows, other.rows) and torch.equal(self.channels, other.channels)
+
+    def of(self, opened: Tensor) -> Tensor:
+        """Its elements of an opened parameter, which is no copy where they are all in order."""
+        return opened if self._is_all(opened) else opened[self.rows]
+
+    def put(self, opened: Tensor, values: Tensor) -> Tensor:
+        """An opened parameter with other values for its elements."""
+        return values if self._is_all(opened) else opened.index_copy(0, self.rows.to(opened.device), values)
+
+    def _is_all(self, opened: Tensor) -> bool:
+        return torch.equal(self.rows, torch.arange(len(opened), device=self.rows.device))
 
     def opened(self, stored: Tensor) -> Tensor:
         """The whole parameter with its output channels first, ``(out, in / groups, *kernel)``."""
@@ -195,46 +207,205 @@ NEW_BIASES = "slabformer_new_biases"
 KEPT_BUFFERS = "slabformer_kept_buffers"
 
 
-@dataclass
 class Solution:
-    """The new values, before anything is changed.
+    """What edits make of a model that is only read: maps at once, parameters whenever they are asked for.
+
+    The new values of one layer depend on no other layer's, so that each may be made, used and dropped in its turn.
 
     Attributes:
-        tensors: Float64 value of every parameter that changes, by name.
-        new_biases: Those among them that do not exist yet, and the weight beside which they belong.
         maps: Scale and shift of every norm, after it has taken over others.
         fills: What pads that a fold passes must pad with, float64, by index.
         gone: Norms that become the identity.
+        new_biases: Parameters that do not exist yet, and the weight beside which each belongs.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    new_biases: dict[str, str] = field(default_factory=dict)
-    maps: dict[int, ScaleShift] = field(default_factory=dict)
-    fills: dict[int, Tensor] = field(default_factory=dict)
-    gone: set[int] = field(default_factory=set)
+    def __init__(self, model: nn.Module, norms: Sequence[Norm], edits: Sequence[Edit]) -> None:
+        self._model = model
+        self.maps, self.fills = maps_after(norms, find_pads(model), edits)
+        self.gone = {edit.norm for edit in edits}
+        self.new_biases: dict[str, str] = {}
+        self._groups: dict[str, _Group] = {}
+        self._small: dict[str, Tensor] = {}
+        layers = find_layers(model)
+        for edit in edits:
+            for target in edit.targets:
+                if target.layer is not None:
+                    self._add(_LayerChange.of(target, self.maps[edit.norm], layers[target.layer]))
+                elif target.consumer is not None and target.weight is not None:
+                    self._add(self._parameter_change(target, target.weight, self.maps[edit.norm]))
 
-    def overflows(self, model: nn.Module) -> bool:
+    def _parameter_change(self, target: Target, weight: Part, scale_shift: ScaleShift) -> _ParameterChange:
+        scale, shift = _share(scale_shift, target)
+        if target.gain is not None:
+            gain = gain_of(self._model, target.gain)
+            shift = shift.to(gain.device) / gain
+        exists = not target.new_bias or any(own.name in self.new_biases for own in target.bias)
+        biases = target.bias if exists or target.role not in SCALES else ()
+        if target.new_bias:
+            self.new_biases |= {own.name: weight.name for own in biases}
+        return _ParameterChange(target, weight, biases, scale, shift)
+
+    def _add(self, change: _Change) -> None:
+        """Put what shares a parameter with ``change`` into one group with it, each in its order."""
+        joined = dict.fromkeys(self._groups[name] for name in change.touched if name in self._groups)
+        group = _Group((*(own for other in joined for own in other.changes), change))
+        names = dict.fromkeys(name for other in joined for name in other.names)
+        group.names = tuple(names | dict.fromkeys(change.written(self._model, group)))
+        self._groups |= dict.fromkeys(group.names, group)
+
+    @property
+    def names(self) -> Collection[str]:
+        """The parameters and buffers that change."""
+        return self._groups.keys()
+
+    def layers(self) -> Iterator[tuple[str, ...]]:
+        """Those names, in groups whose values depend on each other."""
+        yield from dict.fromkeys(group.names for group in self._groups.values())
+
+    def values(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Float64 values of parameters of one group, by name."""
+        if not all(name in self._small for name in names):
+            made = self._groups[next(iter(names))].values(self._model)
+            self._small |= {name: value for name, value in made.items() if value.numel() < WIDE_ON_USE_FROM}
+            return {name: made[name] for name in names}
+        return {name: self._small[name] for name in names}
+
+    def value(self, name: str) -> Tensor:
+        """The float64 value of one of them."""
+        return self.values([name])[name]
+
+    def overflows(self) -> bool:
         """Whether a value is too large for the dtype that it will be stored in."""
-        for name, value in self.tensors.items():
-            dtype = tensor_at(model, self.new_biases.get(name, name)).dtype
-            if bool((value.isfinite() & ~value.to(dtype).isfinite()).any()):
-                return True
+        for names in self.layers():
+            for name, value in self.values(names).items():
+                dtype = tensor_at(self._model, self.new_biases.get(name, name)).dtype
+                if bool((value.isfinite() & ~value.to(dtype).isfinite()).any()):
+                    return True
         return False
 
 
-def solve(model: nn.Module, norms: Sequence[Norm], edits: Sequence[Edit]) -> Solution:
-    """The parameters of ``model`` after ``edits``, made in order; the model is only read."""
-    maps, fills = maps_after(norms, find_pads(model), edits)
-    solution = Solution(maps=maps, fills=fills)
-    layers = find_layers(model)
-    for edit in edits:
-        for target in edit.targets:
-            if target.consumer is not None and target.weight is not None:
-                _take_over(model, solution, solution.maps[edit.norm], target, target.consumer, target.weight)
-            if target.layer is not None:
-                _module_takes_over(model, solution, solution.maps[edit.norm], target, layers[target.layer])
-        solution.gone.add(edit.norm)
-    return solution
+@dataclass(eq=False)
+class _Group:
+    """Changes to parameters that depend on each other, in their order: those of one layer.
+
+    Attributes:
+        changes: What its neighbours give it to take over.
+        names: The parameters that change.
+    """
+
+    changes: tuple[_Change, ...]
+    names: tuple[str, ...] = ()
+
+    def values(self, model: nn.Module) -> dict[str, Tensor]:
+        """New values, float64, by name."""
+        made: dict[str, Tensor] = {}
+        for change in self.changes:
+            change.make(model, made)
+        return made
+
+
+@dataclass(frozen=True, eq=False)
+class _ParameterChange:
+    """What a weight, or part of one, and its bias take over.
+
+    Attributes:
+        target: The neighbour.
+        weight: Its weight.
+        biases: Its bias as far as it changes.
+        scale: Of its channels, float64.
+        shift: The same, before whatever multiplies the output of the neighbour.
+    """
+
+    target: Target
+    weight: Part
+    biases: tuple[Part, ...]
+    scale: Tensor
+    shift: Tensor
+
+    @property
+    def touched(self) -> list[str]:
+        """Names of what it reads and writes."""
+        return [self.weight.name, *(own.name for own in self.biases)]
+
+    def written(self, model: nn.Module, group: _Group) -> list[str]:
+        """Names of what it writes."""
+        return self.touched
+
+    def make(self, model: nn.Module, made: dict[str, Tensor]) -> None:
+        """Change the values ``made`` so far."""
+        assert self.target.consumer is not None
+        whole = _current(model, made, self.weight.name)
+        opened = self.weight.opened(whole)
+        weight = self.weight.of(opened)
+        bias = self._bias(model, made, like=weight)
+        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        take = self.target.consumer.take_input if self.target.side == "next" else self.target.consumer.take_output
+        taken = take(tensors, self.scale.to(weight.device), self.shift.to(weight.device))
+        made[self.weight.name] = self.weight.closed(self.weight.put(opened, taken["weight"]))
+        for own in self.biases:
+            if self.target.new_bias:
+                made.setdefault(own.name, whole.new_zeros(len(opened)))
+            values = taken["bias"][own.channels.to(whole.device)]
+            made[own.name] = own.put(_current(model, made, own.name), values)
+
+    def _bias(self, model: nn.Module, made: Mapping[str, Tensor], like: Tensor) -> Tensor | None:
+        """The bias before it, ``(O,)``; None where there is none."""
+        if not self.biases or (self.target.new_bias and not any(own.name in made for own in self.biases)):
+            return None
+        bias = like.new_zeros(like.shape[0])
+        for own in self.biases:
+            bias[own.channels] = _current(model, made, own.name)[own.rows].to(bias)
+        return bias
+
+
+@dataclass(frozen=True, eq=False)
+class _LayerChange:
+    """What a module of a class with a consumer of its own takes over.
+
+    Attributes:
+        target: The neighbour.
+        layer: Its module.
+        scale: Of its channels, float64.
+        shift: The same.
+    """
+
+    target: Target
+    layer: Layer
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, target: Target, scale_shift: ScaleShift, layer: Layer) -> _LayerChange:
+        """What ``layer`` takes over of a norm."""
+        return cls(target, layer, *_share(scale_shift, target))
+
+    @property
+    def touched(self) -> list[str]:
+        """Names of what it may read and write."""
+        return [f"{self.layer.name}.{name}" for name in self.layer.tensors()]
+
+    def written(self, model: nn.Module, group: _Group) -> list[str]:
+        """Names of what it writes, which its consumer alone knows."""
+        return list(group.values(model))
+
+    def make(self, model: nn.Module, made: dict[str, Tensor]) -> None:
+        """Change the values ``made`` so far."""
+        layer = self.layer
+        names = {name: f"{layer.name}.{name}" for name in layer.tensors()}
+        tensors = {name: _current(model, made, full) for name, full in names.items()}
+        like = next(iter(tensors.values()), self.scale)
+        take = layer.consumer.take_input if self.target.side == "next" else layer.consumer.take_output
+        for name, value in take(tensors, self.scale.to(like.device), self.shift.to(like.device)).items():
+            if name not in tensors or value.shape != tensors[name].shape:
+                kind, shape = type(layer.consumer).__name__, tuple(value.shape)
+                expected = f"it has shape {tuple(tensors[name].shape)}" if name in tensors else "it has no such tensor"
+                raise ValueError(
+                    f"{kind}.{take.__name__} gives {layer.name} a {name!r} of shape {shape}, but {expected}"
+                )
+            made[names[name]] = wide(value)
+
+
+_Change = _ParameterChange | _LayerChange
 
 
 def maps_after(
@@ -260,62 +431,13 @@ def _share(scale_shift: ScaleShift, target: Target) -> ScaleShift:
     return spread(scale, shift * target.factor, target.index.to(scale.device))
 
 
-def _take_over(
-    model: nn.Module, solution: Solution, scale_shift: ScaleShift, target: Target, consumer: Consumer, part: Part
-) -> None:
-    whole = _current(model, solution, part.name)
-    opened = part.opened(whole)
-    weight = opened[part.rows]
-    scale, shift = (t.to(weight.device) for t in _share(scale_shift, target))
-    if target.gain is not None:
-        shift = shift / gain_of(model, target.gain)
-    bias = _bias(model, solution, target, like=weight) if target.bias else None
-    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    taken = (consumer.take_input if target.side == "next" else consumer.take_output)(tensors, scale, shift)
-    solution.tensors[part.name] = part.closed(opened.index_copy(0, part.rows.to(whole.device), taken["weight"]))
-    for own in target.bias if bias is not None or target.role not in SCALES else ():
-        if target.new_bias:
-            solution.new_biases[own.name] = part.name
-            solution.tensors.setdefault(own.name, whole.new_zeros(len(opened)))
-        values = taken["bias"][own.channels.to(whole.device)]
-        solution.tensors[own.name] = _current(model, solution, own.name).index_copy(
-            0, own.rows.to(whole.device), values
-        )
-
-
-def _module_takes_over(
-    model: nn.Module, solution: Solution, scale_shift: ScaleShift, target: Target, layer: Layer
-) -> None:
-    names = {name: f"{layer.name}.{name}" for name in layer.tensors()}
-    tensors = {name: _current(model, solution, full) for name, full in names.items()}
-    like = next(iter(tensors.values()), target.index)
-    scale, shift = (t.to(like.device) for t in _share(scale_shift, target))
-    take = layer.consumer.take_input if target.side == "next" else layer.consumer.take_output
-    for name, value in take(tensors, scale, shift).items():
-        if name not in tensors or value.shape != tensors[name].shape:
-            kind, shape = type(layer.consumer).__name__, tuple(value.shape)
-            expected = f"it has shape {tuple(tensors[name].shape)}" if name in tensors else "it has no such tensor"
-            raise ValueError(f"{kind}.{take.__name__} gives {layer.name} a {name!r} of shape {shape}, but {expected}")
-        solution.tensors[names[name]] = wide(value)
-
-
 def gain_of(model: nn.Module, part: Part) -> Tensor:
     """Value of a LayerScale for each output channel that it multiplies, float64."""
     return wide(tensor_at(model, part.name).detach()).flatten()[part.rows]
 
 
-def _bias(model: nn.Module, solution: Solution, target: Target, like: Tensor) -> Tensor | None:
-    """The bias of a neighbour before a fold, ``(O,)``."""
-    if target.new_bias and not any(own.name in solution.tensors for own in target.bias):
-        return None
-    bias = like.new_zeros(like.shape[0])
-    for own in target.bias:
-        bias[own.channels] = _current(model, solution, own.name)[own.rows].to(bias)
-    return bias
-
-
-def _current(model: nn.Module, solution: Solution, name: str) -> Tensor:
-    found = solution.tensors.get(name)
+def _current(model: nn.Module, made: Mapping[str, Tensor], name: str) -> Tensor:
+    found = made.get(name)
     return wide(tensor_at(model, name).detach()) if found is None else found
 
 
@@ -331,10 +453,15 @@ def commit(model: nn.Module, solution: Solution, untouchable: Collection[int]) -
     Parameters are new objects, so that copies keep theirs; modules, their classes, names and hooks stay.
     """
     norms = find_norms(model)
-    for name, value in solution.tensors.items():
-        if name in solution.new_biases:
-            create_bias(model, name, solution.new_biases[name], len(value))
-        _store(model, name, value)
+    for names in solution.layers():
+        on_use = [name for name in names if name not in solution.new_biases and _is_wide_on_use(model, name)]
+        for name in on_use:
+            _set_tensor(model, name, WideOnUse(tensor_at(model, name), partial(solution.value, name)))
+        values = solution.values([name for name in names if name not in on_use])
+        for name, value in values.items():
+            if name in solution.new_biases:
+                create_bias(model, name, solution.new_biases[name], len(value))
+            _set_tensor(model, name, value.to(tensor_at(model, name), copy=True).contiguous())
     pads = find_pads(model)
     for index, fill in solution.fills.items():
         pads[index].module.pad_with(fill)
@@ -345,11 +472,15 @@ def commit(model: nn.Module, solution: Solution, untouchable: Collection[int]) -
     switch_off_fast_paths(model)
 
 
-def _store(model: nn.Module, name: str, value: Tensor) -> None:
-    like, (owner, leaf) = tensor_at(model, name), _parent(model, name)
-    value = value.to(like).contiguous()
+def _is_wide_on_use(model: nn.Module, name: str) -> bool:
+    return isinstance(tensor_at(model, name), WideOnUse)
+
+
+def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, leaf = _parent(model, name)
     if leaf in parameter_slots(owner):
-        setattr(owner, leaf, nn.Parameter(value, like.requires_grad))  # an LSTM notes that, and lists its weights anew
+        requires_grad = tensor_at(model, name).requires_grad
+        setattr(owner, leaf, nn.Parameter(value, requires_grad))  # an LSTM notes that, and lists its weights anew
         return
     buffer_slots(owner)[leaf] = value
     if leaf in unsaved_buffers(owner):
@@ -386,7 +517,8 @@ def _replacement(norm: Norm, scale_shift: ScaleShift, gone: bool) -> nn.Module:
 def create_bias(model: nn.Module, name: str, weight: str, num_out: int) -> None:
     """Give the module that holds ``weight`` a bias of zeros called ``name``, and note on it that it is new."""
     like, (owner, leaf) = model.get_parameter(weight), _parent(model, name)
-    parameter_slots(owner)[leaf] = nn.Parameter(like.new_zeros(num_out), like.requires_grad)
+    zeros = torch.zeros(num_out, dtype=like.dtype, device=like.device)
+    parameter_slots(owner)[leaf] = nn.Parameter(zeros, like.requires_grad)
     setattr(owner, NEW_BIASES, (*getattr(owner, NEW_BIASES, ()), leaf))
 
 
