@@ -58,4 +58,4 @@ def test_the_page_about_trained_models_runs() -> None:
     exec(compile("\n".join(code), "converting.md", "exec"), namespace)
     assert "norms folded" in namespace["outcome"].summary()
     assert set(namespace["order"]) == set(namespace["report"].plan.take)
-    assert len(namespace["names"]) == 2
+    assert set(namespace["names"]) == set(namespace["attentions"].plan.take)
