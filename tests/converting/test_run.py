@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
-from transformers import ViTImageProcessor, ViTModel
+from safetensors.torch import load_file, save_file
+from transformers import BertModel, ViTImageProcessor, ViTModel
 
 from csv_files import csv_rows
 from image_folders import picture
@@ -176,6 +176,28 @@ def test_a_text_encoder_loses_its_norms(encoder: Path, tmp_path: Path) -> None:
         outputs = [load_model_folder(tmp_path / "run" / name)(**batch).last_hidden_state for name in ("model", "fused")]
     assert torch.allclose(*outputs, atol=1e-3)
     assert (tmp_path / "run" / "fused" / "tokenizer.json").exists()
+
+
+def test_a_sentence_encoder_saved_without_pooler_loses_its_norms(encoder: Path, tmp_path: Path) -> None:
+    BertModel.from_pretrained(encoder, add_pooling_layer=False).save_pretrained(encoder)
+    assert not [name for name in load_file(encoder / "model.safetensors") if name.startswith("pooler")]
+    result = lose_norms(encoder, write_lines(tmp_path / "text.txt", 60), tmp_path / "run", **TINY)
+    batch = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    read = [load_model_folder(tmp_path / "run" / name) for name in ("model", "fused")]
+    with torch.no_grad():
+        outputs = [model(**batch) for model in (*read, result.model)]
+    assert all(output.pooler_output is None for output in outputs)
+    assert torch.allclose(outputs[0].last_hidden_state, outputs[1].last_hidden_state, atol=1e-3)
+    assert torch.equal(outputs[1].last_hidden_state, outputs[2].last_hidden_state)
+
+
+def test_an_encoder_without_other_weights_is_refused(encoder: Path, tmp_path: Path) -> None:
+    weights = load_file(encoder / "model.safetensors")
+    for missing in ("pooler.dense.bias", "encoder.layer.1.output.dense.bias"):
+        kept = {name: tensor for name, tensor in weights.items() if name != missing}
+        save_file(kept, encoder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"1 tensors missing \(first: {missing}\)"):
+            lose_norms(encoder, write_lines(tmp_path / "text.txt", 60), tmp_path / "run", **TINY)
 
 
 def test_an_image_encoder_of_transformers_loses_its_norms(images: Path, tmp_path: Path) -> None:

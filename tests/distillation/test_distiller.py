@@ -103,13 +103,44 @@ def test_the_teacher_runs_once_a_batch_and_not_at_all_with_targets() -> None:
         assert_close(other, loss, EXACT)
 
 
-def test_dropout_is_the_students_alone() -> None:
-    distiller, batch = Distiller(converted(bert(dropout=0.3))), tokens()
-    first, second = distiller.targets(batch), distiller.targets(batch)
+def test_dropout_is_off_unless_asked_for() -> None:
+    batch = tokens()
+    distiller = Distiller(converted(bert(dropout=0.3)))
+    plain = Distiller(converted(bert()))
+    assert_close(distiller(batch), plain(batch), EXACT)
+    assert all(norm.training for norm in repbn_modules(distiller.student).values())
+    distiller.student.train()
+    assert_close(distiller(batch), plain(batch), EXACT)
+    kept = Distiller(converted(bert(dropout=0.3)), dropout=True)
+    assert kept(batch).item() != kept(batch).item()
+    first, second = kept.targets(batch), kept.targets(batch)
     assert_close(*(targets.outputs["['last_hidden_state']"].tensor for targets in (first, second)), EXACT)
-    assert distiller(batch).item() != distiller(batch).item()
-    distiller.student.eval()
-    assert distiller(batch).item() == distiller(batch).item()
+
+
+def test_stochastic_depth_is_off_unless_asked_for() -> None:
+    images = torch.randn(IMAGES)
+    losses = [Distiller(converted(classifier(drop_path_rate=rate)))(images) for rate in (0.0, 0.5)]
+    assert_close(*losses, EXACT)
+    kept = Distiller(converted(classifier(drop_path_rate=0.5)), dropout=True)
+    assert len({kept(images).item() for _ in range(4)}) > 1
+
+
+def test_checkpointed_activations_are_computed_again_without_dropout() -> None:
+    gradients = []
+    for dropout, checkpoints in ((0.0, False), (0.3, True)):
+        student = converted(bert(dropout=dropout))
+        distiller = Distiller(student)
+        half_faded(student)
+        if checkpoints:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        ran: list[int] = []
+        student.encoder.layer[0].attention.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        distiller(tokens()).backward()
+        assert len(ran) == 1 + checkpoints
+        gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, FLOAT32)
 
 
 def test_padding_counts_neither_in_losses_nor_in_statistics() -> None:

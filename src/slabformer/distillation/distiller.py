@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slabformer._loss_weights import LossWeights
 from slabformer.distillation.captures import Capture, find_blocks
+from slabformer.distillation.dropout import switch_dropout_off_
 from slabformer.distillation.losses import cosine_loss, feature_loss, logit_loss, pooled, similarity_loss
 from slabformer.distillation.outputs import Compared, Kind, attention_mask, check_alike, compared_outputs, mask_for
 from slabformer.distillation.teacher import Teacher, without_labels
@@ -52,9 +53,10 @@ class Distiller:
         distiller = sf.Distiller(model, teacher)
         loss = distiller(batch)
 
-    The teacher runs once a batch, in eval mode; the student as it is, with its dropout. Padding that a batch's
-    ``attention_mask`` names counts in no loss, nor in the statistics of the student's norms. Nothing is drawn and
-    nothing is remembered from batch to batch, so that a run that goes on from a checkpoint is bit for bit the one that
+    The teacher runs once a batch, in eval mode; the student without dropout and stochastic depth, which no teacher's
+    output has: modules that drop are put into eval mode, and stay so until the next ``student.train()``.
+    Padding that a batch's ``attention_mask`` names counts in no loss, nor in the statistics of the student's norms.
+    Nothing is remembered from batch to batch, so that a run that goes on from a checkpoint is bit for bit the one that
     was not interrupted; :meth:`state_dict` says which teacher and settings it must go on with. In
     DistributedDataParallel, each rank compares its own samples: ``distiller(batch, model=wrapped)``.
 
@@ -67,6 +69,7 @@ class Distiller:
         blocks: Modules whose outputs are compared too: "auto" for the repeated blocks of the student, if the teacher
             has as many of the same output; names; or the student's names to the teacher's.
         kind: Of the outputs: "logits" or "features"; by default told from their names and widths.
+        dropout: Leave the student's dropout and stochastic depth on; data that is gone through many times may need it.
         forward: ``forward(model, batch)``, as for :func:`slabformer.recalibrate_`, of both.
 
     Raises:
@@ -84,9 +87,11 @@ class Distiller:
         temperature: PositiveFloat = 1.0,
         blocks: Literal["auto"] | Sequence[str] | Mapping[str, str] = "auto",
         kind: Kind | None = None,
+        dropout: bool = False,
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         self.student, self.temperature, self.kind, self.forward = student, temperature, kind, forward
+        self.dropout = dropout
         self.weights, self._auto = _weights(weights or {}), blocks == "auto"
         self.teacher = _teacher_of(student, teacher)
         self.blocks = _pair_blocks(student, self.teacher.model, blocks) if self.weights.hidden else {}
@@ -131,6 +136,8 @@ class Distiller:
         batch = to_device(batch, _device_of(self.student))
         batch = batch if keep_labels else without_labels(batch)
         targets = self.targets(batch) if targets is None else targets
+        if not self.dropout:
+            switch_dropout_off_(self.student)
         capture = self._captures[0]
         with capture.running():
             output = (self.forward or call_model)(self.student if model is None else model, batch)
@@ -154,6 +161,7 @@ class Distiller:
             "temperature": self.temperature,
             "blocks": "auto" if self._auto else dict(self.blocks),
             "kind": self.kind,
+            "dropout": self.dropout,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

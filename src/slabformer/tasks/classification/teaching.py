@@ -111,6 +111,7 @@ def create_distiller(config: TrainConfig, student: nn.Module, teacher: GivenTeac
         None if teacher is None else Teacher(teacher.model.to(device), copy=False),
         weights=vars(config.distill.weights),
         temperature=config.distill.temperature,
+        dropout=True,  # as the recipe has it
     )
 
 

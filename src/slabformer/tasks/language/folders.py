@@ -37,10 +37,13 @@ from slabformer.tasks.language.foreign import (
     FUSED_WEIGHTS,
     encoder_class,
     is_foreign,
+    leave_pooler_out_,
     load_foreign,
     save_foreign,
 )
 from slabformer.tasks.language.trainer import latest_checkpoint
+
+logger = logging.getLogger(__name__)
 
 #: written last, since a folder with one of them is a whole model
 WEIGHTS = ("model.safetensors", FUSED_WEIGHTS)
@@ -105,6 +108,9 @@ def _read_model(loader: Any, model: str | Path, dtype: torch.dtype) -> PreTraine
         raise ValueError(f"no language model at {str(model)!r}: {reason}") from error
     loaded, info = read
     wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
+    if leave_pooler_out_(loaded, loaded.state_dict().keys() - set(wrong["missing"])):
+        wrong["missing"] = [name for name in wrong["missing"] if not name.startswith("pooler.")]
+        logger.info("%s holds no pooler: the model is taken without", model)
     found = [f"{len(names)} tensors {what} (first: {names[0]})" for what, names in wrong.items() if names]
     if found:
         raise ValueError(f"the weights in {str(model)!r} do not fit its configuration: {', '.join(found)}")

@@ -8,13 +8,15 @@ there, and loads none wrongly.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Container
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -63,13 +65,30 @@ def load_foreign(folder: Path, dtype: torch.dtype) -> nn.Module:
     except (OSError, ValueError) as error:
         raise ValueError(f"no language model at {str(folder)!r}: {str(error).partition(chr(10))[0]}") from error
     convert_attentions_as_described_(skeleton, _noted_attentions(folder), type(skeleton).__name__)
-    if (folder / FUSED_WEIGHTS).is_file():
-        return sf.load_fused(skeleton, folder / FUSED_WEIGHTS)
+    fused = folder / FUSED_WEIGHTS
+    if fused.is_file():
+        leave_pooler_out_(skeleton, _names(fused))
+        return sf.load_fused(skeleton, fused)
+    read = _read(folder)
+    leave_pooler_out_(skeleton, dict(read))
     convert_as_described_(skeleton, _noted(folder), type(skeleton).__name__)
     own = skeleton.state_dict()  # statistics and gamma are float32 whatever the weights are
-    tensors = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in _read(folder)}
+    tensors = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in read}
     load_strictly(skeleton, tensors | _tied(skeleton, tensors), f"the weights in {str(folder)!r} do not fit")
     return skeleton
+
+
+def leave_pooler_out_(model: nn.Module, names: Container[str]) -> bool:
+    """Take the pooler off an encoder whose weights, of these ``names``, have none, as ``add_pooling_layer=False`` does.
+
+    Sentence encoders, which average tokens, are often saved without; transformers would draw a random one.
+    """
+    pooler = getattr(model, "pooler", None)
+    optional = "add_pooling_layer" in inspect.signature(type(model)).parameters
+    if not optional or pooler is None or any(f"pooler.{name}" in names for name in pooler.state_dict()):
+        return False
+    model.pooler = None
+    return True
 
 
 def save_foreign(model: PreTrainedModel, folder: Path) -> None:
@@ -153,6 +172,15 @@ def _rows(folder: Path, note: str, kind: Any, what: str) -> list[dict[str, Any]]
             f"{folder / CONFIG} says which {what} were converted in words that cannot be read: {error}"
         ) from error
     return rows
+
+
+def _names(file: Path) -> set[str]:
+    """Of the tensors in a file; none where it cannot be read, as whoever reads it next says."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return set(opened.keys())
+    except (OSError, SafetensorError):
+        return set()
 
 
 def _read(folder: Path) -> list[tuple[str, Tensor]]:
