@@ -25,7 +25,7 @@ from PIL import Image
 from start import RESULTS, MiniLM, ViTSmall
 from subjects import FOLDER, MEAN, STD, fashion_mnist, glosses, minilm, vit_small
 
-from slabformer.converting.run import lose_norms
+from slabformer.converting import lose_norms
 from slabformer.figures.plots import curves, save
 from slabformer.measure.timing import Machine
 from slabformer.tasks.language.folders import load_model_folder

@@ -112,7 +112,11 @@ def finish(*processes: BaseProcess, seconds: float = 120) -> list[int | None]:
 def _child(config: RunConfig, setup: Callable[[], list[Observer]] | None, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
     os.environ.update({"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment})
-    train = importlib.import_module(type(config).__module__.replace(".config", ".train")).train  # of its task
+    module = type(config).__module__
+    if module == "slabformer.converting.config":
+        train = importlib.import_module("slabformer.converting.run").convert
+    else:
+        train = importlib.import_module(module.replace(".config", ".train")).train  # of its task
     try:
         train(config, observers=setup() if setup is not None else [])
     except StoppedError as stopped:

@@ -16,9 +16,9 @@ from csv_files import csv_rows
 from image_folders import picture
 from language_models import save_encoder, write_lines
 from slabformer.cli.main import main
-from slabformer.converting.config import ConvertConfig
+from slabformer.converting import ConvertConfig, convert, lose_norms
 from slabformer.converting.order import StepOrder
-from slabformer.converting.run import convert, lose_norms, rate_for
+from slabformer.converting.run import rate_for
 from slabformer.nn import RepBN
 from slabformer.tasks.language.folders import load_model_folder
 from slabformer.tasks.saved_model import ModelInfo, load_model, save_model
@@ -269,6 +269,17 @@ def test_mistakes_are_told_in_one_line_before_anything_is_written(
         convert(ConvertConfig(**TINY | given | {"output": str(tmp_path / "run")}))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_has_no_part_in_the_loss_is_not_trained(encoder: Path, tmp_path: Path) -> None:
+    result = lose_norms(encoder, write_lines(tmp_path / "text.txt", 60), tmp_path / "run", **TINY)
+    before, after = (
+        load_file(encoder / "model.safetensors"),
+        load_file(tmp_path / "run" / "model" / "model.safetensors"),
+    )
+    same = {name for name in before if name in after and torch.equal(before[name], after[name])}
+    assert same == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert all(parameter.requires_grad for parameter in result.model.parameters())
 
 
 def test_a_converted_model_is_not_converted_again(encoder: Path, tmp_path: Path) -> None:

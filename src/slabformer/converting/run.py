@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 import slabformer as sf
@@ -18,7 +19,7 @@ from slabformer.converting.result import COLUMNS, PARTS, ConvertResult, similari
 from slabformer.converting.subjects import num_parts, open_subject
 from slabformer.distillation import Distiller, Teacher
 from slabformer.nn.attention_masks import keep_padding_out_everywhere_
-from slabformer.surgery.batches import call_model, to_device
+from slabformer.surgery.batches import call_model, eval_mode, to_device
 from slabformer.tasks.engine.build import (
     build_gamma_schedule,
     build_loop_config,
@@ -108,6 +109,7 @@ class _Run:
         if self.accelerator.num_processes > 1:
             sf.sync_norms_(self.model)
         self.distiller = Distiller(self.model, teacher, weights=vars(config.weights))
+        self._frozen = freeze_unused_(self.distiller, self.subject.held_out[0])
         if fresh:
             self._fit()
 
@@ -176,6 +178,8 @@ class _Run:
     def finish(self, trainer: Trainer) -> ConvertResult:
         """Recalibrate, fuse, verify, save and report."""
         model = trainer.model
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
         trained = self.similarity(model)
         recalibrate = RecalibrateConfig(batches=self.config.recalibrate_batches)
         recalibrate_after(trainer, model, recalibrate, call_model)
@@ -225,8 +229,25 @@ class _Start(Observer):
         if self._run.attentions is not None:
             self._run.folder.record(ATTENTION)
             self._run.attentions.write(self._run.folder.path)
+        CsvFile(self._run.folder.path / METRICS, COLUMNS).cut("epoch", 0)  # of a run that left no checkpoint
         for observer in self._others:
             observer.on_epoch({"epoch": 0, "step": 0, "gamma": 1.0, **self._run.similarity(self._run.model)})
+
+
+def freeze_unused_(distiller: Distiller, batch: Any) -> list[nn.Parameter]:
+    """Take what does not move the loss, as a pooler beside hidden states, out of training; returns it.
+
+    DistributedDataParallel would wait for its gradients.
+    """
+    student = distiller.student
+    norms = set(sf.norm_parameters(student))  # in eval mode the fading ones have no gradient yet
+    rest = {name: p for name, p in student.named_parameters() if p.requires_grad and name not in norms}
+    with eval_mode(student):
+        gradients = torch.autograd.grad(distiller(batch), [*rest.values()], allow_unused=True)
+    unused = {name: p for (name, p), gradient in zip(rest.items(), gradients, strict=True) if gradient is None}
+    if unused:
+        logger.info("not trained, since it has no part in what is compared: %s", ", ".join(unused))
+    return [parameter.requires_grad_(False) for parameter in unused.values()]
 
 
 def rate_for(model: nn.Module) -> float:
