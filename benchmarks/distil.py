@@ -3,11 +3,12 @@
     python benchmarks/distil.py run minilm --steps 300                        # one run, which goes on where it stopped
     python benchmarks/distil.py run minilm --steps 1000 --seed 1 --lr 1e-3
     python benchmarks/distil.py run vit_small --steps 300
+    python benchmarks/distil.py run vit_small --steps 300 --size 56           # a third of the time
     python benchmarks/distil.py marks                                         # all of the runs that are asked for
     python benchmarks/distil.py table                                         # distil.md and distil.png
 
-MiniLM is trained on 50,000 glosses of WordNet, ViT-S/14 on 10,000 unlabelled images of Fashion-MNIST at 98 pixels, in
-batches of 32; benchmarks/start.py says what is measured, on data that is in neither. Each run is one file in
+MiniLM is trained on 50,000 glosses of WordNet, ViT-S/14 on 10,000 unlabelled images of Fashion-MNIST, at 98 pixels unless
+--size says otherwise, in batches of 32; benchmarks/start.py says what is measured, on data that is in neither. Each run is one file in
 benchmarks/results/conversion/. Needs onnx, onnxruntime, scipy and transformers.
 """
 
@@ -39,7 +40,18 @@ MARKS = [
     *(("minilm", 1000, None, seed) for seed in range(3)),
     ("vit_small", 300, None, 0),
 ]
-COLUMNS = ("model", "steps", "lr", "seed", "cosine", "spearman", "recall_at_1", "accuracy_10nn", "seconds")
+COLUMNS = (
+    "model",
+    "image_size",
+    "steps",
+    "lr",
+    "seed",
+    "cosine",
+    "spearman",
+    "recall_at_1",
+    "accuracy_10nn",
+    "seconds",
+)
 
 
 def text_subject() -> tuple[Path, Path]:
@@ -72,34 +84,35 @@ def image_subject() -> tuple[Path, Path]:
     return folder, pictures
 
 
-def measured(name: str, steps: int, lr: float | None, seed: int) -> dict[str, Any]:
+def measured(name: str, steps: int, lr: float | None, seed: int, pixels: int) -> dict[str, Any]:
     """One run to its end, and how near the fused model is to the original."""
     folder, data = text_subject() if name == "minilm" else image_subject()
-    output = FOLDER / "runs" / title(name, steps, lr, seed)
-    size = {} if name == "minilm" else {"image_size": IMAGE_SIZE}
+    output = FOLDER / "runs" / title(name, steps, lr, seed, pixels)
+    size = {} if name == "minilm" else {"image_size": pixels}
     begun = time.perf_counter()
     result = lose_norms(folder, data, output, steps=steps, lr=lr, seed=seed, save_every=25, device="cpu", **size)
     seconds = time.perf_counter() - begun
-    subject = MiniLM(NUM_TESTED, 32) if name == "minilm" else ViTSmall(NUM_TESTED_IMAGES, 32, IMAGE_SIZE)
+    subject = MiniLM(NUM_TESTED, 32) if name == "minilm" else ViTSmall(NUM_TESTED_IMAGES, 32, pixels)
     metrics = subject.measure(load_model_folder(output / "fused"))
-    row = {"model": name, "steps": steps, "lr": lr, "seed": seed}
+    row = {"model": name, "steps": steps, "lr": lr, "seed": seed, **size}
     row |= {key: round(value, 4) for key, value in metrics.items()} | {"original": subject.measure(subject.model)}
     history = [line for line in (output / "metrics.csv").read_text().splitlines() if line]
     return row | {"summary": result.summary, "history": history, "seconds": round(seconds, 1)}
 
 
-def title(name: str, steps: int, lr: float | None, seed: int) -> str:
+def title(name: str, steps: int, lr: float | None, seed: int, pixels: int) -> str:
     """Of a run."""
-    return f"distil_{name}_{steps}_{'default' if lr is None else f'{lr:g}'}_{seed}"
+    size = "" if name == "minilm" or pixels == IMAGE_SIZE else f"_{pixels}px"
+    return f"distil_{name}{size}_{steps}_{'default' if lr is None else f'{lr:g}'}_{seed}"
 
 
-def run(name: str, steps: int, lr: float | None, seed: int) -> None:
+def run(name: str, steps: int, lr: float | None, seed: int, pixels: int = IMAGE_SIZE) -> None:
     """Measure one run, unless that was done, and write its file."""
-    path = RESULTS / f"{title(name, steps, lr, seed)}.json"
+    path = RESULTS / f"{title(name, steps, lr, seed, pixels)}.json"
     if path.exists():
         print(f"{path.name} is there already")
         return
-    row = measured(name, steps, lr, seed) | {"machine": asdict(Machine.here(torch.device("cpu")))}
+    row = measured(name, steps, lr, seed, pixels) | {"machine": asdict(Machine.here(torch.device("cpu")))}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(row, indent=1) + "\n")
     print({key: row.get(key) for key in COLUMNS}, flush=True)
@@ -134,11 +147,12 @@ def main() -> None:
     one.add_argument("--steps", type=int, default=300)
     one.add_argument("--lr", type=float)
     one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--size", type=int, default=IMAGE_SIZE, help="height and width of images")
     verbs.add_parser("marks")
     verbs.add_parser("table")
     asked = parser.parse_args()
     if asked.verb == "run":
-        run(asked.name, asked.steps, asked.lr, asked.seed)
+        run(asked.name, asked.steps, asked.lr, asked.seed, asked.size)
     elif asked.verb == "marks":
         for mark in MARKS:
             run(*mark)

@@ -19,8 +19,9 @@ class LossWeights(Settings):
     """:func:`slabformer.distillation.cosine_loss` of features, token by token if there are tokens."""
     pooled: NonNegativeFloat = 1.0
     """:func:`slabformer.distillation.cosine_loss` of the mean over a sample's tokens."""
-    similarity: NonNegativeFloat = 1.0
-    """:func:`slabformer.distillation.similarity_loss` between the samples of a batch, whose tokens are averaged."""
+    similarity: NonNegativeFloat = 0.0
+    """:func:`slabformer.distillation.similarity_loss` between the samples of a batch, whose tokens are averaged; its
+    gradient is noisy, and it slows what it should help (docs/log.md)."""
     tokens: NonNegativeFloat = 0.0
     """:func:`slabformer.distillation.similarity_loss` between the tokens of a sample."""
     hidden: NonNegativeFloat = 1.0

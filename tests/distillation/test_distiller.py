@@ -51,7 +51,7 @@ def train(model: nn.Module, batches: list[Any], state: dict[str, Any] | None = N
 @pytest.mark.parametrize(
     ("model", "batch", "parts"),
     [
-        (lambda: converted(bert()), tokens(valid=4), {"features", "cosine", "pooled", "similarity", "hidden"}),
+        (lambda: converted(bert()), tokens(valid=4), {"features", "cosine", "pooled", "hidden"}),
         (lambda: converted(vit()), {"pixel_values": torch.randn(IMAGES)}, {"features", "pooled", "hidden"}),
         (lambda: converted(classifier()), torch.randn(IMAGES), {"logits", "hidden"}),
         (lambda: converted(classifier(num_classes=0)), (torch.randn(IMAGES), torch.zeros(4)), {"features", "hidden"}),
@@ -245,9 +245,9 @@ def test_bfloat16_students_are_compared_in_float32(autocast: bool) -> None:
 
 
 def test_a_weight_of_zero_computes_nothing() -> None:
-    distiller = Distiller(converted(bert()), weights={"hidden": 0, "pooled": 0, "similarity": 0, "tokens": 2})
+    distiller = Distiller(converted(bert()), weights={"hidden": 0, "pooled": 0, "similarity": 1, "tokens": 2})
     assert distiller.blocks == {}
-    assert distiller.compare(tokens()).parts.keys() == {"features", "cosine", "tokens"}
+    assert distiller.compare(tokens()).parts.keys() == {"features", "cosine", "similarity", "tokens"}
 
 
 def test_weights_scale_their_losses() -> None:
