@@ -7,9 +7,9 @@
     python benchmarks/distil.py marks                                         # all of the runs that are asked for
     python benchmarks/distil.py table                                         # distil.md and distil.png
 
-MiniLM is trained on 50,000 glosses of WordNet, ViT-S/14 on 10,000 unlabelled images of Fashion-MNIST, at 98 pixels unless
---size says otherwise, in batches of 32; benchmarks/start.py says what is measured, on data that is in neither. Each run is one file in
-benchmarks/results/conversion/. Needs onnx, onnxruntime, scipy and transformers.
+MiniLM is trained on 50,000 glosses of WordNet, ViT-S/14 on 10,000 unlabelled images of Fashion-MNIST, at 98 pixels
+unless --size says otherwise, in batches of 32; benchmarks/start.py says what is measured, on data that is in neither.
+Each run is one file in benchmarks/results/conversion/. Needs onnx, onnxruntime, scipy and transformers.
 """
 
 from __future__ import annotations
