@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 
 from slabformer.cli.train import parser, to_train_config
@@ -14,7 +16,12 @@ NAMES = [path.stem for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.s
 
 
 def load(name: str) -> TrainConfig:
-    """The recipe called ``name``."""
+    """The recipe called ``name``, for the caller to change."""
+    return copy.deepcopy(_loaded(name))
+
+
+@functools.cache
+def _loaded(name: str) -> TrainConfig:
     return to_train_config(parser().parse_args(["--config", str(RECIPES / f"{name}.yaml")]))
 
 

@@ -35,6 +35,14 @@ def test_transforms_of_functions_are_seen() -> None:
     assert seen == [False, True, True]
 
 
+def test_constants_of_the_compiler_are_marked_as_torch_marks_them() -> None:
+    def ours() -> None: ...
+
+    def theirs() -> None: ...
+
+    assert vars(_torch.assume_constant_result(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
 def test_bases_are_those_of_torch_s_classes() -> None:
     assert issubclass(nn.BatchNorm2d, _torch.BatchNorm)
     assert issubclass(nn.SyncBatchNorm, _torch.BatchNorm)

@@ -7,7 +7,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -27,6 +27,7 @@ __all__ = [
     "DispatchMode",
     "NormBase",
     "assert_async",
+    "assume_constant_result",
     "buffer_slots",
     "child_slots",
     "compile_error",
@@ -57,6 +58,8 @@ __all__ = [
 T = TypeVar("T")
 CHECKED_WITH = ("2.11", "2.14")
 Module = TypeVar("Module", bound=nn.Module)
+P = ParamSpec("P")
+R = TypeVar("R")
 #: where a module keeps the hooks on its calls, and what kind its backward hooks are
 HOOKS = (
     "_forward_hooks",
@@ -152,6 +155,12 @@ def name_of_operator(operator: Any) -> str | None:
 def tree_map_of(kind: type[T], change: Callable[[T], Any], tree: Any) -> Any:
     """``tree`` of nested containers with ``change`` of each ``kind`` in its place."""
     return _private("torch.utils._pytree.tree_map_only")(kind, change, tree)
+
+
+def assume_constant_result(function: Callable[P, R]) -> Callable[P, R]:
+    """As :func:`torch.compiler.assume_constant_result`, which imports the compiler wherever it decorates."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def tree_map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:

@@ -128,9 +128,9 @@ def test_processes_that_build_at_once_do_not_meet(folder):
         "from slabformer.ops.native.build import library\n"
         "library('linear_attention.cpp', D=16, E=16, Token='float').linear_attention"
     )
-    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     with ended(running):
-        assert [process.wait(timeout=PATIENCE) for process in running] == [0, 0, 0]
+        assert [process.wait(timeout=PATIENCE) for process in running] == [0, 0]
     assert len(list(folder.iterdir())) == 1
 
 

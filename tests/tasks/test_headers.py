@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -148,14 +149,22 @@ FUSED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a fused model, to copy."""
+    path = tmp_path_factory.mktemp("fused") / "fused.safetensors"
+    save_model(sf.fuse(digits_model(), images())[0], path, INFO)
+    return path
+
+
 @pytest.mark.parametrize(("change", "message"), FUSED, ids=[message.partition(" ")[0] for _, message in FUSED])
-def test_the_header_of_a_fused_model_is_checked_too(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
-    model = digits_model()
-    fused, _ = sf.fuse(model, images())
-    save_model(fused, tmp_path / "fused.safetensors", INFO)
-    rewrite(tmp_path / "fused.safetensors", "slabformer_fused", change)
+def test_the_header_of_a_fused_model_is_checked_too(
+    change: Callable[[Any], Any], message: str, fused: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(fused, tmp_path))
+    rewrite(path, "slabformer_fused", change)
     with pytest.raises(ValueError, match=message):
-        load_model(tmp_path / "fused.safetensors")
+        load_model(path)
 
 
 def images() -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -78,8 +79,7 @@ def test_the_model_is_the_published_one(name: str) -> None:
     config, row = load(name), BY_MODEL[name]
     assert config.model.name == name
     assert config.model.args["drop_path_rate"] == row.drop_path
-    with torch.device("meta"):
-        model, _ = build_model(config.model, 1000, config.data.image_size)
+    model = described(name)
     fading = [module for module in model.modules() if isinstance(module, sf.PRepBN)]
     assert {norm.norm.eps for norm in fading} == ({row.norm_eps} - {None})
     assert not any(isinstance(module, nn.LayerNorm) for module in model.modules()) or fading
@@ -112,13 +112,26 @@ def test_images_are_prepared_as_published(name: str) -> None:
     assert (config.data.image_size, config.data.interpolation, config.data.crop_pct) == (224, "bicubic", 0.875)
 
 
-def reduced(config: TrainConfig, images: Path) -> TrainConfig:
+@functools.cache
+def described(name: str) -> nn.Module:
+    """The model of a recipe on the meta device, to look at."""
+    config = load(name)
+    with torch.device("meta"):
+        return build_model(config.model, 1000, config.data.image_size)[0]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill_splits(tmp_path_factory.mktemp("images"))
+
+
+def reduced(name: str, images: Path) -> TrainConfig:
     """One block a stage, small images, small batches; all else as it is."""
+    config = load(name)
     config.num_workers, config.batch_size = 0, 4
     if config.data.image_size > 32:
-        with torch.device("meta"):
-            model, _ = build_model(config.model, 3, config.data.image_size)
-        config.model.args |= {"depths": [1] * len(model.stages)} if hasattr(model, "stages") else {"depth": 1}
+        stages = getattr(described(name), "stages", None)
+        config.model.args |= {"depth": 1} if stages is None else {"depths": [1] * len(stages)}
         config.data.path, config.data.image_size = str(images), 32
     return config
 
@@ -129,8 +142,8 @@ def decayed_or_not(model: nn.Module, optimizer: Optimizer) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_steps_run(name: str, tmp_path: Path) -> None:
-    config = reduced(load(name), fill_splits(tmp_path))
+def test_two_steps_run(name: str, images: Path) -> None:
+    config = reduced(name, images)
     loader = create_loader(config.data, config.augment, "train", batch_size=config.batch_size, seed=0)
     num_classes = len(loader.class_names)
     model, _ = build_model(config.model, num_classes, config.data.image_size)
@@ -163,11 +176,9 @@ def test_two_steps_run(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_decay_spares_what_it_spared_in_the_publication(name: str, tmp_path: Path) -> None:
-    config = reduced(load(name), tmp_path)
-    with torch.device("meta"):
-        model, _ = build_model(config.model, 3, 32)
-    for parameter, decayed in decayed_or_not(model, build_optimizer(config.optimizer, model, 1024)).items():
+def test_decay_spares_what_it_spared_in_the_publication(name: str) -> None:
+    model = described(name)
+    for parameter, decayed in decayed_or_not(model, build_optimizer(load(name).optimizer, model, 1024)).items():
         shape = model.get_parameter(parameter).shape
         spared = ("relative_position_bias_table", *(("pos_embed", "cls_token") if family(name) == "deit" else ()))
         assert decayed == (len(shape) > 1 and not parameter.endswith(spared)), parameter

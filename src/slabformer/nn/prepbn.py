@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from slabformer._torch import assert_async, version_of
+from slabformer._torch import assert_async, assume_constant_result, version_of
 from slabformer.nn.affine import Affine
 from slabformer.nn.device import Device
 from slabformer.nn.float32 import KeepsFloat32
@@ -209,7 +209,7 @@ class PRepBN(KeepsFloat32):
     def _phase_at(self, gamma: float) -> Phase:
         return "fading" if self._begins and gamma == 1 else phase_of(gamma)
 
-    @torch.compiler.assume_constant_result
+    @assume_constant_result
     def _follow_gamma_at_compile_time(self) -> None:
         self._follow_gamma()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slabformer._torch import in_function_transform
+from slabformer._torch import assume_constant_result, in_function_transform
 
 #: head widths that the kernels are built for
 NARROWEST, WIDEST = 16, 128
@@ -99,7 +99,7 @@ def _is_transformed() -> bool:
     return in_function_transform()
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def runs_kernels(device: torch.device) -> bool:
     """Whether ``device`` is an NVIDIA GPU with the tensor cores that the kernels use, and Triton is installed."""
     if device.type != "cuda" or torch.version.hip is not None or not _has_triton():
