@@ -213,8 +213,7 @@ def check_saved(path: Path, kind: type[SavedInfo]) -> None:
         FileNotFoundError: If there is no such file.
         ValueError: As :func:`load_with_info`, as far as that can be told without its tensors.
     """
-    check_readable(path, "weights")
-    with _opened(path) as file:
+    with _opened(path, "weights") as file:
         _check_kind(path, dict(file.metadata() or {}), kind)
 
 
@@ -224,8 +223,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    check_readable(path, "model")
+def _opened(path: Path, what: str = "model") -> Iterator[Any]:
+    check_readable(path, what)
     safetensors = require("safetensors", extra="vision")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
