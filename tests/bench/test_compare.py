@@ -27,7 +27,7 @@ def report() -> BenchReport:
         baseline=trained_looking("deit_micro"),
         batch_sizes=(1, 3),
         compiled=False,
-        seconds=0.3,
+        seconds=0.1,
         name="micro",
     )
 
@@ -54,6 +54,7 @@ def test_figures_belong_together(report: BenchReport) -> None:
 
 def test_macs_are_per_image(report: BenchReport) -> None:
     assert len({row.macs for row in report if row.variant == "fused"}) == 1
+    assert all(row.of_floor is None for row in report), "nobody asked for the roofline"
 
 
 def test_equality_stands_beside_the_speeds(report: BenchReport) -> None:

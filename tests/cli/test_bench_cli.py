@@ -12,7 +12,7 @@ from slabformer.cli.main import main
 from slabformer.figures.comparison import compare_files
 from small_models import saved
 
-QUICK = ["--no-compile", "--batch-sizes", "2", "--seconds", "0.1"]
+QUICK = ["--no-compile", "--batch-sizes", "2", "--seconds", "0.02"]
 
 
 def bench(folder: Path, *arguments: str) -> dict:

@@ -17,7 +17,8 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 from slabformer.cli.quickstart import parser
 from slabformer.cli.train import parser as train_parser
 from slabformer.quickstart.config import QuickstartConfig
-from slabformer.quickstart.job import BASELINE, SLAB, recipe, run_quickstart
+from slabformer.quickstart.job import BASELINE, OUTPUTS, SLAB, recipe, run_quickstart
+from slabformer.tasks.engine.manifest import Manifest
 from slabformer.tasks.saved_model import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -25,8 +26,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in a folder that holds what an earlier one wrote, and a file of somebody else's."""
     output = tmp_path_factory.mktemp("quickstart")
-    run_quickstart(QuickstartConfig(output=str(output), epochs=2, bench_seconds=0.3, compiled=False))
+    Manifest(output, "quickstart").write(OUTPUTS)
+    for name in (*OUTPUTS, "mine.txt"):
+        (output / name).write_text("earlier")
+    run_quickstart(QuickstartConfig(output=str(output), epochs=2, bench_seconds=0.05, compiled=False))
     return output
 
 
@@ -82,10 +87,16 @@ def test_report_needs_nothing_beside_it(folder: Path) -> None:
     assert not re.findall(r"\$[a-z_]+", page), "a placeholder was left"
 
 
+def test_what_an_earlier_run_wrote_is_replaced_and_other_files_are_spared(folder: Path) -> None:
+    assert (folder / "mine.txt").read_text() == "earlier"
+    assert [name for name in OUTPUTS if (folder / name).read_bytes() == b"earlier"] == []
+
+
+@pytest.mark.slow
 def test_a_second_run_replaces_the_first_and_spares_other_files(folder: Path) -> None:
     (folder / "mine.txt").write_text("kept")
     before = (folder / "metrics.csv").read_text()
-    run_quickstart(QuickstartConfig(output=str(folder), epochs=1, bench_seconds=0.2, compiled=False))
+    run_quickstart(QuickstartConfig(output=str(folder), epochs=1, bench_seconds=0.05, compiled=False))
     assert (folder / "mine.txt").read_text() == "kept"
     assert (folder / "metrics.csv").read_text() != before
 
