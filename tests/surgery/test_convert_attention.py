@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import slabformer as sf
-from slabformer.nn.converted_attention import ConvertedLinearAttention
+from slabformer.nn.converted_attention import ConvertedLinearAttention, Place
 from slabformer.surgery.attention_start import Seen, start_
-from slabformer.surgery.convert_attention import find_attentions
+from slabformer.surgery.outputs import tensors_of
 from slabformer.surgery.reasons import Reason
+from slabformer.surgery.recognise_attention import find_attentions
 from tolerances import FLOAT32, assert_close
 
 timm = pytest.importorskip("timm", reason="its models are the subjects")
@@ -141,7 +142,7 @@ def test_the_start_solves_what_it_can_express() -> None:
     nn.init.normal_(wanted.dwc.bias)
     x = torch.randn(8, 65, 32)
     with torch.no_grad():
-        start_(attention, [Seen(x, wanted.mixed(x))])
+        start_(attention, [Seen(x, wanted.mixed(x), Place((8, 8)))])
     assert_close(attention.dwc.weight, wanted.dwc.weight, 0.05)
     assert_close(attention.dwc.bias, wanted.dwc.bias, 0.05)
 
@@ -194,13 +195,143 @@ def test_keys_that_are_padding_do_not_count() -> None:
     assert_close(attention(spoiled, mask)[:, :1], attention(x, mask)[:, :1], FLOAT32)
 
 
+def eva(**changes: Any) -> nn.Module:
+    settings = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    torch.manual_seed(0)
+    return timm.models.eva.Eva(**settings | {"use_rot_pos_emb": True, "use_abs_pos_emb": False} | changes).eval()
+
+
+def timm_beit(**changes: Any) -> nn.Module:
+    settings = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    torch.manual_seed(0)
+    return timm.models.beit.Beit(**settings | changes).eval()
+
+
+def timm_sam() -> nn.Module:
+    settings = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    torch.manual_seed(0)
+    windows = {"use_rel_pos": True, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 16}
+    return timm.models.vision_transformer_sam.VisionTransformerSAM(**settings | windows).eval()
+
+
+def stock_sam() -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="its models are the subjects")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64, "output_channels": 8}
+    windows = {"image_size": SIZE, "patch_size": 4, "window_size": 3, "global_attn_indexes": [1]}
+    torch.manual_seed(0)
+    model = transformers.SamVisionModel(transformers.SamVisionConfig(**sizes, **windows)).eval()
+    nn.init.normal_(model.vision_encoder.patch_embed.projection.weight, std=0.2)  # as given, images are not seen
+    return model
+
+
+def stock_with(kind: str, **settings: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="its models are the subjects")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = getattr(transformers, f"{kind}Config")(image_size=SIZE, patch_size=4, **sizes, **settings)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}Model")(config).eval()
+
+
+WITH_POSITIONS: dict[str, tuple[Any, list[tuple[tuple[int, int], int]]]] = {
+    "qk_norm": (lambda: vit(qk_norm=True), [((8, 8), 1)] * 2),
+    "scale_norm": (lambda: vit(scale_attn_norm=True), [((8, 8), 1)] * 2),
+    "eva": (eva, [((8, 8), 1)] * 2),
+    "eva_fused": (lambda: eva(qkv_fused=False, scale_attn_inner=True), [((8, 8), 1)] * 2),
+    "eva_rope": (lambda: eva(attn_type="rope", rope_rotate_half=True), [((8, 8), 1)] * 2),
+    "timm_beit": (lambda: timm_beit(use_rel_pos_bias=True), [((8, 8), 1)] * 2),
+    "timm_beit_shared": (lambda: timm_beit(use_shared_rel_pos_bias=True), [((8, 8), 1)] * 2),
+    "timm_sam": (timm_sam, [((3, 3), 0), ((8, 8), 0)]),
+    "sam": (stock_sam, [((3, 3), 0), ((8, 8), 0)]),
+    "dinov3": (lambda: stock_with("DINOv3ViT", num_register_tokens=2), [((8, 8), 3)] * 2),
+    "beit": (lambda: stock_with("Beit", use_relative_position_bias=True), [((8, 8), 1)] * 2),
+    "beit_shared": (lambda: stock_with("Beit", use_shared_relative_position_bias=True), [((8, 8), 1)] * 2),
+}
+
+
+@pytest.mark.parametrize(("model", "places"), WITH_POSITIONS.values(), ids=WITH_POSITIONS)
+def test_positions_and_norms_in_the_attention_convert_too(model: Any, places: Any) -> None:
+    teacher = model()
+    for name, parameter in teacher.named_parameters():
+        if any(part in name for part in ("rel_pos", "relative_position", "q_bias", "v_bias", "_norm.")):
+            nn.init.normal_(parameter, 1.0 if "norm.weight" in name else 0.0, 0.3)
+        elif any(part in name for part in ("qkv.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            parameter.data.mul_(5.0)  # attention that looks at something
+    student = copy.deepcopy(teacher)
+    names = sf.convert_attention_(student)
+    assert not names.left
+    found = [student.get_submodule(name) for name in names]
+    assert [(each.grid_size, each.num_prefix_tokens) for each in found] == places
+    x = images(1)[0]
+    errors = sf.align_attention_(student, teacher, images(), steps=0)
+    assert all(0 < error < 1 for error in errors.values()), "nearer than the mean"
+    with torch.no_grad():
+        outputs = [tensors_of(each(x))[0] for each in (student, teacher)]
+    assert outputs[0].shape == outputs[1].shape
+    costs = sf.audit_attention(teacher, images(), outputs=lambda model, batch: tensors_of(model(batch))[0]).costs
+    assert [cost.error for cost in costs] == pytest.approx([*errors.values()], rel=1e-3)
+
+
+@pytest.mark.parametrize("rotary", ["half", "interleaved"])
+def test_queries_and_keys_are_turned_before_their_relu(rotary: Any) -> None:
+    model = eva(rope_rotate_half=rotary == "half", attn_type="rope" if rotary == "half" else "eva", qk_norm=True)
+    sf.convert_attention_(model)
+    attention = model.blocks[0].attn
+    assert attention.rotary == rotary
+    nn.init.normal_(attention.dwc.weight)
+    x, rope = torch.randn(2, 65, 32), model.rope.get_embed()
+    q, k, v = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in attention.projected(x))
+    sin, cos = rope.chunk(2, -1)
+
+    def turned(heads: Tensor) -> Tensor:
+        pairs = heads.unflatten(-1, (2, 8)) if rotary == "half" else heads.unflatten(-1, (8, 2)).transpose(-1, -2)
+        angle_cos, angle_sin = (t[:, :8] if rotary == "half" else t[:, ::2] for t in (cos, sin))
+        first, second = pairs[..., 1:, 0, :], pairs[..., 1:, 1, :]
+        out = torch.stack([first * angle_cos - second * angle_sin, second * angle_cos + first * angle_sin], -2)
+        out = out.flatten(-2) if rotary == "half" else out.transpose(-1, -2).flatten(-2)
+        return torch.cat([heads[..., :1, :], out], -2)
+
+    plain = attention.q_norm, attention.k_norm
+    assert not any(isinstance(norm, nn.Identity) for norm in plain)
+    weights = turned(q).relu() @ turned(k).relu().transpose(2, 3)
+    mixed = (weights / (weights.sum(-1, keepdim=True) + 1e-6) @ v).transpose(1, 2).flatten(2)
+    v_maps = v[:, :, 1:].transpose(2, 3).reshape(2, 32, 8, 8)
+    mixed[:, 1:] += attention.dwc(v_maps).flatten(2).transpose(1, 2)
+    assert_close(attention(x, rope=rope), attention.outgoing(mixed), FLOAT32)
+
+
+def test_maps_that_are_no_square_keep_their_grid() -> None:
+    model = timm_sam()
+    sf.convert_attention_(model)
+    attention = model.blocks[1].attn
+    nn.init.normal_(attention.dwc.weight)
+    x = torch.randn(1, 4, 16, 32)
+    expected = attention.outgoing(attention.mixed(x.flatten(1, 2), place=Place((4, 16))))
+    assert_close(attention(x), expected.unflatten(1, (4, 16)), FLOAT32)
+
+
+def test_a_tower_of_text_is_left_beside_one_of_images() -> None:
+    transformers = pytest.importorskip("transformers", reason="its models are the subjects")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vision = {**sizes, "image_size": SIZE, "patch_size": 4}
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config={**sizes, "vocab_size": 50}, vision_config=vision)
+    )
+    names = sf.convert_attention_(model)
+    assert list(names) == ["vision_model.encoder.layers.0.self_attn"]
+    assert [left.code for left in names.left] == [Reason.NO_GRID]
+
+
 @pytest.mark.parametrize(
     ("model", "code"),
     [
-        (lambda: vit(qk_norm=True), Reason.NOT_SOFTMAX_ATTENTION),
-        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28), Reason.FURTHER_INPUTS),
+        (lambda: vit(attn_layer="diff"), Reason.NOT_SOFTMAX_ATTENTION),
+        (
+            lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24),
+            Reason.FURTHER_INPUTS,
+        ),
+        (lambda: timm.create_model("pvt_v2_b0"), Reason.KEYS_REDUCED),
     ],
-    ids=["qk_norm", "rope"],
+    ids=["diff", "swin", "pvt"],
 )
 def test_what_is_more_than_softmax_attention_is_left_with_a_reason(model: Any, code: Reason) -> None:
     model = model()

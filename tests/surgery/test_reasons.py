@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,10 +164,12 @@ GRID: dict[str, Any] = {"grid_size": (2, 2), "num_prefix_tokens": 0}
 class OwnAttention(nn.Module):
     """What looks like a softmax attention, and computes anything."""
 
-    def __init__(self, forward: Forward, num_heads: int = 2, device: str = "cpu") -> None:
+    def __init__(self, forward: Forward, num_heads: int = 2, device: str = "cpu", **others: Any) -> None:
         super().__init__()
         self.qkv, self.proj = nn.Linear(6, 18, device=device), nn.Linear(6, 6, device=device)
         self.num_heads, self.body = num_heads, forward
+        for name, other in others.items():
+            setattr(self, name, other)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(self, x)
@@ -255,6 +258,8 @@ EXAMPLES: dict[Reason, Callable[[], set[Reason]]] = {
     Reason.OVER_MAPS: over_maps,
     Reason.NOT_SOFTMAX_ATTENTION: lambda: left_attention(lambda m, x: softmax_attention(m, x) + x),
     Reason.UNEVEN_HEADS: lambda: left_attention(softmax_attention, num_heads=4),
+    Reason.NO_GRID: lambda: left_attention(softmax_attention, config=SimpleNamespace(vocab_size=9)),
+    Reason.KEYS_REDUCED: lambda: left_attention(softmax_attention, qkv=None, q=nn.Linear(6, 6), kv=nn.Linear(6, 12)),
     Reason.NO_VALUES: lambda: left_attention(softmax_attention, device="meta"),
     Reason.NOT_AFFINE: lambda: {
         norm.code

@@ -137,7 +137,8 @@ def _attentions_of(model: nn.Module, batches: list[Any], config: Namespace) -> A
         ValueError: If options ask for one and there is none.
     """
     from slabformer.surgery.audit_attention import audit_attention
-    from slabformer.surgery.convert_attention import find_attentions, no_attention
+    from slabformer.surgery.convert_attention import no_attention
+    from slabformer.surgery.recognise_attention import find_attentions
 
     found, left = find_attentions(model)
     if found:

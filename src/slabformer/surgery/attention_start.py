@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slabformer.nn.converted_attention import ConvertedLinearAttention
+from slabformer.nn.converted_attention import ConvertedLinearAttention, Place
+from slabformer.nn.resample import Grid
 from slabformer.ops.precision import wide
 
 #: added to the diagonal of the normal equations, relative to its mean
@@ -25,6 +26,7 @@ class Seen(NamedTuple):
 
     x: Tensor
     mixed: Tensor
+    place: Place
 
 
 Pairs = Mapping[str, tuple[ConvertedLinearAttention, nn.Module]]
@@ -52,16 +54,19 @@ def captured(teacher: nn.Module, pairs: Pairs, call: Callable[[nn.Module, Any], 
     Raises:
         ValueError: If the teacher does not call one, or what one puts out is not finite.
     """
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, tuple[Tensor, Place]] = {}
     heads: dict[str, Tensor] = {}
     handles = []
     for name, (student, module) in pairs.items():
 
-        def begin(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            inputs[name] = args[0] if args else kwargs["hidden_states"]
+        def begin(
+            _: nn.Module, args: Any, kwargs: Any, name: str = name, student: ConvertedLinearAttention = student
+        ) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            inputs[name] = x.flatten(1, -2), student.place_of(x, kwargs)
 
         def middle(_: nn.Module, args: Any, name: str = name) -> None:
-            heads[name] = args[0]
+            heads[name] = args[0].flatten(1, -2)
 
         handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         handles.append(module.get_submodule(student._out[0]).register_forward_pre_hook(middle))
@@ -76,16 +81,17 @@ def captured(teacher: nn.Module, pairs: Pairs, call: Callable[[nn.Module, Any], 
     wrong = [name for name, mixed in heads.items() if not mixed.isfinite().all()]
     if wrong:
         raise ValueError(f"outputs of the teacher's {wrong[0]} are not finite; check the data")
-    return {name: Seen(inputs[name], heads[name]) for name in pairs}
+    return {name: Seen(inputs[name][0], heads[name], inputs[name][1]) for name in pairs}
 
 
 @torch.no_grad()
 def start_(student: ConvertedLinearAttention, seen: list[Seen]) -> None:
     """Give ``student`` the shift of the keys and the depthwise branch that miss least of the teacher's heads."""
-    spread = torch.cat([student.projected(each.x)[1].flatten(0, 1) for each in seen]).std(0)
+    spread = torch.cat([student.projected(each.x, each.place)[1].flatten(0, 1) for each in seen]).std(0)
     sums = _DepthwiseSums(student)
-    for x, mixed in seen:
-        sums.add(student.projected(x)[2], torch.stack([mixed - _linear(student, x, s * spread) for s in _SHIFTS]))
+    for each in seen:
+        targets = torch.stack([each.mixed - _linear(student, each, shift * spread) for shift in _SHIFTS])
+        sums.add(student.projected(each.x, each.place)[2], targets, each.place.grid)
     kernels, missed = sums.solve()
     best = int(missed.argmin())
     _shift_keys(student, _SHIFTS[best] * spread)
@@ -100,11 +106,11 @@ def _shift_keys(student: ConvertedLinearAttention, shift: Tensor) -> None:
         student.prefix_encoding.copy_(shift.expand_as(student.prefix_encoding))
 
 
-def _linear(student: ConvertedLinearAttention, x: Tensor, shift: Tensor) -> Tensor:
+def _linear(student: ConvertedLinearAttention, seen: Seen, shift: Tensor) -> Tensor:
     """The linear product alone, with shifted keys: ``(B, N, C)``."""
     _shift_keys(student, shift)
-    q, k, v = student.projected(x)
-    return student.linear(q, k, v, student.grid_of(x))
+    q, k, v = student.projected(seen.x, seen.place)
+    return student.linear(q, k, v, seen.place.grid)
 
 
 class _DepthwiseSums:
@@ -116,9 +122,9 @@ class _DepthwiseSums:
         self._wanted: Tensor | float = 0.0
         self._square: Tensor | float = 0.0
 
-    def add(self, v: Tensor, targets: Tensor) -> None:
+    def add(self, v: Tensor, targets: Tensor, grid: Grid) -> None:
         """Take in values ``(B, N, C)`` and what is to come of them, ``(S, B, N, C)``; prefix tokens are left out."""
-        prefix, grid = self._student.num_prefix_tokens, self._student.grid_of(v)
+        prefix = self._student.num_prefix_tokens
         maps = v[:, prefix:].transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
         targets = targets[:, :, prefix:].permute(3, 1, 2, 0)  # (C, B, N, S)
         per_map = maps[0, 0].numel() * (self._side**2 + 1)
@@ -162,8 +168,7 @@ def mean_errors(pairs: Pairs, captures: Sequence[Mapping[str, Seen]]) -> dict[st
 
 def relative_error(student: ConvertedLinearAttention, teacher: nn.Module, seen: Seen) -> Tensor:
     """Squared error of the output over the variance of the teacher's."""
-    output = student(seen.x)
-    output = output[0] if isinstance(output, tuple) else output
+    output = student.outgoing(student.mixed(seen.x, place=seen.place))
     with torch.no_grad():
         target = seen.mixed
         for name in student._out:

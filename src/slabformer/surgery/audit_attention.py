@@ -19,9 +19,6 @@ from slabformer.surgery.attention_start import Seen, captured, mean_errors, star
 from slabformer.surgery.batches import eval_mode
 from slabformer.surgery.conversion_plan import ConversionPlan
 from slabformer.surgery.convert_attention import (
-    Form,
-    convert_attention_,
-    find_attentions,
     linear_form,
     no_attention,
     tokens_of,
@@ -29,6 +26,7 @@ from slabformer.surgery.convert_attention import (
 from slabformer.surgery.converted import LeftModule
 from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.outputs import tensors_of
+from slabformer.surgery.recognise_attention import AttentionForm, find_attentions
 from slabformer.surgery.study import Outputs, Study, plan_within
 
 #: batches that the closed-form start is taken from, as by default in :func:`slabformer.align_attention_`
@@ -141,7 +139,8 @@ def audit_attention(
     found, left = find_attentions(model)
     if not found:
         raise ValueError(no_attention(model, left))
-    study = _AttentionStudy(model, found, forward, outputs, tokens_of(model, grid_size, num_prefix_tokens), kernel_size)
+    places = {name: tokens_of(model, form, grid_size, num_prefix_tokens) for name, form in found.items()}
+    study = _AttentionStudy(model, found, forward, outputs, places, kernel_size)
     study.read(itertools.islice(batches, num_batches or AUDIT_BATCHES))
     costs = tuple(study.cost(name) for name in found)
     return AttentionAudit(costs, study.plan(costs, budget), left)
@@ -155,28 +154,28 @@ class _AttentionStudy(Study):
         forms: Of the attentions, by name.
         forward: Of the caller.
         outputs: Of the caller.
-        tokens: Grid of the patch tokens, and how many are in front of them.
+        places: Grid of the patch tokens, and how many are in front of them, of each.
         kernel_size: Of the depthwise branch.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        forms: Mapping[str, Form],
+        forms: Mapping[str, AttentionForm],
         forward: Callable[[nn.Module, Any], Any] | None,
         outputs: Outputs | None,
-        tokens: tuple[Grid, int],
+        places: Mapping[str, tuple[Grid, int]],
         kernel_size: int,
     ) -> None:
         super().__init__(model, forward, outputs)
-        self.forms, self.tokens, self.kernel_size = forms, tokens, kernel_size
+        self.forms, self.places, self.kernel_size = forms, places, kernel_size
 
     @torch.no_grad()
     def cost(self, name: str) -> AttentionCost:
         """Of one attention; memory: its inputs and heads on the batches of the start."""
         old = self.model.get_submodule(name)
         with eval_mode(self.model):  # the projections are its own, and their modes
-            new = linear_form(old, self.forms[name], *self.tokens, self.kernel_size).eval()
+            new = linear_form(old, self.forms[name], *self.places[name], self.kernel_size).eval()
             pairs = {name: (new, old)}
             seen = [captured(self.model, pairs, self.forward, batch) for batch in self.batches[:FIT_BATCHES]]
             start_(new, [each[name] for each in seen])
@@ -205,15 +204,19 @@ class _AttentionStudy(Study):
     @torch.no_grad()
     def _tried(self, names: Collection[str], budget: float | None) -> ConversionPlan:
         """The plan that takes ``names``, and what it costs: they are started together, on a copy."""
-        copied, (grid, prefix) = self.copied(), self.tokens
-        convert_attention_(copied, plan=names, grid_size=grid, num_prefix_tokens=prefix, kernel_size=self.kernel_size)
+        copied = self.copied()
+        for name in names:
+            grid, prefix = self.places[name]
+            copied.set_submodule(
+                name, linear_form(copied.get_submodule(name), self.forms[name], grid, prefix, self.kernel_size)
+            )
         align_attention_(copied, self.model, self.batches, fit_batches=FIT_BATCHES, steps=0, forward=self.forward)
         return ConversionPlan.of_names(names, self.forms, self.distance(copied), budget, of="attentions")
 
 
 def _operations(linear: ConvertedLinearAttention, seen: Seen) -> tuple[int, int]:
     """Multiply-adds of both products with softmax, and what the linear form saves, on all that was ``seen``."""
-    B, N, _ = seen.x.shape
+    B, N, _ = seen.x.shape  # windows count as samples do
     C, D, K = linear.dim, linear.dim // linear.num_heads, linear.dwc.kernel_size[0]
     products = 2 * N * N * C
     ours = min(2 * N * D * C, products) + (N - linear.num_prefix_tokens) * K * K * C

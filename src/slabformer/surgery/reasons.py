@@ -72,6 +72,8 @@ class Reason(StrEnum):
     NOT_SOFTMAX_ATTENTION = "not-softmax-attention"
     UNEVEN_HEADS = "uneven-heads"
     NO_VALUES = "no-values"
+    NO_GRID = "no-grid"
+    KEYS_REDUCED = "keys-reduced"
     # what fuse cannot fold wherever it stands
     NOT_AFFINE = "not-affine"
 
