@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ from image_folders import picture
 from language_models import save_encoder, write_lines
 from slabformer.cli.main import main
 from slabformer.converting import ConvertConfig, convert, lose_norms
+from slabformer.converting.attention import make_linear_
 from slabformer.converting.order import StepOrder
 from slabformer.converting.run import rate_for
+from slabformer.converting.subjects import open_subject
+from slabformer.distillation import Teacher
 from slabformer.nn import RepBN
 from slabformer.tasks.language.folders import load_model_folder
 from slabformer.tasks.saved_model import ModelInfo, load_model, save_model
@@ -153,6 +157,23 @@ def test_a_conversion_of_attention_goes_on_bit_for_bit(softmax: Path, images: Pa
     whole, again = (load_file(tmp_path / name / "fused.safetensors") for name in ("whole", "halved"))
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_ranks_go_on_with_the_first_ones_attention(
+    softmax: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has aligned it on data of its own; norms are fitted on one model."""
+    sent: list[torch.Tensor] = []
+    group = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, broadcast=lambda tensor, source: sent.append(tensor)
+    )
+    monkeypatch.setattr("slabformer.converting.attention.dist", group)
+    config = ConvertConfig(
+        model=str(softmax), data=str(images), output=str(tmp_path / "run"), **TINY, attention="all", align_steps=1
+    )
+    subject = open_subject(config, 0, 1)
+    make_linear_(subject.model, Teacher(subject.model), subject.loader, subject.held_out, config)
+    assert {tensor.data_ptr() for tensor in sent} == {p.data_ptr() for p in subject.model.parameters()}
 
 
 def test_settings_of_attention_without_effect_are_refused(softmax: Path, images: Path, tmp_path: Path) -> None:

@@ -327,9 +327,9 @@ def test_a_tower_of_text_is_left_beside_one_of_images() -> None:
         (lambda: vit(attn_layer="diff"), Reason.NOT_SOFTMAX_ATTENTION),
         (
             lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24),
-            Reason.FURTHER_INPUTS,
+            Reason.FEW_KEYS,
         ),
-        (lambda: timm.create_model("pvt_v2_b0"), Reason.KEYS_REDUCED),
+        (lambda: timm.create_model("pvt_v2_b0"), Reason.FEW_KEYS),
     ],
     ids=["diff", "swin", "pvt"],
 )

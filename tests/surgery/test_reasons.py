@@ -259,7 +259,7 @@ EXAMPLES: dict[Reason, Callable[[], set[Reason]]] = {
     Reason.NOT_SOFTMAX_ATTENTION: lambda: left_attention(lambda m, x: softmax_attention(m, x) + x),
     Reason.UNEVEN_HEADS: lambda: left_attention(softmax_attention, num_heads=4),
     Reason.NO_GRID: lambda: left_attention(softmax_attention, config=SimpleNamespace(vocab_size=9)),
-    Reason.KEYS_REDUCED: lambda: left_attention(softmax_attention, qkv=None, q=nn.Linear(6, 6), kv=nn.Linear(6, 12)),
+    Reason.FEW_KEYS: lambda: left_attention(softmax_attention, qkv=None, q=nn.Linear(6, 6), kv=nn.Linear(6, 12)),
     Reason.NO_VALUES: lambda: left_attention(softmax_attention, device="meta"),
     Reason.NOT_AFFINE: lambda: {
         norm.code

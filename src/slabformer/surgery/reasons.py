@@ -73,7 +73,7 @@ class Reason(StrEnum):
     UNEVEN_HEADS = "uneven-heads"
     NO_VALUES = "no-values"
     NO_GRID = "no-grid"
-    KEYS_REDUCED = "keys-reduced"
+    FEW_KEYS = "few-keys"
     # what fuse cannot fold wherever it stands
     NOT_AFFINE = "not-affine"
 

@@ -44,7 +44,7 @@ TAKEN = {
     *ROTATIONS,
     *PASSED_BIASES,
 }
-FEW_KEYS = "its keys and values come from a reduced map, so that softmax over them costs little already"
+REDUCED_MAP = "its keys and values come from a reduced map, so that softmax over them costs little already"
 #: an attention and what its projections alone would compute are the same within this share of the output's size
 _SAME = 1e-3
 _BATCH, _TOKENS = 2, 10
@@ -85,7 +85,7 @@ def find_attentions(model: nn.Module) -> tuple[dict[str, AttentionForm], tuple[L
         if not name or isinstance(module, ConvertedLinearAttention) or not _num_heads(module):
             continue
         if _has_linears(module, (*REDUCED, "proj")):
-            left.append(LeftModule.of(name, module, Why.of(Reason.KEYS_REDUCED, FEW_KEYS)))
+            left.append(LeftModule.of(name, module, Why.of(Reason.FEW_KEYS, REDUCED_MAP)))
         if not _names_of(module):
             continue
         form = _recognise(module, _gets_bias_as_mask(model, name))
@@ -142,6 +142,10 @@ def _recognise(module: nn.Module, bias_as_mask: bool) -> AttentionForm | Why:
     further = [name for name in parameters if name not in TAKEN]
     if dim % heads:
         return Why.of(Reason.UNEVEN_HEADS, f"its {dim} channels are no multiple of its {heads} heads")
+    if further == ["mask"] and isinstance(getattr(module, "window_size", None), tuple):
+        H, W = module.window_size  # type: ignore[misc]
+        words = f"its windows of {H}x{W} tokens are small, so that softmax over them costs little already"
+        return Why.of(Reason.FEW_KEYS, f"{words}, and their masks tell queries apart")
     if further:
         return Why.of(Reason.FURTHER_INPUTS, f"its forward also takes {further[0]}, which linear attention cannot")
     config = getattr(module, "config", None)
