@@ -1,4 +1,4 @@
-"""What holds for every test: those that need a GPU are skipped without one, each starts from the same seed."""
+"""What holds for every test: those that need a GPU or MindSpore are skipped without, each starts from the same seed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -23,12 +24,16 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+    missing = {
+        "gpu": "" if torch.cuda.is_available() else "needs a CUDA device",
+        "mindspore": ""
+        if find_spec("mindspore") is not None
+        else "needs MindSpore: pip install 'slabformer[mindspore]'",
+    }
     for item in items:
-        if item.get_closest_marker("gpu") is not None:
-            item.add_marker(skip)
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -69,10 +69,11 @@ ARROWS = {
     "quantize": BELOW | {"measure", "export"},
     "deployment": BELOW | {"measure", "export", "quantize"},
     "figures": BELOW | {"measure"},
+    "mindspore": ON_CORE | {"measure"},
     "bench": BELOW | {"measure", "deployment", "figures"},
     "quickstart": ON_CORE | {"tasks"} | LEAVING,
     "converting": ON_CORE | {"tasks"} | LEAVING,
-    "cli": ON_CORE | FOREIGN | {"tasks", "quickstart", "converting"} | LEAVING,
+    "cli": ON_CORE | FOREIGN | {"tasks", "quickstart", "converting", "mindspore"} | LEAVING,
     "__init__": ON_CORE | {"deployment"},
 }
 

@@ -21,8 +21,12 @@ REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[\w,-]+\])?\s*(?P<operator>>=|==)
 INSTALLERS = {"pip", "setuptools", "wheel"}
 
 
+#: in an environment of its own
+APART = "mindspore"
+
+
 def requirements() -> Iterator[re.Match[str]]:
-    """Every requirement of every extra, our own extras left out.
+    """Every requirement of every extra, our own extras and :data:`APART` left out.
 
     Raises:
         ValueError: If one has no lower bound.
@@ -30,7 +34,7 @@ def requirements() -> Iterator[re.Match[str]]:
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
     for text in (
         *project["dependencies"],
-        *(line for extra in project["optional-dependencies"].values() for line in extra),
+        *(line for name, extra in project["optional-dependencies"].items() if name != APART for line in extra),
     ):
         if text.startswith(f"{project['name']}["):
             continue

@@ -36,6 +36,7 @@ CAPTIONS = {
     "deployment": "the fastest form",
     "figures": "pictures",
     "quantize": "8-bit integers",
+    "mindspore": "models for MindSpore",
     "bench": "benchmarks",
     PUBLIC: "the public names",
     "tasks": "data, training, evaluation",
