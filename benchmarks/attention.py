@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from slabformer.measure.allocator import keep_memory
 from slabformer.measure.roofline import Ceilings, Work, measure_ceilings
 from slabformer.measure.timing import Machine, memory_of, num_threads, quantile, time_interleaved
-from slabformer.ops.dispatch import has_kernel
+from slabformer.ops.dispatch import has_kernel, use_kernels
 from slabformer.ops.linear_attention import linear_attention
 from slabformer.ops.reference import linear_attention_reference
 from slabformer.surgery.verify import VerificationError
@@ -175,6 +175,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     keep_memory()  # for all forms alike
+    use_kernels()  # on a GPU that they are timed on for the first time, too
     device = torch.device(options.device)
     forms = forms_for(device)
     with num_threads(options.threads if options.device == "cpu" else None):

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from slabformer.measure import allocator
+from slabformer.ops import dispatch
 from slabformer.ops.native import build
 
 # tests that import onnxruntime themselves leave no identifiers behind either
@@ -40,6 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seed() -> None:
     """A test that fails must fail again."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests on a GPU run its kernels, whether or not they were timed on it."""
+    if request.node.get_closest_marker("gpu") is not None:
+        monkeypatch.setenv(dispatch.KERNELS, "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,6 +14,7 @@ from slabformer._registered import register_ours as _register_ours
 
 if TYPE_CHECKING:
     from slabformer import ops, testing
+    from slabformer.deployment.artifact import load_deployed
     from slabformer.deployment.deploy import deploy
     from slabformer.distillation import Distiller, Teacher
     from slabformer.models.weights.official import load_published, to_published
@@ -59,6 +60,7 @@ __all__ = [
     "fit_norms_",
     "fuse",
     "fuse_",
+    "load_deployed",
     "load_fused",
     "load_published",
     "norm_parameters",
@@ -76,6 +78,7 @@ __all__ = [
 ]
 #: module below this package -> the public names in it, as the imports above have them
 _NAMES = {
+    "deployment.artifact": ("load_deployed",),
     "deployment.deploy": ("deploy",),
     "distillation": ("Distiller", "Teacher"),
     "models.weights.official": ("load_published", "to_published"),

@@ -16,3 +16,9 @@ MAX_CANDIDATES = 4096
 Format = Literal["onnx", "pt2"]
 #: batches that an audit reads; each norm's own loss takes a forward of all of them
 AUDIT_BATCHES = 8
+#: of weights and arithmetic in a deployed model
+Precision = Literal["float32", "bfloat16", "float16", "int8"]
+#: what a deployed model runs on; "auto" is the fastest that is installed
+TargetName = Literal["auto", "torch", "aoti", "openvino", "onnxruntime", "executorch"]
+#: building and measuring, in all
+DEPLOY_BUDGET = 900.0

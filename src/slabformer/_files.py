@@ -88,6 +88,45 @@ def _target(path: Path) -> Path:
 
 
 @contextmanager
+def replaced_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """:func:`replaced` for a folder: what the block puts into the one that it gets takes ``path``'s place, as a whole.
+
+    Args:
+        path: Absent, an empty folder, or with ``overwrite`` a folder whose contents go.
+        overwrite: See ``path``.
+
+    Raises:
+        FileExistsError: If ``path`` is a file, or holds something and ``overwrite`` is false.
+        OSError: If it cannot be written, naming ``path``.
+    """
+    check_replaceable(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with errors_of(path), workspace(path.parent) as place:
+        fresh, old = place / "new", place / "old"
+        fresh.mkdir()
+        yield fresh
+        for file in fresh.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+    sync_folder(path.parent)
+
+
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """What :func:`replaced_folder` says of a ``path`` that it would not replace, before anything is made for it.
+
+    Raises:
+        FileExistsError: If ``path`` is a file, or holds something and ``overwrite`` is false.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{str(path)!r} is a file; give a folder")
+    if not overwrite and path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"{str(path)!r} is not empty; give another folder, or say to overwrite it")
+
+
+@contextmanager
 def errors_of(path: Path) -> Iterator[None]:
     """Tell a failure to write to a workspace, in whatever library, as an ``OSError`` about ``path``."""
     try:

@@ -7,6 +7,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ __all__ = [
     "Conv",
     "DispatchMode",
     "NormBase",
+    "aoti_compile",
+    "aoti_load",
     "assert_async",
     "assume_constant_result",
     "buffer_slots",
@@ -181,6 +184,16 @@ def compile_error() -> type[Exception]:
 def inductor_settings(settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
     """Inductor's ``settings`` for a block."""
     return _private("torch._inductor.config").patch(dict(settings))
+
+
+def aoti_compile(program: Any, path: Path) -> None:
+    """torch.export's ``program`` compiled ahead of time into the package ``path``, its weights inside."""
+    _private("torch._inductor.aoti_compile_and_package")(program, package_path=str(path))
+
+
+def aoti_load(path: Path) -> Callable[..., Any]:
+    """What :func:`aoti_compile` wrote, ready to be called."""
+    return _private("torch._inductor.aoti_load_package")(str(path))
 
 
 def storage_identity(tensor: Tensor) -> int:

@@ -253,6 +253,9 @@ ImageSize = Pixels | tuple[Pixels, Pixels]
 Workers = Annotated[int, Range(ge=0, le=4_096)]
 Threads = Annotated[int, Range(ge=1, le=4_096)]
 Seconds = Annotated[float, Range(ge=0, le=86_400)]
+#: versions of ONNX that PyTorch's exporter writes, and of its files
+Opset = Annotated[int, Range(ge=18, le=30)]
+IrVersion = Annotated[int, Range(ge=8, le=30)]
 #: a difference over the scale of what it is held against
 Tolerance = Annotated[float, Range(ge=0, lt=1)]
 SHARE_OR_COUNT = Where(

@@ -84,17 +84,45 @@ def test_a_cpu_runs_no_kernels():
     assert not runs_kernels(torch.device("cpu"))
 
 
-def test_old_gpus_and_those_without_triton_run_no_kernels(monkeypatch):
-    cuda = torch.device("cuda")
+@pytest.fixture
+def _newest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.delenv(dispatch.KERNELS, raising=False)
+    monkeypatch.setattr(dispatch._Asked, "wanted", None)
+
+
+@pytest.mark.usefixtures("_newest_gpu")
+def test_old_gpus_and_those_without_triton_run_no_kernels(monkeypatch):
+    cuda = torch.device("cuda")
+    dispatch.use_kernels()
     assert runs_kernels(cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not runs_kernels(cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
     assert not runs_kernels(cuda)
+
+
+@pytest.mark.usefixtures("_newest_gpu")
+def test_kernels_are_off_where_they_were_never_timed_unless_asked_for(monkeypatch):
+    cuda = torch.device("cuda")
+    assert not runs_kernels(cuda)
+    monkeypatch.setattr(dispatch, "TIMED_GPUS", {"NVIDIA H100"})
+    assert runs_kernels(cuda)
+    monkeypatch.setenv(dispatch.KERNELS, "0")
+    assert not runs_kernels(cuda)
+    monkeypatch.setattr(dispatch, "TIMED_GPUS", set())
+    monkeypatch.setenv(dispatch.KERNELS, "1")
+    assert runs_kernels(cuda)
+    dispatch.use_kernels(False)
+    assert not runs_kernels(cuda)
+    dispatch.use_kernels(None)
+    monkeypatch.setenv(dispatch.KERNELS, "yes")
+    with pytest.raises(ValueError, match="SLABFORMER_KERNELS must be 0 or 1, got 'yes'"):
+        runs_kernels(cuda)
 
 
 def test_thresholds_name_their_measurement():

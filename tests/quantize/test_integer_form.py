@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import slabformer as sf
+from slabformer.export.token_form import TokenBlock, TokenLinear
 from slabformer.nn import SimplifiedLinearAttention
 from slabformer.nn.shifted_windows import ShiftedWindowAttention
 from slabformer.quantize.integer_attention import IntegerLinearAttention
-from slabformer.quantize.integer_form import TokenBlock, TokenLinear, integer_form
+from slabformer.quantize.integer_form import integer_form
 from slabformer.quantize.integer_windows import GatheredWindowAttention
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import slabformer as sf
-from slabformer.quantize import openvino
+from slabformer.export import openvino_run
 from slabformer.quantize.openvino import Int8Model, quantize, to_openvino
 from small_models import images, trained_looking
 
@@ -51,10 +51,10 @@ def test_files_give_the_same_integers(integers: Int8Model, tmp_path: Path) -> No
 
 @torch.no_grad()
 def test_few_batch_sizes_stay_compiled(integers: Int8Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "MAX_BATCH_SIZES", 2)
-    integers.requests.clear()
+    monkeypatch.setattr(openvino_run, "MAX_BATCH_SIZES", 2)
+    integers.run.requests.clear()
     outputs = {n: integers(images(n)) for n in range(1, 4)}
-    assert list(integers.requests) == [2, 3]
+    assert list(integers.run.requests) == [2, 3]
     for batch_size, output in outputs.items():
         torch.testing.assert_close(integers(images(batch_size)), output)
 

@@ -28,11 +28,13 @@ MOST_WORKERS = 4
 Result = TypeVar("Result")
 
 
-def add_data_options(parser: Parser) -> None:
-    """Which images, and in what portions."""
-    parser.add_argument(
-        "--data", type=NonEmptyStr, required=True, help="a folder, hfds/NAME, torch/NAME, wds/FOLDER, or digits"
-    )
+def add_data_options(parser: Parser, required: bool = True, what_for: str = "") -> None:
+    """Which images, and in what portions; ``what_for`` says what they bring where they are not ``required``."""
+    kinds = "a folder, hfds/NAME, torch/NAME, wds/FOLDER, or digits"
+    if required:
+        parser.add_argument("--data", type=NonEmptyStr, required=True, help=kinds)
+    else:
+        parser.add_argument("--data", type=NonEmptyStr | None, help=f"{what_for}: {kinds}")
     parser.add_argument("--root", type=NonEmptyStr | None, help="folder that a named data set is in")
     parser.add_argument("--download", action="store_true", help="let torchvision download a torch/ data set")
     parser.add_argument(

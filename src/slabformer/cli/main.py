@@ -36,6 +36,7 @@ VERBS = {
     "predict": ("slabformer.cli.predict", "classify images"),
     "export": ("slabformer.cli.export", "write ONNX or torch.export files, checked against PyTorch"),
     "quantize": ("slabformer.cli.quantize", "convert a fused model to 8-bit integers, for CPUs"),
+    "deploy": ("slabformer.cli.deploy", "write a model for the runtime on which it is fastest, as a folder"),
     "push": ("slabformer.cli.push", "publish a model in timm's format, to a folder or the Hugging Face hub"),
     "bench": (
         "slabformer.cli.bench",

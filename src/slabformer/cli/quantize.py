@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +9,8 @@ from jsonargparse import Namespace
 from rich.table import Table
 
 from slabformer.cli.common import add_model_options, example_images
-from slabformer.cli.data import add_data_options, data_of, load_trained, progress_bar
+from slabformer.cli.data import add_data_options, load_trained
+from slabformer.cli.forms import agreement_of, calibration_of, evaluated
 from slabformer.cli.outcome import Outcome
 from slabformer.cli.parser import Parser
 from slabformer.settings import OutputFile, PositiveInt, Seconds, Threads
@@ -20,10 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from slabformer.measure.timing import Machine
-    from slabformer.tasks.classification.data import Loader
     from slabformer.tasks.classification.evaluate import EvalResult
-    from slabformer.tasks.classification.sources import Split
-    from slabformer.tasks.saved_model import ModelInfo
 
 
 def parser() -> Parser:
@@ -66,15 +62,12 @@ def run(config: Namespace) -> Outcome:
     model, info = load_trained(config)
     if repbn_modules(model):
         model, _ = sf.fuse(model, example_images(info, batch_size=2))
-    config.batch_size = min(config.batch_size, config.calibrate)
-    batches = [
-        images for images, _ in islice(_loader(config, info, "train"), -(-config.calibrate // config.batch_size))
-    ]
+    batches = calibration_of(config, info)
     with torch.no_grad():
         integers, floats = quantize(model, batches, config.threads), to_openvino(model, batches[0], config.threads)
         forms: dict[str, nn.Module] = {"float32": floats, "int8": integers}
-        results = dict(_evaluated(config, info, forms))
-        agreement = _agreement(config, info, forms)
+        results = dict(evaluated(config, info, forms))
+        agreement = agreement_of(config, info, forms)
         milliseconds, gain, machine = _speeds(forms, batches[0], config)
     data = {name: {**result.to_dict(), "milliseconds": milliseconds[name]} for name, result in results.items()}
     return Outcome(
@@ -82,41 +75,6 @@ def run(config: Namespace) -> Outcome:
         shown=[_table(info.model, results, milliseconds, gain, machine, agreement)],
         files=integers.save(output),
     )
-
-
-def _loader(config: Namespace, info: ModelInfo, split: Split) -> Loader:
-    from slabformer.tasks.classification.config import AugmentConfig
-    from slabformer.tasks.classification.data import create_loader
-
-    return create_loader(
-        data_of(config, info, split),
-        AugmentConfig(policy="none"),
-        split,
-        batch_size=config.batch_size,
-        seed=0,
-        num_workers=config.num_workers,
-        drop_last=False,
-    )
-
-
-def _evaluated(config: Namespace, info: ModelInfo, forms: dict[str, nn.Module]) -> Iterator[tuple[str, EvalResult]]:
-    from slabformer.tasks.classification.evaluate import evaluate
-
-    for name, form in forms.items():
-        loader = _loader(config, info, "validation")
-        with progress_bar(f"evaluate {name}", len(loader)) as advance:
-            yield name, evaluate(form, loader, progress=advance)
-
-
-def _agreement(config: Namespace, info: ModelInfo, forms: dict[str, nn.Module]) -> float:
-    """Share of validation images that both forms call the same."""
-    import torch
-
-    same: list[Tensor] = []
-    for images, _ in _loader(config, info, "validation"):
-        one, other = (form(images).argmax(1) for form in forms.values())
-        same.append(one == other)
-    return float(torch.cat(same).float().mean())
 
 
 def _speeds(forms: dict[str, nn.Module], images: Tensor, config: Namespace) -> tuple[dict[str, float], float, Machine]:

@@ -24,17 +24,17 @@ class Compiled(nn.Module):
         super().__init__()
         self.train(False)
         self._settings: dict[str, Any] = {"triton.cudagraphs": True} if device.type == "cuda" else {"freezing": True}
-        self._compiled_for: set[tuple[torch.Size, ...]] = set()
+        self._compiled_for: set[tuple[tuple[object, torch.Size], ...]] = set()
         self.run = torch.compile(_own_code(model), dynamic=False, options=self._settings)
 
-    def forward(self, *inputs: Tensor) -> object:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> object:
         """The model's outputs."""
-        shapes = tuple(each.shape for each in inputs)
+        shapes = tuple((key, each.shape) for key, each in (*enumerate(inputs), *named.items()))
         if shapes in self._compiled_for:
-            return self.run(*inputs)
+            return self.run(*inputs, **named)
         # options reach the compiler's back end alone; whether weights are constants is decided in front of it
         with inductor_settings(self._settings):
-            outputs = self.run(*inputs)
+            outputs = self.run(*inputs, **named)
         self._compiled_for.add(shapes)
         return outputs
 
@@ -45,7 +45,7 @@ def _own_code(model: nn.Module) -> Callable[..., object]:
     Many compiled models would else share the cache of ``nn.Module.__call__``: it holds 8, and runs the rest uncompiled.
     """
 
-    def run(*inputs: Tensor) -> object:
-        return model(*inputs)
+    def run(*inputs: Tensor, **named: Tensor) -> object:
+        return model(*inputs, **named)
 
     return types.FunctionType(run.__code__.replace(), run.__globals__, "run", run.__defaults__, run.__closure__)

@@ -9,26 +9,32 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from slabformer._defaults import DEPLOY_BUDGET, Precision
 from slabformer._files import write_json
-from slabformer.deployment.steps import STEPS, Form, Inputs, Job, Step, place
+from slabformer.deployment.artifact import save_artifact
+from slabformer.deployment.steps import STEPS, Form, Fuse, Inputs, Job, Step, call, place
+from slabformer.deployment.targeted import Plan, TargetForm, target_forms
+from slabformer.export.signature import AsWritten, in_order
 from slabformer.measure import allocator
 from slabformer.measure.timing import Machine, quantile, ratio, time_interleaved
 from slabformer.nn.device import Device
-from slabformer.settings import Seconds, checked
+from slabformer.settings import ClassNames, Seconds, checked
 from slabformer.surgery.recalibrate import recalibrate_
 from slabformer.surgery.verify import VerifyResult
 
 #: a form is taken unless the one that it was built on is faster by more than measuring is uncertain
 UNCERTAINTY = 0.02
+#: of the model as given to itself
+EQUAL = VerifyResult(0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,21 +98,67 @@ class Deployed(nn.Module):
     """The form that :func:`deploy` took: inputs go to its device and, floating point ones, to its dtype.
 
     Attributes:
-        eager: The module behind it, to save or export.
+        eager: The fused module behind it.
         report: What was done.
     """
 
-    def __init__(
-        self, eager: nn.Module, run: nn.Module, place: Callable[[Inputs], Inputs], report: DeployReport
-    ) -> None:
+    def __init__(self, form: Form, job: Job, report: DeployReport) -> None:
         super().__init__()
-        self.eager, self.run, self.place, self.report = eager, run, place, report
+        self.eager, self.run, self.report = form.eager, form.run, report
+        self._form, self._job = form, job
         self.train(False)
 
     @torch.no_grad()
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """The model's outputs."""
-        return self.run(*self.place(inputs))
+        given: Inputs = named or inputs
+        return call(self.run, place(given, self._job.device, self._form.dtype))
+
+    @checked
+    def save(
+        self,
+        path: str | Path,
+        *,
+        preprocessing: Mapping[str, Any] | None = None,
+        class_names: ClassNames = (),  # type: ignore[assignment]
+        overwrite: bool = False,
+    ) -> Path:
+        """Write a folder that another process loads: with :func:`slabformer.load_deployed`, or with its ``run.py``.
+
+        A form of this process alone, such as a compiled one, is written for the target "torch".
+
+        Args:
+            path: The folder.
+            preprocessing: How images become inputs, to be kept beside the program.
+            class_names: By label, to be kept too.
+            overwrite: Replace what the folder holds.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            FileExistsError: If ``path`` is a file, or not empty without ``overwrite``.
+            UnsupportedError: If torch.export does not take the model.
+        """
+        form = self._form
+        if not isinstance(form, TargetForm):
+            plan = Plan(target="torch", dtype=_name_of(form.dtype), budget=0)
+            (form,) = target_forms(plan, Form("fused", "", self.eager.float(), self.eager.float()), self._job)
+        assert form.folder is not None
+        assert form.manifest is not None
+        manifest = replace(form.manifest, preprocessing=dict(preprocessing or {}), class_names=list(class_names))
+        outputs = AsWritten(self._job.reference, manifest.signature)
+        with torch.no_grad():
+            expected = in_order(call(outputs, self._job.inputs))
+        return save_artifact(
+            Path(path),
+            form.folder.path,
+            manifest,
+            self.report.to_dict(),
+            in_order(self._job.inputs),
+            expected,
+            overwrite=overwrite,
+        )
 
 
 @checked
@@ -122,6 +174,9 @@ def deploy(
     keep_memory: bool = False,
     seconds: Seconds = 5.0,
     steps: Sequence[Step] = STEPS,
+    target: str | None = None,
+    calibration: Iterable[Any] = (),
+    budget: Seconds = DEPLOY_BUDGET,
 ) -> Deployed:
     """The fastest verified form of ``model``, on a copy: fused, in half precision where asked, laid out, compiled.
 
@@ -130,48 +185,85 @@ def deploy(
     Steps run one after the other, each on the fastest form so far. What a step makes is held against the model as
     given, then timed in turns with that form in one process; a step that makes the model slower is reported and left.
 
+    With ``target``, the fused model is instead written for other runtimes on the CPU, each held against the model, all
+    timed in turns with torch's number of threads; the fastest is taken, and :meth:`Deployed.save` writes its folder.
+
     Args:
         model: In eval mode, gamma 0.
-        example_inputs: A batch as in deployment; shapes and batch size matter to compilers and clocks.
+        example_inputs: A batch as in deployment, a tuple of positional arguments or a mapping of keyword arguments;
+            shapes and batch size matter to compilers and clocks.
         batches: Training data to recalibrate statistics on first, as for :func:`slabformer.recalibrate_`.
         device: Where it shall run; where the model is by default.
-        dtype: ``torch.bfloat16`` or ``torch.float16`` for half precision; the model's own by default.
+        dtype: ``torch.bfloat16`` or ``torch.float16`` for half precision; the model's own by default. With a target,
+            ``torch.int8`` too.
         compile: Whether to go through ``torch.compile``: weights frozen into the program on a CPU, graphs on a GPU.
         fixed_size: As for :func:`slabformer.fuse`: folds more where windows would be padded at other sizes.
         keep_memory: On a CPU, let the C library keep freed memory for the next forward: faster where activations are
             large. It changes the whole process and for good, so it is off unless asked for; see
             :func:`slabformer.measure.allocator.keep_memory`.
         seconds: Of measuring in all; 0 takes every step unmeasured.
-        steps: What is tried, in this order; add a target of your own to :data:`slabformer.deployment.steps.STEPS`.
+        steps: What is tried, in this order; add a step of your own to :data:`slabformer.deployment.steps.STEPS`.
+        target: What it shall run on: "onnxruntime", "openvino", "torch", "executorch", "aoti", one of your own, or
+            "auto" for the fastest of those that are installed.
+        calibration: Batches of inputs that show the ranges of activations; for ``torch.int8``.
+        budget: Seconds after which "auto" builds no further target.
 
     Raises:
         ValueError: If the model is in train mode, or what :func:`slabformer.fuse` and
-            :func:`slabformer.recalibrate_` refuse; ``dtype`` is no floating point type.
+            :func:`slabformer.recalibrate_` refuse; ``dtype`` is no floating point type, or the target does not have it.
+        ImportError: If the target's package is missing; names the extra.
+        UnsupportedError: If the target does not take the model; names the operator or the line of code.
         VerificationError: If a form computes something else.
     """
     if model.training:
         raise ValueError("deploy needs eval mode, got a model in train mode; call model.eval() first")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating point type, got {dtype}; quantise what deploy returns")
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    device = torch.device(device) if device is not None else inputs[0].device
+    if dtype is not None and not dtype.is_floating_point and (target is None or dtype != torch.int8):
+        raise ValueError(
+            f"dtype must be a floating point type, got {dtype}; quantise what deploy returns, or for a target"
+        )
+    inputs = _as_inputs(example_inputs)
+    device = torch.device(device) if device is not None else in_order(inputs)[0].device
+    if target is not None and device.type != "cpu":
+        raise ValueError(f"targets are for the CPU, got device {device}; leave target out, or give device='cpu'")
     reference = copy.deepcopy(model).to(device)
-    job = Job(reference, place(inputs, device, None), device, dtype, compile, fixed_size)
+    job = Job(reference, place(inputs, device, None), device, None if target else dtype, compile, fixed_size)
     if batches is not None:
         job.notes.append(f"recalibrated on {recalibrate_(reference, batches)} batches")
     if keep_memory and device.type == "cpu" and allocator.keep_memory():
         job.notes.append("the C library keeps freed memory for the next forward")
     with torch.no_grad():
-        taken, told = _take_steps(job, steps, seconds)
+        if target is None:
+            taken, told = _take_steps(job, steps, seconds)
+        else:
+            plan = Plan(target=target, dtype=_name_of(dtype), calibration=list(calibration), budget=budget)
+            taken, told = _take_target(job, plan, seconds)
     report = DeployReport(steps=told, taken=taken.name, notes=tuple(job.notes), machine=Machine.here(device))
-    return Deployed(taken.eager, taken.run, partial(place, device=device, dtype=taken.dtype), report)
+    return Deployed(taken, job, report)
+
+
+def _as_inputs(example_inputs: Tensor | Inputs) -> Inputs:
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    return dict(example_inputs) if isinstance(example_inputs, Mapping) else tuple(example_inputs)
+
+
+def _name_of(dtype: torch.dtype | None) -> Precision:
+    """What targets call a dtype.
+
+    Raises:
+        ValueError: If none has it.
+    """
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in get_args(Precision):
+        raise ValueError(f"targets compute in {', '.join(get_args(Precision))}, got {dtype}")
+    return cast(Precision, name)
 
 
 def _take_steps(job: Job, steps: Sequence[Step], seconds: float) -> tuple[Form, tuple[DeployStep, ...]]:
     """Run ``steps``, each on the fastest form so far; what to build and what to say of it."""
     share = seconds / max(1, len(steps))
     given = taken = Form("as given", "", job.reference, job.reference)
-    told = [_told(given, VerifyResult(0.0, 0.0, 1.0), _turns([given], job, share), given, given)]
+    told = [_told(given, EQUAL, _turns([given], job, share), given, given)]
     for step in steps:
         form = step.build(taken, job) if step.applies(taken, job) else None
         if form is None:
@@ -184,9 +276,28 @@ def _take_steps(job: Job, steps: Sequence[Step], seconds: float) -> tuple[Form, 
     return taken, tuple(told)
 
 
+def _take_target(job: Job, plan: Plan, seconds: float) -> tuple[Form, tuple[DeployStep, ...]]:
+    """Fuse, build every target of ``plan`` on that, time all in turns, take the fastest."""
+    given = fused = Form("as given", "", job.reference, job.reference)
+    checks, fuse = {given.name: EQUAL}, Fuse()
+    if fuse.applies(given, job):
+        fused = fuse.build(given, job)
+        checks[fused.name] = fuse.verify(fused, job)
+    forms = target_forms(plan, fused, job)
+    checks |= {form.name: form.check or EQUAL for form in forms}
+    before = [given] if fused is given else [given, fused]
+    turns = _turns([*before, *forms], job, seconds)
+    taken = min(forms, key=lambda form: quantile(turns[form.name], 0.5)) if turns else forms[0]
+    told = [
+        replace(_told(form, checks[form.name], turns, fused, given), taken=form in (*before, taken))
+        for form in (*before, *forms)
+    ]
+    return taken, tuple(told)
+
+
 def _turns(forms: Sequence[Form], job: Job, seconds: float) -> dict[str, list[list[float]]]:
     """Times of ``forms`` in turns, by name; empty where nothing is measured."""
-    calls = {form.name: partial(form.run, *place(job.inputs, job.device, form.dtype)) for form in forms}
+    calls = {form.name: partial(call, form.run, place(job.inputs, job.device, form.dtype)) for form in forms}
     return time_interleaved(calls, seconds=seconds, device=job.device) if seconds else {}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,8 @@ from slabformer.nn import PRepBN, RepBN
 from slabformer.surgery.fuse import fuse
 from slabformer.surgery.verify import VerifyResult, verify
 
-Inputs = tuple[Tensor, ...]
+#: positional arguments, or keyword arguments
+Inputs = tuple[Tensor, ...] | Mapping[str, Tensor]
 #: largest difference in half precision, in units of its epsilon: roundings add up over a deep model's layers
 HALF_EPSILONS = 64
 
@@ -102,7 +103,8 @@ class Fuse(Step):
 
     def build(self, form: Form, job: Job) -> Form:
         """See :class:`Step`."""
-        fused, folds = fuse(form.eager, job.inputs, fixed_size=job.fixed_size)
+        args, kwargs = ((), job.inputs) if isinstance(job.inputs, Mapping) else (job.inputs, None)
+        fused, folds = fuse(form.eager, args, kwargs, fixed_size=job.fixed_size)
         return Form("fused", f"{folds.num_folded} of {len(folds)} norms folded", fused, fused, form.dtype)
 
     def verify(self, form: Form, job: Job) -> VerifyResult:
@@ -163,7 +165,7 @@ class Compile(Step):
         program = Compiled(form.eager, job.device)
         try:
             with torch.no_grad():
-                program(*place(job.inputs, job.device, form.dtype))
+                call(program, place(job.inputs, job.device, form.dtype))
         except compile_error() as error:
             job.notes.append(f"not compiled: {str(error).strip().splitlines()[0]}")
             return None
@@ -176,7 +178,18 @@ STEPS: Sequence[Step] = (Fuse(), HalfPrecision(), ChannelsLast(), Native(), Comp
 
 def place(inputs: Inputs, device: torch.device, dtype: torch.dtype | None) -> Inputs:
     """``inputs`` on ``device``, floating point ones in ``dtype``."""
-    return tuple(x.to(device, dtype if x.is_floating_point() else None, non_blocking=True) for x in inputs)
+
+    def placed(x: Tensor) -> Tensor:
+        return x.to(device, dtype if x.is_floating_point() else None, non_blocking=True)
+
+    if isinstance(inputs, Mapping):
+        return {name: placed(x) for name, x in inputs.items()}
+    return tuple(map(placed, inputs))
+
+
+def call(run: Callable[..., Any], inputs: Inputs) -> Any:
+    """What ``run`` makes of ``inputs``."""
+    return run(**inputs) if isinstance(inputs, Mapping) else run(*inputs)
 
 
 class _InDtype(nn.Module):
@@ -187,5 +200,6 @@ class _InDtype(nn.Module):
         self.model, self.dtype = model, dtype
         self.train(False)
 
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.model(*place(inputs, inputs[0].device, self.dtype))
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        given: Inputs = named or inputs
+        return call(self.model, place(given, next(iter(named.values() or inputs)).device, self.dtype))

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from slabformer._defaults import RUNTIME_RTOL
 from slabformer._extras import require
 from slabformer._files import replaced_with
-from slabformer.export.model import quiet_exporter
+from slabformer.export.exporter import quiet_exporter
 from slabformer.measure.equality import Runtime
 from slabformer.models.cache import cache_argument
 from slabformer.surgery.verify import verify

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from slabformer._defaults import MAX_CANDIDATES, RUNTIME_PIXELS
 from slabformer._extras import require
 from slabformer._files import replaced
-from slabformer.export.model import quiet_exporter
+from slabformer.export.exporter import quiet_exporter
 from slabformer.export.static_detector import Size, StaticDetector
 from slabformer.measure.detections import Detection, DetectionAgreement, agreement_of, agreement_over
 from slabformer.models.detection.mask_rcnn import Detector

@@ -15,6 +15,6 @@ class Runtime(nn.Module):
         super().__init__()
         self.run = run
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """What ``run`` returns."""
-        return self.run(*inputs)
+        return self.run(*inputs, **named)

@@ -29,6 +29,8 @@ MEBIBYTE = 2**20
 #: consecutive calls of one variant in one round: enough of them that a round takes this long
 SHORTEST_TURN_SECONDS = 2e-3
 WARMUP_ROUNDS = 3
+#: whose versions stand beside a figure where they took part in it
+REPORTED = ("timm", "transformers", "onnxruntime", "openvino", "executorch")
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,6 @@ def _processor() -> str:
 
 def _versions() -> dict[str, str]:
     versions = {"slabformer": importlib.metadata.version("slabformer"), "torch": str(torch.__version__)}
-    used = [name for name in ("timm", "transformers") if name in sys.modules]
+    used = [name for name in REPORTED if name in sys.modules]
     versions |= {name: importlib.metadata.version(name) for name in used}
     return versions | {"python": platform.python_version()}

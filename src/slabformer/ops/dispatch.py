@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,12 @@ NARROWEST, WIDEST = 16, 128
 NATIVE_STEP = 16
 #: compute capability of the first GPUs with tensor cores for bfloat16 and TF32
 OLDEST_GPU = (8, 0)
+
+
+#: environment variable that turns kernels for GPUs on (1) or off (0)
+KERNELS = "SLABFORMER_KERNELS"
+#: GPUs, by the names that CUDA has for them, on which ``benchmarks/attention.py`` has timed the kernels
+TIMED_GPUS: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +106,42 @@ def _is_transformed() -> bool:
     return in_function_transform()
 
 
+class _Asked:
+    """What :func:`use_kernels` was asked for, in the whole process; None for nothing."""
+
+    wanted: bool | None = None
+
+
+def use_kernels(wanted: bool | None = True) -> None:
+    """Turn the Triton kernels on or off in this process; None leaves it to the environment and to what was timed.
+
+    On GPUs on which they were never timed they are off unless this, or ``SLABFORMER_KERNELS=1``, turns them on: they
+    are verified, but nobody has measured that they are faster there. Programs that are compiled already stay as they
+    are.
+    """
+    _Asked.wanted = wanted
+
+
 @assume_constant_result
 def runs_kernels(device: torch.device) -> bool:
-    """Whether ``device`` is an NVIDIA GPU with the tensor cores that the kernels use, and Triton is installed."""
+    """Whether ``device`` is an NVIDIA GPU with the tensor cores that the kernels use, Triton is installed, and they
+    were timed on it or asked for.
+
+    Raises:
+        ValueError: If ``SLABFORMER_KERNELS`` is neither 0 nor 1.
+    """
     if device.type != "cuda" or torch.version.hip is not None or not _has_triton():
         return False
-    return torch.cuda.get_device_capability(device) >= OLDEST_GPU
+    return torch.cuda.get_device_capability(device) >= OLDEST_GPU and _is_wanted(device)
+
+
+def _is_wanted(device: torch.device) -> bool:
+    if _Asked.wanted is not None:
+        return _Asked.wanted
+    said = os.environ.get(KERNELS, "")
+    if said not in ("", "0", "1"):
+        raise ValueError(f"{KERNELS} must be 0 or 1, got {said!r}")
+    return said == "1" if said else torch.cuda.get_device_name(device) in TIMED_GPUS
 
 
 @functools.cache

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slabformer.export.heads_first import EPS, split_projection
 from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.nn.resample import Grid, resample_table, resolve_grid
-
-#: of the normaliser, as in :func:`slabformer.ops.linear_attention`
-EPS = 1e-6
 
 
 class IntegerLinearAttention(nn.Module):
@@ -68,17 +66,6 @@ class IntegerLinearAttention(nn.Module):
 
     def _table(self, grid: Grid) -> Tensor:
         return self.table if grid == self.grid_size else resample_table(self.table, self.grid_size, grid)
-
-
-def split_projection(qkv: nn.Linear) -> list[nn.Linear]:
-    """Queries, keys and values projected apart: each rounded, with a range of its own, as its projection writes."""
-    parts = []
-    biases = [None] * 3 if qkv.bias is None else qkv.bias.detach().chunk(3)
-    for weight, bias in zip(qkv.weight.detach().chunk(3), biases, strict=True):
-        part = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None).to(weight)
-        part.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
-        parts.append(part)
-    return parts
 
 
 def _repeated(shared: nn.Conv2d, times: int) -> nn.Conv2d:

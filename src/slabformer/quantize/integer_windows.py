@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slabformer.export.heads_first import split_projection
 from slabformer.nn.padding import PadTokens
 from slabformer.nn.resample import Grid
 from slabformer.nn.shifted_windows import ShiftedWindowAttention
-from slabformer.quantize.integer_attention import split_projection
 
 
 class GatheredWindowAttention(nn.Module):

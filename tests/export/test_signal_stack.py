@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems' 
 
 RESTORED = """
 import ctypes
-from slabformer.quantize.signal_stack import _Stack, signal_stack_kept
+from slabformer.export.signal_stack import _Stack, signal_stack_kept
 
 libc = ctypes.CDLL(None)
 stacks = [ctypes.create_string_buffer(1 << 16) for _ in range(2)]

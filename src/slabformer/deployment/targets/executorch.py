@@ -1,0 +1,71 @@
+"""ExecuTorch: a program ``model.pte`` for phones and boards, its layers on XNNPACK."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from slabformer._defaults import Precision
+from slabformer._extras import require
+from slabformer.deployment.targets.base import Request, Target, Written
+from slabformer.export.exporter import quiet_exporter
+from slabformer.export.onnx_file import program_of
+from slabformer.export.program import Run
+from slabformer.export.refusals import unsupported
+
+FILE, EXTRA = "model.pte", "executorch"
+_require = functools.partial(require, extra=EXTRA)
+
+
+class ExecuTorch(Target):
+    """See :class:`Target`. Its runtime for Python needs torch; that of devices does not.
+
+    What XNNPACK does not take runs on ExecuTorch's portable operators, which are slow; the report says how many.
+    """
+
+    name = "executorch"
+    packages = ("executorch", "torch")
+    extra = EXTRA
+    dtypes: Sequence[Precision] = ("float32",)
+    any_batch = False  # memory is planned when the file is written
+
+    def write(self, request: Request, folder: Path) -> Written:
+        """See :class:`Target`."""
+        program = program_of(request.flat, request.signature, request.inputs)
+        partitioner = _require("executorch.backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner()
+        with quiet_exporter():
+            try:
+                edge = _require("executorch.exir").to_edge_transform_and_lower(program, partitioner=[partitioner])
+                lowered = edge.to_executorch()
+            except Exception as error:  # whatever a lowering raises
+                raise unsupported("ExecuTorch", error, program) from error
+        with (folder / FILE).open("wb") as file:
+            lowered.write_to_file(file)
+        calls = [node for node in edge.exported_program().graph.nodes if node.op == "call_function"]
+        delegated = sum("executorch_call_delegate" in str(node.target) for node in calls)
+        portable = sum("aten" in str(node.target) for node in calls)
+        return Written(did=f"{delegated} parts on XNNPACK, {portable} portable operators between them")
+
+    def load(self, folder: Path, dtype: Precision, threads: int | None = None) -> Run:
+        """See :class:`Target`."""
+        program = _require("executorch.runtime").Runtime.get().load_program(folder / FILE)
+        try:
+            method = program.load_method("forward")
+        except RuntimeError as error:
+            raise unsupported("ExecuTorch", error) from error
+
+        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [output.clone() for output in method.execute([tensor.contiguous() for tensor in tensors])]
+
+        return run
+
+    def script(self, dtype: Precision) -> str:
+        """See :class:`Target`."""
+        return """\
+import pathlib, sys, numpy, torch; from executorch.runtime import Runtime
+method = Runtime.get().load_program(pathlib.Path(__file__).with_name("model.pte")).load_method("forward")
+print(method.execute([torch.from_numpy(x) for x in numpy.load(sys.argv[1]).values()]))
+"""

@@ -1,0 +1,78 @@
+"""OpenVINO: a graph ``model.xml`` with its weights ``model.bin``, run on the CPU by openvino alone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from slabformer._defaults import Precision
+from slabformer._extras import require
+from slabformer.deployment.targets.base import Request, Target, Written
+from slabformer.export.onnx_file import norms_in, norms_in_words, program_of, write_onnx
+from slabformer.export.openvino_run import EXTRA, OpenVinoRun
+from slabformer.export.program import Run
+from slabformer.export.refusals import unsupported
+from slabformer.export.token_form import FLOAT_FORMS, token_form
+from slabformer.quantize.calibration import quantized
+from slabformer.quantize.integer_form import integer_form
+
+FILE = "model.xml"
+#: dtype -> what OpenVINO calls the arithmetic
+HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f32", "int8": "f32"}
+
+
+class OpenVino(Target):
+    """See :class:`Target`. In bfloat16 the engine rounds, and the file stays; in float16 the file alone is halved."""
+
+    name = "openvino"
+    packages = ("openvino",)
+    writers = ("onnxscript", "nncf")
+    extra = EXTRA
+    dtypes: Sequence[Precision] = ("float32", "bfloat16", "float16", "int8")
+
+    def check_dtype(self, dtype: str) -> None:
+        """See :class:`Target`; bfloat16 is the processor's matter."""
+        super().check_dtype(dtype)
+        core = require("openvino", extra=EXTRA).Core()
+        if dtype == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ValueError(f"{self.name} has no bfloat16 on this processor; use float32, float16 or int8")
+
+    def write(self, request: Request, folder: Path) -> Written:
+        """See :class:`Target`."""
+        openvino, signature = require("openvino", extra=EXTRA), request.signature
+        rewritten = integer_form if request.dtype == "int8" else partial(token_form, forms=FLOAT_FORMS)
+        flat = request.flat.over(rewritten(request.flat.model))
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / "model.onnx"
+            write_onnx(program_of(flat, signature, request.inputs), signature, path)
+            try:
+                graph = openvino.Core().read_model(path)
+            except RuntimeError as error:
+                raise unsupported("OpenVINO", error) from error
+        if request.dtype == "int8":
+            data = [[tensor.detach().cpu().numpy() for tensor in tensors] for tensors in request.calibration]
+            graph = quantized(graph, data if len(signature.inputs) > 1 else [tensors[0] for tensors in data])
+        openvino.save_model(graph, str(folder / FILE), compress_to_fp16=request.dtype == "float16")
+        left = norms_in([node.get_type_name() for node in graph.get_ops()])
+        return Written(did=f"a graph, {norms_in_words(left)}")
+
+    def load(self, folder: Path, dtype: Precision, threads: int | None = None) -> Run:
+        """See :class:`Target`."""
+        core = require("openvino", extra=EXTRA).Core()
+        try:
+            graph: Any = core.read_model(folder / FILE)
+        except RuntimeError as error:
+            raise unsupported("OpenVINO", error) from error
+        return OpenVinoRun(graph, HINTS[dtype], threads)
+
+    def script(self, dtype: Precision) -> str:
+        """See :class:`Target`."""
+        return f"""\
+import pathlib, sys, numpy, openvino
+options = {{"INFERENCE_PRECISION_HINT": "{HINTS[dtype]}"}}
+model = openvino.compile_model(pathlib.Path(__file__).with_name("model.xml"), "CPU", options)
+print(model(dict(numpy.load(sys.argv[1]))).to_tuple())
+"""

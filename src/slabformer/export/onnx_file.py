@@ -1,0 +1,135 @@
+"""A model's call as an ONNX file, and what stands in such files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slabformer._extras import require
+from slabformer.export.exporter import quiet_exporter
+from slabformer.export.refusals import unsupported
+from slabformer.export.signature import BATCH, FlatCall, Inputs, Port, Signature, in_order, like
+
+#: operators of ONNX, onnxruntime and OpenVINO that normalise
+NORMS = {
+    *("LayerNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization"),
+    *("LpNormalization", "MeanVarianceNormalization", "MVN", "SimplifiedLayerNormalization", "RMS"),
+    *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "BatchNormInference", "NormalizeL2", "GroupNorm"),
+}
+
+
+def program_of(model: nn.Module, signature: Signature, inputs: Inputs) -> torch.export.ExportedProgram:
+    """``model`` as torch.export's program, the axes that ``signature`` names of any length.
+
+    Args:
+        model: In eval mode; a :class:`FlatCall` takes ``inputs`` in order, any other module as they are.
+        signature: Of its call.
+        inputs: As for :func:`flatten`.
+
+    Raises:
+        UnsupportedError: If PyTorch cannot export it; names the operator or the line.
+    """
+    batch = torch.export.Dim(BATCH, min=1)
+    shapes: Any = [{0: batch} if BATCH in port.shape else {} for port in signature.inputs]
+    tensors = [
+        two_rows(tensor) if BATCH in port.shape else tensor
+        for port, tensor in zip(signature.inputs, in_order(inputs), strict=True)
+    ]
+    args, kwargs = tuple(tensors), {}
+    if isinstance(model, FlatCall):
+        shapes = (tuple(shapes),)
+    elif signature.keywords:
+        names = [port.name for port in signature.inputs]
+        args, kwargs, shapes = (), dict(zip(names, tensors, strict=True)), dict(zip(names, shapes, strict=True))
+    with torch.no_grad(), quiet_exporter():
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # a model's forward may raise anything
+            raise unsupported("torch.export", error) from error
+
+
+def two_rows(tensor: Tensor) -> Tensor:
+    """The first row twice: a batch of 1 would be taken for a constant."""
+    return tensor[:1].expand(2, *tensor.shape[1:]).contiguous()
+
+
+def drawn(inputs: Inputs, signature: Signature, batch_size: int, generator: torch.Generator) -> Any:
+    """``inputs`` of another batch size: floating point ones of random numbers, others of their own rows."""
+
+    def another(port: Port, tensor: Tensor) -> Tensor:
+        if BATCH not in port.shape:
+            return tensor
+        if tensor.is_floating_point():
+            return torch.randn(batch_size, *tensor.shape[1:], generator=generator).to(tensor)
+        return tensor[torch.randint(len(tensor), (batch_size,), generator=generator)]
+
+    tensors = [another(port, tensor) for port, tensor in zip(signature.inputs, in_order(inputs), strict=True)]
+    return like(inputs, tensors)
+
+
+def write_onnx(
+    program: torch.export.ExportedProgram,
+    signature: Signature,
+    path: Path,
+    *,
+    opset: int | None = None,
+    ir_version: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write ``program`` to ``path`` as ONNX.
+
+    Raises:
+        UnsupportedError: If an operator has no counterpart; names it and the line that it comes from.
+        ImportError: If onnxscript is missing; names the extra.
+    """
+    require("onnxscript", extra="export")
+    with quiet_exporter():
+        try:
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=[port.name for port in signature.inputs],
+                output_names=[port.name for port in signature.outputs],
+                opset_version=opset,
+                verbose=False,
+            )
+        except Exception as error:  # whatever a translation raises
+            raise unsupported("ONNX", error, program) from error
+    assert written is not None
+    _name_batch(written.model.graph, signature)
+    if ir_version is not None:
+        written.model.ir_version = ir_version
+    written.model.metadata_props.update(metadata or {})
+    written.save(str(path), external_data=False)
+
+
+def _name_batch(graph: Any, signature: Signature) -> None:
+    """Call the axis of any length what ``signature`` calls it, where the exporter says "s21"."""
+    ports = zip(graph.inputs, signature.inputs, strict=True)
+    symbols = {str(value.shape[0]) for value, port in ports if BATCH in port.shape}
+    for value in (*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)):
+        for axis, size in enumerate(value.shape or ()):
+            if str(size) in symbols:
+                value.shape[axis] = BATCH
+
+
+def norms_in(kinds: Sequence[str]) -> dict[str, int]:
+    """Of a graph's operators those that normalise, with how many there are."""
+    return dict(Counter(kind for kind in kinds if kind in NORMS))
+
+
+def norms_in_words(left: Mapping[str, int]) -> str:
+    """What a report says of :func:`norms_in`."""
+    return "no norm left" if not left else ", ".join(f"{count} {kind} left" for kind, count in left.items())
+
+
+def operators_of(path: Path) -> list[str]:
+    """Kinds of the operators in an ONNX file, functions inside it included."""
+    graph: Any = require("onnx", extra="export").load(str(path), load_external_data=False)
+    nodes = [*graph.graph.node, *(node for function in graph.functions for node in function.node)]
+    return [node.op_type for node in nodes]
