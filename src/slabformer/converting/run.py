@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer.converting.attention import ATTENTION, LinearAttentions, linear_again_, make_linear_
@@ -234,7 +234,7 @@ class _Start(Observer):
             observer.on_epoch({"epoch": 0, "step": 0, "gamma": 1.0, **self._run.similarity(self._run.model)})
 
 
-def freeze_unused_(distiller: Distiller, batch: Any) -> list[nn.Parameter]:
+def freeze_unused_(distiller: Distiller, batch: Any) -> list[Tensor]:
     """Take what does not move the loss, as a pooler beside hidden states, out of training; returns it.
 
     DistributedDataParallel would wait for its gradients.

@@ -87,7 +87,7 @@ def leave_pooler_out_(model: nn.Module, names: Container[str]) -> bool:
     optional = "add_pooling_layer" in inspect.signature(type(model)).parameters
     if not optional or pooler is None or any(f"pooler.{name}" in names for name in pooler.state_dict()):
         return False
-    model.pooler = None
+    model.register_module("pooler", None)
     return True
 
 
