@@ -119,17 +119,27 @@ def run(name: str, steps: int, lr: float | None, seed: int, pixels: int = IMAGE_
 
 
 def table() -> None:
-    """Write ``distil.md`` and ``distil.png`` of all runs that are there."""
+    """Write ``distil.md`` and ``distil.png`` of all runs that are there; an original's accuracies are in brackets."""
     rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("distil_*.json"))]
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(str(row.get(name, "")) for name in COLUMNS) + " |" for row in rows]
+    lines += ["| " + " | ".join(_cell(row, name) for name in COLUMNS) + " |" for row in rows]
     (RESULTS / "distil.md").write_text("\n".join(lines) + "\n")
     panels = {"cosine of the deployed form, held-out data": {_label(row): _cosines(row) for row in rows}}
     save(curves(panels, xlabel="optimizer step"), RESULTS / "distil.png")
 
 
+def _cell(row: dict[str, Any], name: str) -> str:
+    """A figure, of accuracies the original's behind it."""
+    if row.get(name) is None:
+        return ""
+    original = row["original"].get(name, 1)
+    return str(row[name]) if original == 1 else f"{row[name]} ({original:.4g})"
+
+
 def _label(row: dict[str, Any]) -> str:
-    return f"{row['model']}, {row['steps']} steps, rate {row['lr'] or 'default'}, seed {row['seed']}"
+    size = f", {row['image_size']} px" if row.get("image_size") else ""
+    rate = f", rate {row['lr']:g}" if row["lr"] else ""
+    return f"{row['model']}{size}, {row['steps']} steps{rate}, seed {row['seed']}"
 
 
 def _cosines(row: dict[str, Any]) -> tuple[list[float], list[float]]:
