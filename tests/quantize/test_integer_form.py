@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import slabformer as sf
+from slabformer.export.gathered_windows import GatheredWindowAttention
 from slabformer.export.token_form import TokenBlock, TokenLinear
 from slabformer.nn import SimplifiedLinearAttention
 from slabformer.nn.shifted_windows import ShiftedWindowAttention
 from slabformer.quantize.integer_attention import IntegerLinearAttention
 from slabformer.quantize.integer_form import integer_form
-from slabformer.quantize.integer_windows import GatheredWindowAttention
 
 
 def deit() -> nn.Module:

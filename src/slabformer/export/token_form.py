@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slabformer.export.gathered_windows import GatheredWindowAttention
 from slabformer.export.heads_first import HeadsFirstAttention, takes_heads_first
 from slabformer.models.stages import Block
 from slabformer.models.swin import PatchMerging
 from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.nn.attention_variants import PyramidLinearAttention
+from slabformer.nn.shifted_windows import ShiftedWindowAttention
 
 #: class of an attention -> what stands for it, or None for what stays
 Forms = Mapping[type[nn.Module], Callable[[Any], nn.Module | None]]
@@ -90,4 +92,8 @@ def _heads_first(attention: SimplifiedLinearAttention | PyramidLinearAttention) 
 
 
 #: in floating point
-FLOAT_FORMS: Forms = {SimplifiedLinearAttention: _heads_first, PyramidLinearAttention: _heads_first}
+FLOAT_FORMS: Forms = {
+    SimplifiedLinearAttention: _heads_first,
+    PyramidLinearAttention: _heads_first,
+    ShiftedWindowAttention: GatheredWindowAttention,
+}

@@ -2,5 +2,5 @@
 
 `openvino` calibrates, quantises and compares; begin there; `onnx_file` does it for ONNX, and `calibration` for both.
 Before anything is rounded, `integer_form` rewrites a model as integer runtimes like it, with `integer_attention` for
-linear attention and `integer_windows` for shifted windows.
+linear attention.
 """

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from slabformer.export.gathered_windows import GatheredWindowAttention
 from slabformer.export.token_form import Forms, token_form
 from slabformer.nn.attention import SimplifiedLinearAttention
 from slabformer.nn.shifted_windows import ShiftedWindowAttention
 from slabformer.quantize.integer_attention import IntegerLinearAttention
-from slabformer.quantize.integer_windows import GatheredWindowAttention
 
 FORMS: Forms = {
     SimplifiedLinearAttention: IntegerLinearAttention,

@@ -1,4 +1,4 @@
-"""Shifted windows as integer runtimes like them: cut and joined by one gather each, projections apart."""
+"""Shifted windows as engines like them: cut and joined by one gather each, projections apart."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from slabformer.nn.shifted_windows import ShiftedWindowAttention
 
 
 class GatheredWindowAttention(nn.Module):
-    """:class:`ShiftedWindowAttention` that gathers the tokens of its windows, for OpenVINO's 8-bit kernels.
+    """:class:`ShiftedWindowAttention` that gathers the tokens of its windows, for engines that take a graph as it is.
 
-    A roll is two slices and a concatenation, and no rounding is moved in front of those: shifted maps would be copied
-    about as floats, three times. Nor can one projection of queries, keys and values be rounded before they are cut
-    apart and transposed. Maps that windows do not tile, or of another size than tables are kept for, go as
+    A roll is two slices and a concatenation, and in integers no rounding is moved in front of those: shifted maps would
+    be copied about as floats, three times. Nor can one projection of queries, keys and values be rounded before they
+    are cut apart and transposed. Maps that windows do not tile, or of another size than tables are kept for, go as
     they did.
 
     Args:
