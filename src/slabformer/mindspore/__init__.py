@@ -12,28 +12,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slabformer.mindspore import cells, functions
-    from slabformer.mindspore.convert import build, from_torch, write_model
+    from slabformer.mindspore.callbacks import ProgressiveCallback
+    from slabformer.mindspore.convert import build, from_torch, runtime_of, write_model
     from slabformer.mindspore.files import load, read_checkpoint, state_of, write_checkpoint
     from slabformer.mindspore.graph import ConversionError
+    from slabformer.mindspore.zoo import create_model, load_into_torch, save_from_torch
 
 __all__ = [
     "ConversionError",
+    "ProgressiveCallback",
     "build",
     "cells",
+    "create_model",
     "from_torch",
     "functions",
     "load",
+    "load_into_torch",
     "read_checkpoint",
+    "runtime_of",
+    "save_from_torch",
     "state_of",
     "write_checkpoint",
     "write_model",
 ]
 _HOMES = {
     "ConversionError": "graph",
+    "ProgressiveCallback": "callbacks",
     "build": "convert",
+    "create_model": "zoo",
     "from_torch": "convert",
     "load": "files",
+    "load_into_torch": "zoo",
     "read_checkpoint": "files",
+    "runtime_of": "convert",
+    "save_from_torch": "zoo",
     "state_of": "files",
     "write_checkpoint": "files",
     "write_model": "convert",

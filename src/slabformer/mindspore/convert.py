@@ -140,8 +140,8 @@ def from_torch(
     example_inputs: Tensor | Sequence[Tensor],
     folder: str | Path,
     *,
-    name: str | None = None,
-    rtol: float = RTOL,
+    name: NonEmptyStr | None = None,
+    rtol: PositiveFloat = RTOL,
 ) -> Cell:
     """Write ``model`` for MindSpore: its source and its weights, ``NAME.py`` and ``NAME.ckpt`` in ``folder``.
 
