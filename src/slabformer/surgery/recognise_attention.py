@@ -37,6 +37,8 @@ NORMS, BIASES = ("q_norm", "k_norm"), ("q_bias", "v_bias")
 TABLES = ("relative_position_bias_table", "rel_pos_h", "rel_pos_w")
 #: arguments that hold them
 PASSED_BIASES = ("shared_rel_pos_bias",)
+#: attributes of layers around an attention that make biases of positions and pass them as its mask
+MAKERS = ("relative_position_bias", "shared_position_bias")
 #: what the forward of an attention may be called with; what is neither tokens, a mask of keys nor about positions must
 #: then be nothing
 TAKEN = {
@@ -124,10 +126,6 @@ def _gets_bias_as_mask(model: nn.Module, name: str) -> bool:
     around = ["", *itertools.accumulate(parts[:-1], "{}.{}".format)]
     holders = (getattr(model.get_submodule(each), attribute, None) for each in around for attribute in MAKERS)
     return any(isinstance(holder, nn.Module) for holder in holders)
-
-
-#: attributes of the layers that do so
-MAKERS = ("relative_position_bias", "shared_position_bias")
 
 
 def _recognise(module: nn.Module, bias_as_mask: bool) -> AttentionForm | Why:
