@@ -93,8 +93,8 @@ def load_into_torch(model: nn.Module, path: str | Path) -> None:
     own = model.state_dict()
     constants = {name for name, _ in model.named_buffers() if name not in own}
     state = {name: value for name, value in state.items() if name not in constants}
-    shapes = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (own, state))
-    check_fit(*shapes, type(model).__name__)
+    wanted, given = ({name: tuple(value.shape) for name, value in held.items()} for held in (own, state))
+    check_fit(wanted, given, type(model).__name__)
     model.load_state_dict(state)
 
 
