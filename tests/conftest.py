@@ -50,6 +50,13 @@ def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(dispatch.KERNELS, "1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """What tests share is the same whichever of them comes first."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _allocator() -> Iterator[None]:
     """No test changes for good how this process allocates; a process of its own shows what that does."""

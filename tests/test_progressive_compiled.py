@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 from fading import MASKS, C, Net, aligned_gradients, assert_all_close, train
 from slabformer import ProgressiveSchedule, token_mask
@@ -66,7 +68,18 @@ def test_compiled_training_equals_eager(backend: str, reentrant: bool | None) ->
     assert_all_close(train(model, steps=3, mask=MASKS["mask"]), expected, FLOAT32)
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.fixture
+def _compiles_in_checkpoints() -> None:
+    """Skip where a block without a norm of ours already fails, as with torch 2.11."""
+    block = nn.Sequential(nn.Linear(C, C), nn.Tanh())
+    block.compile(backend="eager", fullgraph=True)
+    try:
+        checkpoint(block, torch.randn(2, C, requires_grad=True), use_reentrant=False).sum().backward()
+    except RuntimeError as error:
+        pytest.skip(f"this torch compiles no block inside a checkpoint: {str(error).splitlines()[0]}")
+
+
+@pytest.mark.usefixtures("_fresh_compiler", "_compiles_in_checkpoints")
 @pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False], ids=["reentrant", "not"])
 @pytest.mark.parametrize("backend", ["eager", INDUCTOR])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TF32.*:UserWarning")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-CHECKED_WITH = ("5.14", "5.24")
+CHECKED_WITH = ("5.18", "5.24")
 
 
 class ModelHooks:

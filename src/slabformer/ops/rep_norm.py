@@ -65,7 +65,9 @@ class _RepNorm(torch.autograd.Function):
         ctx.shared, ctx.group = shared, group
         gain = weight * inv_std
         scale, shift = _materialise(gain + eta, bias - gain * mean)
-        return torch.addcmul(shift, x.to(shift.dtype), scale).to(x.dtype)
+        y = torch.addcmul(shift, x.to(shift.dtype), scale)
+        # where nothing is converted, torch 2.11 compiles the result of to() as a second output: the gradient goes there
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
