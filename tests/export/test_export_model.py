@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -15,6 +17,7 @@ from slabformer.export.model import export
 from slabformer.export.refusals import UnsupportedError
 from slabformer.measure.equality import Runtime
 from small_models import images, trained_looking
+from tolerances import PATIENCE
 
 # torch.onnx's own code warns about its own internals
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -131,6 +134,26 @@ def test_a_file_that_computes_something_else_is_refused_and_the_one_before_stays
     with pytest.raises(sf.VerificationError, match="outputs differ"):
         export(Scaled().eval(), torch.randn(1, 4), tmp_path / "model.pt2", format="pt2")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("model.pt2", "before")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit of a file's size")
+def test_a_full_disk_does_not_end_the_process(tmp_path: Path) -> None:
+    script = f"""
+import resource, signal, torch
+from slabformer.export.model import export
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model = torch.nn.Linear(16, 64).eval()
+resource.setrlimit(resource.RLIMIT_FSIZE, (4200, 4200))
+try:
+    export(model, torch.randn(1, 16), {str(tmp_path / "model.pt2")!r}, format="pt2")
+except OSError as error:
+    print(error.filename)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'model.pt2'}\n"), done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_train_mode_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,20 @@ SPLITS = [
 
 
 IMAGES = ("a.gif", "b.GIF", "c.JPG", "d.Jpeg", "e.jfif", "f.tga", "g.jp2", "h [2020].png", "i.PPM")
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file system takes both spellings for one")
+def test_classes_that_look_alike_are_told_apart_in_words(tmp_path: Path) -> None:
+    fill_classes(tmp_path / "both", {COMPOSED: 1, DECOMPOSED: 1})
+    with pytest.raises(ValueError, match=r"one class under two spellings .*'cafe\\u0301' and 'caf\\xe9'; merge them"):
+        open_source(DataConfig(path=str(tmp_path / "both")), "train")
+    fill_classes(tmp_path / "train", {COMPOSED: 1, "dog": 1})
+    fill_classes(tmp_path / "val", {DECOMPOSED: 1, "dog": 1})
+    with pytest.raises(ValueError, match=r"val has class 'cafe\\u0301', which .*train has not"):
+        open_source(DataConfig(path=str(tmp_path)), "validation")
 
 
 @pytest.mark.parametrize(("train", "validation"), SPLITS, ids=lambda name: name)
@@ -215,5 +230,5 @@ def test_no_command_waits_for_a_named_pipe(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo(name)
-    assert main([*arguments, name]) == 1
+    assert main([*arguments, name]) == 2
     assert f"{name} is a named pipe, not a regular file" in capsys.readouterr().err

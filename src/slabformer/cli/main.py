@@ -18,6 +18,7 @@ import textwrap
 import traceback
 from collections.abc import Mapping, Sequence
 
+from slabformer._listing import NotRegularError
 from slabformer.cli.suggest import did_you_mean
 
 #: verb -> (module, what it does)
@@ -55,6 +56,7 @@ GROUPS = {
 USAGE_ERRORS = (
     *(ValueError, TypeError, ImportError),
     *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError),
+    NotRegularError,
 )
 FAILURES = (RuntimeError, OSError)
 DONE, FAILURE, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143

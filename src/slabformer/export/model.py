@@ -5,6 +5,7 @@ export(deployed, images, Path("model.onnx"))       # ExportResult(path, max_rel,
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,8 +98,9 @@ def export(
 
 def _export_pt2(model: nn.Module, signature: Signature, example: Inputs, path: Path) -> nn.Module:
     program = program_of(model, signature, example)
-    with path.open("wb") as file:
+    with io.BytesIO() as file:  # torch's writer ends the process where a disk is full
         torch.export.save(program, file)
+        path.write_bytes(file.getbuffer())
     with path.open("rb") as file:
         module = torch.export.load(file).module()
     return Runtime(module.forward)  # an exported module refuses eval(), which verify calls

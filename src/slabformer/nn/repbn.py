@@ -167,7 +167,8 @@ class RepBN(KeepsFloat32, BatchNorm):
 
     def _update_running(self, moments: Moments) -> None:
         self.keep_float32()
-        if self.momentum is not None and self._since_reset is not None:  # torch 2.11 compiles no write inside checkpoints
+        # nothing is written that is there already: torch 2.11 compiles no write to a module inside a checkpoint
+        if self.momentum is not None and self._since_reset is not None:
             self._since_reset = None
         if self._since_reset is not None and (torch.compiler.is_compiling() or not in_backward()):
             self._since_reset.add(moments)

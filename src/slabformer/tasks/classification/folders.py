@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import Literal
 
@@ -56,11 +57,18 @@ def class_folders(folder: Path) -> list[str]:
     """Names of the classes: the sub-folders of ``folder``, sorted.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or two look alike and differ in their Unicode normal form alone.
     """
     classes = [place.name for place in folders_in(folder)]
     if not classes:
         raise ValueError(f"{folder} holds no classes; it needs one sub-folder of images a class")
+    seen: dict[str, str] = {}
+    for name in classes:
+        other = seen.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise ValueError(
+                f"{folder} holds one class under two spellings that look alike, {other!a} and {name!a}; merge them"
+            )
     return classes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -183,7 +184,12 @@ def _open_folder(data: DataConfig, split: Split, name: str | None) -> FolderSour
     check_classes(train or folder, classes)
     unknown = sorted(set(class_folders(folder)) - set(classes))
     if unknown:
-        raise ValueError(f"{folder} has class {unknown[0]!r}, which {train} has not; both need the same sub-folders")
+        alike = {unicodedata.normalize("NFC", name) for name in classes}
+        # an accented letter may be one character or two
+        shown = ascii if unicodedata.normalize("NFC", unknown[0]) in alike else repr
+        raise ValueError(
+            f"{folder} has class {shown(unknown[0])}, which {train} has not; both need the same sub-folders"
+        )
     present = classes if folder == train else [name for name in classes if (folder / name).is_dir()]
     if len(present) < len(classes):
         logger.warning("%s holds images of %d of %d classes", folder, len(present), len(classes))

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from slabformer._extras import require
-from slabformer._files import workspace
+from slabformer._files import errors_of, workspace
 from slabformer.tasks.classification.digits import CLASS_NAMES, DigitsSource
 from slabformer.tasks.detection.annotations import encode_mask
 from slabformer.tasks.detection.config import NUM_IMAGES, Split
@@ -72,11 +72,12 @@ def write_digits(
 
     Raises:
         FileExistsError: If there is something at ``folder``.
+        OSError: If it cannot be written, naming ``folder``.
     """
     if folder.exists():
         raise FileExistsError(f"{str(folder)!r} is there already; name a folder that is not, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with workspace(folder.parent) as place:
+    with errors_of(folder), workspace(folder.parent) as place:
         unfinished = place / folder.name
         unfinished.mkdir()
         _write_split(unfinished, "train", num_train, seed)
