@@ -14,9 +14,11 @@ from slabformer._files import as_json, write_csv, write_json
 
 SOURCE = Path(_files.__file__).parent
 #: blocks that put a file in its place when it is complete
-WHOLE = {"replaced", "replaced_with", "workspace"}
+WHOLE = {"replaced", "replaced_folder", "replaced_with", "workspace"}
 #: what may write otherwise, and why
 OTHERWISE = {
+    "deployment/targets/executorch.py": "inside a folder that appears when it is complete",
+    "deployment/targets/torch_export.py": "inside a folder that appears when it is complete",
     "export/model.py": "the caller replaces the file when it has been compared with PyTorch",
     "measure/timing.py": "a switch of the kernel in /proc",
     "models/weights/download.py": "a download goes on where it broke off",

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,18 +88,18 @@ def _target(path: Path) -> Path:
 
 
 @contextmanager
-def replaced_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def replaced_folder(path: Path, owned: Collection[str] | None = None) -> Iterator[Path]:
     """:func:`replaced` for a folder: what the block puts into the one that it gets takes ``path``'s place, as a whole.
 
     Args:
-        path: Absent, an empty folder, or with ``overwrite`` a folder whose contents go.
-        overwrite: See ``path``.
+        path: Absent, an empty folder, or one that holds nothing but files of the names ``owned``, which go.
+        owned: None where an empty folder alone may be replaced.
 
     Raises:
-        FileExistsError: If ``path`` is a file, or holds something and ``overwrite`` is false.
+        FileExistsError: As :func:`check_replaceable`.
         OSError: If it cannot be written, naming ``path``.
     """
-    check_replaceable(path, overwrite)
+    check_replaceable(path, owned)
     path.parent.mkdir(parents=True, exist_ok=True)
     with errors_of(path), workspace(path.parent) as place:
         fresh, old = place / "new", place / "old"
@@ -114,16 +114,22 @@ def replaced_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-def check_replaceable(path: Path, overwrite: bool) -> None:
+def check_replaceable(path: Path, owned: Collection[str] | None) -> None:
     """What :func:`replaced_folder` says of a ``path`` that it would not replace, before anything is made for it.
 
     Raises:
-        FileExistsError: If ``path`` is a file, or holds something and ``overwrite`` is false.
+        FileExistsError: If ``path`` is a file, holds something although ``owned`` is None, or something else than that.
     """
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{str(path)!r} is a file; give a folder")
-    if not overwrite and path.is_dir() and any(path.iterdir()):
+    held = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    if owned is None and held:
         raise FileExistsError(f"{str(path)!r} is not empty; give another folder, or say to overwrite it")
+    strangers = [name for name in held if name not in (owned or ()) or (path / name).is_dir()]
+    if strangers:
+        raise FileExistsError(
+            f"{str(path)!r} holds {strangers[0]!r}, which overwriting would delete; move it, or give another folder"
+        )
 
 
 @contextmanager

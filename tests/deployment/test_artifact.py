@@ -199,9 +199,14 @@ def test_saving_replaces_a_folder_where_asked_alone(written: Path, tmp_path: Pat
     deployed.save(target)
     with pytest.raises(FileExistsError, match="is not empty"):
         deployed.save(target)
-    (target / "of the user.txt").write_text("kept until asked")
     deployed.save(target, overwrite=True)
-    assert not (target / "of the user.txt").exists()
+    sf.load_deployed(target)
+    for make in (Path.touch, Path.mkdir):
+        (target / "of the user").unlink(missing_ok=True)
+        make(target / "of the user")
+        with pytest.raises(FileExistsError, match="holds 'of the user', which overwriting would delete"):
+            deployed.save(target, overwrite=True)
+    sf.load_deployed(target)
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file"):
         deployed.save(tmp_path / "file")

@@ -61,7 +61,7 @@ def test_a_recipe_that_is_a_bomb_is_one_line(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this platform")
 def test_a_recipe_that_is_a_named_pipe_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(tmp_path / "recipe.yaml")
-    assert main(["train", f"--config={tmp_path / 'recipe.yaml'}"]) == 1
+    assert main(["train", f"--config={tmp_path / 'recipe.yaml'}"]) == 2
     said = capsys.readouterr().err
     assert "recipe.yaml is a named pipe, not a regular file" in said
     assert said.count("\n") == 1

@@ -18,6 +18,8 @@ from slabformer.cli.parser import Parser
 from slabformer.settings import FolderToWrite, PositiveInt, Seconds, Threads
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from slabformer.deployment.deploy import Deployed
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from slabformer.tasks.saved_model import ModelInfo
 
 logger = logging.getLogger(__name__)
-PICTURE = "latency.png"
 
 
 def parser() -> Parser:
@@ -47,7 +48,7 @@ def parser() -> Parser:
     )
     made.add_argument("--dtype", type=Precision, default="float32", help="of weights and arithmetic")
     made.add_argument("--output", type=FolderToWrite, required=True, help="folder to write the deployed model to")
-    made.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
+    made.add_argument("--overwrite", action="store_true", help="replace the deployed model that is there")
     made.add_argument("--images", type=PositiveInt, default=1, help="images per batch in deployment, to time it with")
     made.add_argument("--threads", type=Threads | None, help="of every runtime; all cores by default")
     made.add_argument("--seconds", type=Seconds, default=10.0, help="time to measure for")
@@ -71,12 +72,14 @@ def run(config: Namespace) -> Outcome:
 
     import slabformer as sf
     from slabformer._files import check_replaceable
+    from slabformer.deployment.artifact import PICTURE, owned_files
     from slabformer.deployment.targets.table import usable
     from slabformer.measure.timing import num_threads
 
     if config.dtype == "int8" and config.data is None:
         raise ValueError("int8 needs images that show the ranges of activations; give --data")
-    check_replaceable(config.output, config.overwrite)  # before anything is loaded
+    owned = owned_files(config.output) if config.overwrite else None
+    check_replaceable(config.output, owned)  # before anything is loaded
     usable(config.target, config.dtype)
     config.device = "cpu"
     model, info = load_with_weights(config)
@@ -99,8 +102,9 @@ def run(config: Namespace) -> Outcome:
         overwrite=config.overwrite,
     )
     files = [config.output]
-    if _draw(config, info, deployed):
-        files.append(config.output / PICTURE)
+    picture = config.output / PICTURE
+    if _draw(config, info, deployed, picture):
+        files.append(picture)
     shown: list[Any] = [Text(deployed.report.table()), *([_table(results)] if results else [])]
     return Outcome(data={**deployed.report.to_dict(), **results}, shown=shown, files=files)
 
@@ -127,7 +131,7 @@ def _preprocessing(info: ModelInfo) -> dict[str, Any]:
     }
 
 
-def _draw(config: Namespace, info: ModelInfo, deployed: Deployed) -> bool:
+def _draw(config: Namespace, info: ModelInfo, deployed: Deployed, to: Path) -> bool:
     """The bar chart, where there is matplotlib and something was measured."""
     from slabformer.figures.plots import latency_bars, save
 
@@ -144,7 +148,7 @@ def _draw(config: Namespace, info: ModelInfo, deployed: Deployed) -> bool:
     except ImportError as error:
         logger.warning("no bar chart: %s", error)
         return False
-    save(figure, config.output / PICTURE)
+    save(figure, to)
     return True
 
 

@@ -5,7 +5,8 @@ artifact.json       inputs, outputs, preprocessing, class names, and what it nee
 report.json         steps, figures, and the machine on which they were measured
 example.npz         inputs to try it on, and expected.npz what the model made of them
 run.py              three lines that run it with the runtime alone: python run.py example.npz
-SHA256SUMS          of all other files: sha256sum -c SHA256SUMS
+SHA256SUMS          of all these files: sha256sum -c SHA256SUMS
+latency.png         the targets that `slab deploy` timed
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ MANIFEST, REPORT, EXAMPLE, EXPECTED, SCRIPT, SUMS = (
     "run.py",
     "SHA256SUMS",
 )
+#: what `slab deploy` draws beside it afterwards
+PICTURE = "latency.png"
 #: of the folder's layout; another one is refused
 FORMAT = 1
 SUM = re.compile(r"([0-9a-f]{64})  ([\w.\-]+)")
@@ -118,14 +121,14 @@ def save_artifact(
         report: How it was made and measured.
         example: Inputs in order.
         expected: Outputs of the model for them, in order.
-        overwrite: Replace what ``folder`` holds.
+        overwrite: Replace a folder that this wrote.
 
     Raises:
-        FileExistsError: If ``folder`` is a file, or not empty without ``overwrite``.
+        FileExistsError: If ``folder`` is a file, holds files of others, or is not empty without ``overwrite``.
         OSError: If it cannot be written.
     """
     numpy, signature = require("numpy", extra="export"), manifest.signature
-    with replaced_folder(folder, overwrite) as fresh:
+    with replaced_folder(folder, owned_files(folder) if overwrite else None) as fresh:
         for file in program.iterdir():
             shutil.copy2(file, fresh / file.name)
         _save_arrays(numpy, fresh / EXAMPLE, signature.inputs, example)
@@ -202,6 +205,15 @@ def _check_example(model: LoadedModel) -> None:
             f"{model.folder} computes something else here than where it was written: {error}; "
             "write it again on this machine with `slab deploy`"
         ) from error
+
+
+def owned_files(folder: Path) -> set[str]:
+    """Names of the files of the deployed model in ``folder``, by its checksums; none where there is none."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return set()
+    return {SUMS, PICTURE, *(match[2] for line in lines if (match := SUM.fullmatch(line)))}
 
 
 def _check_sums(folder: Path) -> None:

@@ -131,13 +131,13 @@ class Deployed(nn.Module):
             path: The folder.
             preprocessing: How images become inputs, to be kept beside the program.
             class_names: By label, to be kept too.
-            overwrite: Replace what the folder holds.
+            overwrite: Replace the deployed model that is there.
 
         Returns:
             ``path``.
 
         Raises:
-            FileExistsError: If ``path`` is a file, or not empty without ``overwrite``.
+            FileExistsError: If ``path`` is a file, holds files of others, or is not empty without ``overwrite``.
             UnsupportedError: If torch.export does not take the model.
         """
         form = self._form
