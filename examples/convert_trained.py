@@ -3,7 +3,7 @@
     python examples/convert_trained.py
     python examples/convert_trained.py --weights runs/quickstart/baseline.safetensors   # skip the first training
 
-The loop is plain PyTorch, as it would be yours; slabformer is the five lines that start with ``sf.``.
+The loop is plain PyTorch, as it would be yours; slabformer is the lines with ``sf.``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(epochs: int = 60, weights: Path | None = None, seed: int = 0) -> Outcom
     )
     model = timm.create_model("deit_micro", img_size=16, patch_size=4)
     if weights is None:
-        fit(model, train_loader, epochs, lr=2e-3)
+        fit(model, train_loader, epochs)
     else:
         from safetensors.torch import load_file
 
@@ -52,7 +52,8 @@ def main(epochs: int = 60, weights: Path | None = None, seed: int = 0) -> Outcom
     before = accuracy(model, test_loader)
 
     sf.convert_norms_(model)
-    fit(model, train_loader, round(SHARE_OF_BUDGET * epochs), lr=1e-3)
+    sf.fit_norms_(model, train_loader, num_batches=4)
+    fit(model, train_loader, round(SHARE_OF_BUDGET * epochs))
     sf.recalibrate_(model, train_loader)
     images = next(iter(test_loader))[0]
     fused, report = sf.fuse(model.eval(), images)
@@ -60,13 +61,13 @@ def main(epochs: int = 60, weights: Path | None = None, seed: int = 0) -> Outcom
     return Outcome(before, accuracy(fused, test_loader), difference, report.num_kept)
 
 
-def fit(model: nn.Module, loader: Loader, epochs: int, lr: float) -> None:
-    """Train ``model``; if it holds PRepBNs, their LayerNorms fade over the first 60 % of the steps."""
+def fit(model: nn.Module, loader: Loader, epochs: int, lr: float = 2e-3) -> None:
+    """Train ``model``; if it holds PRepBNs, their LayerNorms fade over the first 20 % of the steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
     steps = epochs * len(loader)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
     has_norms_to_fade = any(isinstance(module, sf.PRepBN) for module in model.modules())
-    schedule = sf.ProgressiveSchedule(model, steps, fade=0.6, optimizer=optimizer) if has_norms_to_fade else None
+    schedule = sf.ProgressiveSchedule(model, steps, fade=0.2, optimizer=optimizer) if has_norms_to_fade else None
     model.train()
     for epoch in range(epochs):
         loader.set_epoch(epoch)

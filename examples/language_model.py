@@ -38,14 +38,14 @@ class Outcome:
     text_of_saved: str
 
 
-def main(architecture: str = "llama", steps: int = 200, output: Path = Path("runs/language_model")) -> Outcome:
+def main(architecture: str = "llama", steps: int = 300, output: Path = Path("runs/language_model")) -> Outcome:
     """Train a small model of ``architecture``, take its norms away, and write with what is left."""
     set_seed(0)
     blocks = bytes_of_documentation()
     examples = [{"input_ids": block, "labels": block} for block in blocks]
     model = small_model(architecture)
 
-    sf.convert_norms_(model, eta="published")  # shallow, from random weights: the skip learns faster (docs/log.md)
+    sf.convert_norms_(model)
     trainer = Trainer(model, settings(output, steps), train_dataset=examples, callbacks=[ProgressiveCallback()])
     trainer.train()
     sf.recalibrate_(model, trainer.get_train_dataloader(), num_batches=20)
@@ -98,7 +98,7 @@ def write(model: PreTrainedModel) -> str:
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     arguments.add_argument("--architecture", default="llama", help="llama, mistral, qwen2 ...")
-    arguments.add_argument("--steps", type=int, default=200, help="of the optimizer")
+    arguments.add_argument("--steps", type=int, default=300, help="of the optimizer")
     arguments.add_argument("--output", type=Path, default=Path("runs/language_model"), help="folder to write")
     outcome = main(**vars(arguments.parse_args()))
     print(f"loss {outcome.losses[0]:.2f} to {outcome.losses[-1]:.2f}; {outcome.norms_folded} norms folded")

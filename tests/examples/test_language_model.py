@@ -22,8 +22,8 @@ def example() -> ModuleType:
 def test_every_norm_goes_and_the_saved_model_writes_the_same(
     example: ModuleType, architecture: str, tmp_path: Path
 ) -> None:
-    outcome = example.main(architecture, steps=30, output=tmp_path)
-    assert outcome.losses[-1] < outcome.losses[0] - 0.5
+    outcome = example.main(architecture, steps=100, output=tmp_path)
+    assert outcome.losses[-1] < outcome.losses[0] - 1
     assert (outcome.norms_folded, outcome.norms_left) == (5, 0)
     assert 0 < outcome.fused_difference <= 1e-5
     assert outcome.text.startswith(example.PROMPT)
