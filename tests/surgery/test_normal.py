@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +81,34 @@ def test_audits_do_not_depend_on_the_mode(mode: object) -> None:
     expected = sf.audit(model, batches=batches)
     with mode():
         assert sf.audit(model, batches=batches).costs == expected.costs
+
+
+@pytest.fixture
+def sharded() -> Iterator[nn.Module]:
+    """A faded model whose parameters are DTensors, on one rank."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = faded().eval()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+        yield model
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("surgery", [sf.fuse, sf.audit, sf.deploy])
+def test_sharded_models_are_refused_by_the_first_such_tensor(sharded: nn.Module, surgery: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"embed\.weight is sharded over ranks"):
+        surgery(sharded, torch.randn(4, 5, 6))
+
+
+@pytest.mark.parametrize("surgery", [sf.fuse, sf.deploy, lambda model, x: sf.verify(model, model, x)])
+def test_models_without_values_are_refused(surgery: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="is on the meta device and has no values; load the weights first"):
+        surgery(faded().eval().to("meta"), torch.randn(4, 5, 6))

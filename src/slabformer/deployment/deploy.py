@@ -28,6 +28,7 @@ from slabformer.measure import allocator
 from slabformer.measure.timing import Machine, quantile, ratio, time_interleaved
 from slabformer.nn.device import Device
 from slabformer.settings import ClassNames, Seconds, checked
+from slabformer.surgery.normal import need_unsharded, need_values
 from slabformer.surgery.recalibrate import recalibrate_
 from slabformer.surgery.verify import VerifyResult
 
@@ -217,6 +218,8 @@ def deploy(
     """
     if model.training:
         raise ValueError("deploy needs eval mode, got a model in train mode; call model.eval() first")
+    need_unsharded(model)
+    need_values(model)
     if dtype is not None and not dtype.is_floating_point and (target is None or dtype != torch.int8):
         raise ValueError(
             f"dtype must be a floating point type, got {dtype}; quantise what deploy returns, or for a target"

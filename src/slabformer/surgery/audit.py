@@ -29,7 +29,7 @@ from slabformer.surgery.fuse.tree.copies import Example, deployed_copy, quiet
 from slabformer.surgery.fuse.tree.fold import set_module
 from slabformer.surgery.fuse.tree.norms import Norm, find_norms, tail_of
 from slabformer.surgery.fuse.tree.sharing import Untied
-from slabformer.surgery.normal import makes_ordinary_tensors
+from slabformer.surgery.normal import makes_ordinary_tensors, need_unsharded
 from slabformer.surgery.reasons import Reason, Why
 from slabformer.surgery.sensitivity import NormCost, Outputs, norm_costs
 
@@ -132,6 +132,7 @@ def audit(
         ValueError: If the model has nothing that looks like a norm, or cannot be copied; with data as
             :func:`slabformer.surgery.sensitivity.norm_costs`.
     """
+    need_unsharded(model)
     costs: tuple[NormCost, ...] = ()
     plan: ConversionPlan | None = None
     if batches is not None:

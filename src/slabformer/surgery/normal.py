@@ -1,4 +1,4 @@
-"""Surgery makes ordinary tensors, whatever switches of torch its caller has thrown."""
+"""Surgery makes ordinary tensors, whatever switches of torch its caller has thrown, and needs ordinary ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,3 +29,27 @@ def makes_ordinary_tensors(function: F) -> F:
             return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]
+
+
+def need_unsharded(model: nn.Module) -> None:
+    """Refuse a model whose tensors are spread over ranks.
+
+    Raises:
+        ValueError: Naming the first such tensor.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):  # importing the class costs seconds
+            raise ValueError(
+                f"{name} is sharded over ranks (DTensor); load the full state dict into an unsharded model first"
+            )
+
+
+def need_values(model: nn.Module) -> None:
+    """Refuse a model on the meta device.
+
+    Raises:
+        ValueError: Naming the first tensor without values.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values; load the weights first")

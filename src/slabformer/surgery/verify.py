@@ -16,6 +16,7 @@ from slabformer.ops.precision import wide, widened, widened_on_use
 from slabformer.settings import NonNegativeFloat, checked
 from slabformer.surgery.batches import eval_mode
 from slabformer.surgery.fuse.tree.copies import Example, copy_model
+from slabformer.surgery.normal import need_values
 from slabformer.surgery.outputs import Plain, first_line, leaves, why_not_comparable
 
 #: two computations of one function round apart: how many of its own distances to float64 they may lie apart
@@ -93,12 +94,14 @@ def verify(
 
     Raises:
         VerificationError: If outputs differ by more, in structure, shape or dtype, or are finite in one model only.
-        ValueError: If there is nothing to compare: no input, no tensor in the outputs, or an output of the reference
-            that holds NaN or nothing finite.
+        ValueError: If a model is on the meta device, or there is nothing to compare: no input, no tensor in the
+            outputs, or an output of the reference that holds NaN or nothing finite.
     """
     cases = inputs if isinstance(inputs, list) else [inputs]
     if not cases:
         raise ValueError("verify needs at least one input, got an empty list")
+    for model in (reference, candidate):
+        need_values(model)
     with torch.no_grad(), eval_mode(reference), eval_mode(candidate):
         expected = [_run(reference, case) for case in cases]
         _check_comparable(type(reference).__name__, expected)

@@ -21,6 +21,7 @@ from slabformer.nn.prepbn import PRepBN
 from slabformer.nn.statistics import check_statistics
 from slabformer.surgery.fuse.tree.copies import Example, Output, Watched, deployed_copy, hooked, quiet
 from slabformer.surgery.fuse.tree.norms import Norm, find_norms
+from slabformer.surgery.normal import need_unsharded, need_values
 from slabformer.surgery.outputs import first_line, tensors_of
 
 #: wrappers by class name, so that none of them need be imported, and what to pass instead
@@ -114,15 +115,14 @@ def _check_parameters(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.startswith(("torch.ao.nn.", "torchao.")):
             raise ValueError(f"{name} is quantised ({type(module).__name__}); fuse first, quantise afterwards")
+    need_unsharded(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             raise ValueError(f"{name} has no shape yet; run the model once first")
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and has no values; load the weights first")
+    need_values(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if type(tensor) not in (nn.Parameter, Tensor):
-            raise ValueError(
-                f"{name} is a {type(tensor).__name__}; fuse needs plain tensors (fuse before sharding or quantising)"
-            )
+            raise ValueError(f"{name} is a {type(tensor).__name__}; fuse needs plain tensors (fuse before quantising)")
         is_byte = tensor.element_size() == 1 and tensor.dtype != torch.bool
         if tensor.is_quantized or (isinstance(tensor, nn.Parameter) and is_byte):
             raise ValueError(f"{name} is quantised ({tensor.dtype}); fuse first, quantise afterwards")
