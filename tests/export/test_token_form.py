@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import slabformer as sf
+from redrawn import redrawn
 from slabformer.export.heads_first import HeadsFirstAttention
 from slabformer.export.token_form import FLOAT_FORMS, TokenBlock, TokenLinear, token_form
 from slabformer.nn import SimplifiedLinearAttention
@@ -46,13 +47,8 @@ def test_models_compute_the_same_and_the_original_stays(
         assert not any(isinstance(module, kind) for module in model.modules())
 
 
-def redrawn(**kwargs: object) -> SimplifiedLinearAttention:
-    torch.manual_seed(0)
-    attention = SimplifiedLinearAttention(24, 3, grid_size=(4, 6), **kwargs).eval()
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.normal_()
-    return attention
+def attention_of(**kwargs: object) -> SimplifiedLinearAttention:
+    return redrawn(SimplifiedLinearAttention(24, 3, grid_size=(4, 6), **kwargs), std=1)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +57,7 @@ def redrawn(**kwargs: object) -> SimplifiedLinearAttention:
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3)], ids=["own grid", "another"])
 @torch.no_grad()
 def test_tokens_come_out_the_same(kwargs: dict[str, object], grid: tuple[int, int]) -> None:
-    attention = redrawn(**kwargs)
+    attention = attention_of(**kwargs)
     x = torch.randn(2, grid[0] * grid[1], 24)
     expected = attention.double()(x.double(), grid_size=grid)
     actual = HeadsFirstAttention(attention)(x.double(), grid_size=grid)
@@ -71,6 +67,6 @@ def test_tokens_come_out_the_same(kwargs: dict[str, object], grid: tuple[int, in
 def test_masks_are_refused_and_half_precision_stays() -> None:
     x, mask = torch.randn(1, 24, 24), torch.ones(1, 24, dtype=torch.bool)
     with pytest.raises(ValueError, match="takes no mask"):
-        HeadsFirstAttention(redrawn())(x, attn_mask=mask)
-    half = token_form(nn.Sequential(redrawn()).bfloat16(), FLOAT_FORMS)
+        HeadsFirstAttention(attention_of())(x, attn_mask=mask)
+    half = token_form(nn.Sequential(attention_of()).bfloat16(), FLOAT_FORMS)
     assert isinstance(half[0], LinearAttentionCore)

@@ -16,7 +16,7 @@ from fusing import X, net, norm, ready
 from slabformer.nn import RepBN
 from slabformer.ops import precision
 from slabformer.surgery.fuse import fuse, fuse_
-from slabformer.surgery.fuse.tree import fold
+from slabformer.surgery.fuse.tree import values
 
 
 def model() -> nn.Module:
@@ -78,7 +78,7 @@ def deep(width: int, depth: int) -> nn.Module:
 def test_weights_that_are_widened_on_use_fold_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     model_, x = ready(deep(6, 3), torch.float32), X.float()
     expected, known = fuse(model_, x)
-    for module in (precision, fold):
+    for module in (precision, values):
         monkeypatch.setattr(module, "WIDE_ON_USE_FROM", 1)
     fused, report = fuse(model_, x)
     assert report.num_folded == 3

@@ -11,7 +11,7 @@ from slabformer.surgery.fuse.consumers import Site
 from slabformer.surgery.fuse.graph.flow import upstream
 from slabformer.surgery.fuse.graph.rules import FOLLOW, Call, Labels, along, channel_labels, chosen, moved, same
 from slabformer.surgery.fuse.graph.trace import Trace, located
-from slabformer.surgery.fuse.tree.fold import Part
+from slabformer.surgery.fuse.tree.plan import Part
 from slabformer.surgery.fuse.tree.sharing import display
 from slabformer.surgery.reasons import Reason, RefusalError
 

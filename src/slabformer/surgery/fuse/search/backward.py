@@ -33,8 +33,8 @@ from slabformer.surgery.fuse.graph.parts import name_of
 from slabformer.surgery.fuse.graph.rules import channel_labels
 from slabformer.surgery.fuse.graph.trace import LAYER, NORM, PAD, Trace, describe
 from slabformer.surgery.fuse.search.neighbours import Neighbours
-from slabformer.surgery.fuse.tree.fold import SCALES, Role, Target, scale_of
 from slabformer.surgery.fuse.tree.norms import Norm
+from slabformer.surgery.fuse.tree.plan import SCALES, Role, Target, scale_of
 from slabformer.surgery.fuse.tree.sharing import display
 from slabformer.surgery.reasons import Reason, RefusalError, Why
 

@@ -16,9 +16,10 @@ from slabformer.surgery.fuse.search.backward import Sources
 from slabformer.surgery.fuse.search.neighbours import Found, Neighbours, has_hooks
 from slabformer.surgery.fuse.search.stream import stream_targets
 from slabformer.surgery.fuse.tree.copies import Example, deployed_copy
-from slabformer.surgery.fuse.tree.fold import Edit, Plan, Role, Target, gain_of, maps_after, share, tensor_at
 from slabformer.surgery.fuse.tree.norms import Norm, Pad, find_norms
+from slabformer.surgery.fuse.tree.plan import Edit, Plan, Role, Target, share
 from slabformer.surgery.fuse.tree.sharing import Untied
+from slabformer.surgery.fuse.tree.values import gain_of, maps_after, tensor_at
 from slabformer.surgery.reasons import Reason, RefusalError, Why
 
 #: reasons whose words begin with the norm's output

@@ -17,8 +17,8 @@ from slabformer.surgery.fuse.graph.rules import along, channel_labels
 from slabformer.surgery.fuse.graph.trace import LAYER, NORM, PAD, Trace, describe
 from slabformer.surgery.fuse.search.wrappers import Wrappers
 from slabformer.surgery.fuse.tree.copies import WATCHED
-from slabformer.surgery.fuse.tree.fold import SCALES, Part, Role, Target
 from slabformer.surgery.fuse.tree.norms import Norm, find_layers, find_pads
+from slabformer.surgery.fuse.tree.plan import SCALES, Part, Role, Target
 from slabformer.surgery.fuse.tree.sharing import Owners, display
 from slabformer.surgery.one_input import OneInput
 from slabformer.surgery.reasons import Reason, RefusalError

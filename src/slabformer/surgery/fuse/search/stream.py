@@ -20,8 +20,8 @@ from slabformer.surgery.fuse.graph.flow import End, downstream, is_written, oper
 from slabformer.surgery.fuse.graph.rules import FOLLOW, along, channel_labels, unread
 from slabformer.surgery.fuse.graph.trace import LAYER, NORM, Trace, describe
 from slabformer.surgery.fuse.search.neighbours import Neighbours
-from slabformer.surgery.fuse.tree.fold import Part, Role, Target
 from slabformer.surgery.fuse.tree.norms import Norm
+from slabformer.surgery.fuse.tree.plan import Part, Role, Target
 from slabformer.surgery.reasons import Reason, RefusalError, Why
 
 aten = torch.ops.aten

@@ -14,8 +14,10 @@ from slabformer._process import alone
 from slabformer._torch import DispatchMode, tree_leaves
 from slabformer.ops.precision import wide, widened
 from slabformer.surgery.fuse.tree.copies import Example, copy_model, deployed_copy, quiet
-from slabformer.surgery.fuse.tree.fold import Edit, Plan, Solution, commit
+from slabformer.surgery.fuse.tree.fold import commit
 from slabformer.surgery.fuse.tree.norms import Norm, find_norms
+from slabformer.surgery.fuse.tree.plan import Edit, Plan
+from slabformer.surgery.fuse.tree.values import Solution
 from slabformer.surgery.outputs import Plain, first_line, leaves, why_not_comparable
 from slabformer.surgery.reasons import Reason, Why
 
