@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +60,7 @@ def has_kernel(q: Tensor, k: Tensor, v: Tensor, native: bool = False, also: Iter
 
     Those for GPUs have a gradient, but neither a second one nor forward-mode derivatives: under :mod:`torch.func` and
     forward mode the answer is no. For a gradient of the gradient, ask :func:`slabformer.ops.linear_attention` for an
-    order. Those for CPUs have none, and exported programs do without them.
+    order. Those for CPUs have none, and exported programs do without them but in :func:`native_in_programs`.
 
     Args:
         q: Queries.
@@ -95,8 +97,21 @@ def _is_plain(tensor: Tensor | None) -> bool:
 
 
 def _is_written_out() -> bool:
-    """Whether what runs becomes a program for other machines."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    """Whether what runs becomes a program that others must be able to run without C++ of ours."""
+    return not _brings_native.get() and (torch.compiler.is_exporting() or torch.jit.is_tracing())
+
+
+_brings_native: ContextVar[bool] = ContextVar("brings_native", default=False)
+
+
+@contextmanager
+def native_in_programs() -> Iterator[None]:
+    """Inside the block, exported programs call the C++ attention: for whoever ships it with them."""
+    token = _brings_native.set(True)
+    try:
+        yield
+    finally:
+        _brings_native.reset(token)
 
 
 def _is_transformed() -> bool:

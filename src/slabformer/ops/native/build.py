@@ -39,20 +39,35 @@ def library(source: str, **defines: str | int) -> ctypes.CDLL:
     Raises:
         BuildError: If there is no compiler, it fails, or others may have written what lies in the cache.
     """
-    path = Path(__file__).with_name(source)
-    macros = [f"-D{name}={value}" for name, value in defines.items()]
-    target = _cache_folder() / f"{path.stem}-{_key(path, macros)}.so"
-    if not target.is_file() and not target.is_symlink():
-        _build(path, macros, target)
-    _check_owned(target)
+    target = built(source, **defines)
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:
         raise BuildError(f"{target} cannot be loaded ({error}); remove it, and it is built again") from error
 
 
-def _build(path: Path, macros: Sequence[str], target: Path) -> None:
-    command = [*compiler(), *FLAGS, arch_flag(), *macros, str(path)]
+def built(source: str, flags: Sequence[str] = (), **defines: str | int) -> Path:
+    """The file ``source`` of this folder as a library in the cache, built where it is not there.
+
+    Args:
+        source: Its name.
+        flags: Of the compiler, besides those of every file.
+        defines: Macros that it is built with.
+
+    Raises:
+        BuildError: As :func:`library`.
+    """
+    path = Path(__file__).with_name(source)
+    options = [*flags, *(f"-D{name}={value}" for name, value in defines.items())]
+    target = _cache_folder() / f"{path.stem}-{_key(path, options)}.so"
+    if not target.is_file() and not target.is_symlink():
+        _build(path, options, target)
+    _check_owned(target)
+    return target
+
+
+def _build(path: Path, options: Sequence[str], target: Path) -> None:
+    command = [*compiler(), *FLAGS, arch_flag(), str(path), *options]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         beside = Path(folder) / target.name
         for openmp in ([OPENMP], []):
@@ -107,13 +122,17 @@ def arch_flag() -> str:
     return "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
 
 
-def _key(path: Path, macros: Sequence[str]) -> str:
+def _key(path: Path, options: Sequence[str]) -> str:
     """Differs where what is built could: homes are shared between machines."""
     command = compiler()
     version = _run_compiler([*command, "--version"]).stdout
-    sources = [each.read_text() for each in (path, *sorted(path.parent.glob("*.h")))]
-    parts = [*sources, *macros, *FLAGS, arch_flag(), *command, version, platform.platform(), _processor()]
+    parts = [*sources(path.parent), path.name, *options, *FLAGS, arch_flag(), *command, version, platform.platform(), _processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def sources(folder: Path = Path(__file__).parent) -> list[str]:
+    """Every file in C++ of ``folder``: they include one another."""
+    return [each.read_text() for each in sorted((*folder.glob("*.cpp"), *folder.glob("*.h")))]
 
 
 def _processor() -> str:

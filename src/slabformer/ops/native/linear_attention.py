@@ -107,13 +107,13 @@ def _run(
     others = {"table": table, "mask": mask, "q_bias": q_bias, "v_bias": v_bias, "taps": taps, "bias": bias}
     _check(q, k, v, others, grid_size)
     if not B * num_heads * N * M:
-        return _outputs(q, k, v).zero_()  # no token, or no key that a query could meet
+        return empty_outputs(q, k, v).zero_()  # no token, or no key that a query could meet
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     table = table if table is None or table.stride(3) == 1 else table.contiguous()
     mask, q_bias, v_bias, taps, bias = (
         None if t is None else t.contiguous() for t in (mask, q_bias, v_bias, taps, bias)
     )
-    out = _outputs(q, k, v)
+    out = empty_outputs(q, k, v)
     grid = grid_size if kernel_size else (0, 0)
     sizes = [B, num_heads, N, M, kernel_size, *grid, 1 if taps is None else len(taps)]
     strides = [stride for t in (q, k, v, out) for stride in t.stride()[:3]]
@@ -154,14 +154,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, others: Mapping[str, Tensor | None],
         raise ValueError(f"a convolution needs {N} queries and {M} keys on one grid, got grid_size {tuple(grid_size)}")
 
 
-def _outputs(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-    """In memory tokens come before heads, as the projection behind reads them."""
+def empty_outputs(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    """Memory for what the operator returns: tokens come before heads, as the projection behind reads them."""
     B, num_heads, N = q.shape[:3]
     return q.new_empty((B, N, num_heads, v.shape[3])).transpose(1, 2)
 
 
 _LIBRARY.impl("linear_attention_native", _run, "CPU")
-torch.library.register_fake("slabformer::linear_attention_native", _outputs, lib=_LIBRARY)
+torch.library.register_fake("slabformer::linear_attention_native", empty_outputs, lib=_LIBRARY)
 
 
 @register_flop_formula(torch.ops.slabformer.linear_attention_native)
