@@ -20,7 +20,8 @@ from slabformer.nn.controls import prepbn_modules, repbn_modules
 from slabformer.tasks.saved_model import ModelInfo, load_model, save_model
 
 DATA = (
-    *("py.typed", "quickstart/report.html.in", "ops/native/linear_attention.cpp", "ops/native/vectors.h"),
+    *("py.typed", "quickstart/report.html.in", "ops/native/linear_attention.cpp", "ops/native/operator.cpp"),
+    "ops/native/vectors.h",
     *("recipes/digits.yaml", "recipes/detection_digits.yaml", "recipes/llama_micro_prepbn.yaml"),
 )
 

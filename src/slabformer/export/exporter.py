@@ -11,6 +11,7 @@ from slabformer._process import alone, no_logs
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """The exporter's own log lines about registries and opsets are not for our users."""
-    with alone, no_logs("torch.onnx", "torch.fx", "torch.export", "onnxscript", "onnx_ir", below=logging.ERROR):
+    """The exporter's own log lines about registries, opsets and missing GPUs are not for our users."""
+    names = ("torch.onnx", "torch.fx", "torch.export", "torch.utils.cpp_extension", "onnxscript", "onnx_ir")
+    with alone, no_logs(*names, below=logging.ERROR):
         yield

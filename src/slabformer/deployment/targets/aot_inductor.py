@@ -58,8 +58,8 @@ class AotInductor(Target):
     def script(self, dtype: Precision) -> str:
         """See :class:`Target`."""
         return """\
-import pathlib, sys, numpy, torch; here = pathlib.Path(__file__).parent; [*map(torch.ops.load_library, here.glob("*.so"))]
-program = torch._inductor.aoti_load_package(str(here / "model.pt2"))
+import pathlib, sys, numpy, torch; here = pathlib.Path(__file__).parent
+program = [*map(torch.ops.load_library, here.glob("*.so")), torch._inductor.aoti_load_package(here / "model.pt2")][-1]
 print(program(*(torch.from_numpy(x) for x in numpy.load(sys.argv[1]).values())))
 """
 

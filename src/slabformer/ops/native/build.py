@@ -126,7 +126,17 @@ def _key(path: Path, options: Sequence[str]) -> str:
     """Differs where what is built could: homes are shared between machines."""
     command = compiler()
     version = _run_compiler([*command, "--version"]).stdout
-    parts = [*sources(path.parent), path.name, *options, *FLAGS, arch_flag(), *command, version, platform.platform(), _processor()]
+    parts = [
+        *sources(path.parent),
+        path.name,
+        *options,
+        *FLAGS,
+        arch_flag(),
+        *command,
+        version,
+        platform.platform(),
+        _processor(),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
