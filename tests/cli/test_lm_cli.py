@@ -105,6 +105,21 @@ def test_somebody_elses_model_is_fused_and_taken_by_the_other_verbs(
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("architecture", ["slab_llama", "llama", "mistral"])
+def test_streaming_writes_the_same_weights(architecture: str, tmp_path: Path) -> None:
+    model = trained_looking() if architecture == "slab_llama" else somebody_elses(architecture)
+    save_model_folder(model.bfloat16(), None, tmp_path / "model")
+    assert lm("fuse", tmp_path / "model", "--bf16", "--output", tmp_path / "whole") == 0
+    assert lm("fuse", tmp_path / "model", "--stream", "--output", tmp_path / "streamed") == 0
+    assert sorted(p.name for p in (tmp_path / "streamed").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+    streamed = load_model_folder(tmp_path / "streamed", torch.bfloat16).state_dict()
+    whole = load_model_folder(tmp_path / "whole", torch.bfloat16).state_dict()
+    assert streamed.keys() == whole.keys()
+    assert all(torch.equal(streamed[name], whole[name]) for name in whole)
+
+
 def test_a_folder_without_tokenizer_is_fused_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -193,6 +208,11 @@ def test_the_published_folder_is_imported(fuse: bool, tmp_path: Path, capsys: py
         (["eval", "MODEL", "--data", "pydoc", "--stride", 64], "stride must be in [1, 63]"),
         (["fuse", "FADING", "--output", "out"], "still holds its RMSNorms (gamma is 0.5)"),
         (["import", "nowhere", "--output", "out"], "folder must be a folder that exists, got 'nowhere'"),
+        (
+            ["fuse", "MODEL", "--stream", "--bf16", "--output", "out"],
+            "--stream keeps the dtype that the weights are stored",
+        ),
+        (["fuse", "MODEL", "--stream", "--device", "meta", "--output", "out"], "leave out --device meta"),
         (["fuse", "MODEL", "--output", "BYTES"], "--output must be a folder to write into, but"),
         (["generate", "MODEL", "--file", "BYTES"], "is no text in UTF-8 (invalid start byte at byte 0)"),
         (["eval", "MODEL", "--tasks", "BYTES"], "is no text in UTF-8"),

@@ -561,3 +561,23 @@ def test_a_norm_with_an_optional_input_folds_and_is_called_as_before(tmp_path: P
     assert_close(fused(x), model(x), FLOAT32)
     save_fused(fused, tmp_path / "fused.safetensors")
     assert_close(load_fused(Head().eval(), tmp_path / "fused.safetensors")(x), model(x), FLOAT32)
+
+
+def test_a_wide_norm_is_recognised_without_the_square_of_its_width() -> None:
+    width = 4096
+
+    class Gain(nn.Module):
+        """As transformers' RMSNorms: it runs on (N, C, 1, 1), and makes (N, C, 1, C) of it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(width))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(tuple(x.shape) if x.device.type == "cpu" else ())
+            return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    seen: list[tuple[int, ...]] = []
+    model = nn.Sequential(Gain())
+    assert convert_norms_(model) == ["0"]
+    assert not any(shape[-2:] == (1, 1) for shape in seen)

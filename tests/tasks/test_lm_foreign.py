@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import slabformer as sf
 from language_models import somebody_elses, tokens
 from slabformer.models.llama import SlabLlamaForCausalLM
 from slabformer.nn.controls import prepbn_modules, repbn_modules
-from slabformer.tasks.language.folders import load_model_folder, save_model_folder
+from slabformer.tasks.language.folders import load_mapped, load_model_folder, save_model_folder
 from slabformer.tasks.language.foreign import FUSED_WEIGHTS, is_foreign, note_norms_
 from slabformer.tasks.language.fusing import LogitsOf, fuse_language_model
 from tolerances import EXACT, FLOAT32, assert_close
@@ -37,6 +38,30 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 def greedy(model: PreTrainedModel) -> torch.Tensor:
     return model.generate(tokens(1, 5), max_new_tokens=8, do_sample=False)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("is_fused", [False, True], ids=["converted", "fused"])
+def test_reading_in_bfloat16_leaves_rotary_frequencies_in_float32(
+    architecture: str, is_fused: bool, tmp_path: Path
+) -> None:
+    model = somebody_elses(architecture)
+    save_model_folder(fuse_language_model(model)[0] if is_fused else model, None, tmp_path)
+    loaded = load_model_folder(tmp_path, torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters() if parameter.ndim > 1} == {torch.bfloat16}
+    assert loaded.model.rotary_emb.inv_freq.dtype is torch.float32
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists the files that a process maps")
+def test_a_converted_folder_is_mapped_and_not_copied(tmp_path: Path) -> None:
+    model = somebody_elses("qwen2", tie_word_embeddings=True)
+    save_model_folder(model, None, tmp_path)
+    loaded = load_mapped(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert str(tmp_path / "model.safetensors") in Path("/proc/self/maps").read_text()
+    with torch.no_grad():
+        loaded.model.embed_tokens.weight.zero_()  # a mapped page is copied when it is written to
+    assert_close(logits(load_mapped(tmp_path)), logits(model), EXACT)
 
 
 @pytest.mark.parametrize(

@@ -331,6 +331,8 @@ class _Probe:
         Raises:
             _CannotRunError: If it raises, or its output is no finite tensor of the input's shape.
         """
+        if x.numel() * max(x.shape) > MAX_PRODUCT:
+            self._need_shape_of(x)
         try:
             y = self.copy(x.to(self.dtype, copy=True))
         except Exception as error:  # foreign code, on an input that it may not be made for
@@ -340,6 +342,15 @@ class _Probe:
         if y.shape != x.shape or not y.dtype.is_floating_point or y.is_meta:
             raise _CannotRunError(f"it turns an input of shape {tuple(x.shape)} into {tuple(y.shape)}")
         return y.double()
+
+    def _need_shape_of(self, x: Tensor) -> None:
+        """Refuse what a gain ``(C,)`` makes of maps ``(N, C, 1, 1)``, C times as large, before that is computed."""
+        try:
+            shape = copy.deepcopy(self.copy).to("meta")(x.to("meta", self.dtype)).shape
+        except Exception:  # foreign code that needs values, or makes tensors on the CPU
+            return
+        if shape != x.shape:
+            raise _CannotRunError(f"it turns an input of shape {tuple(x.shape)} into {tuple(shape)}")
 
     def line(self, layout: _Layout, kind: str) -> _Line:
         """Its output as gain and offset of ``kind``, on large inputs."""

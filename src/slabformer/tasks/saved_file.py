@@ -24,6 +24,7 @@ from slabformer._torch import uncompiled
 from slabformer.nn.affine import Affine, Folded
 from slabformer.nn.norms import type_of
 from slabformer.settings import NonEmptyStr, check, check_fields, from_mapping
+from slabformer.surgery.fuse.tree.sharing import load_tensors_
 from slabformer.tasks.conversion import Conversion, as_written_now, buildable_norms, convert_as_described_, describe
 from slabformer.tasks.conversion_of_attention import (
     AttentionConversion,
@@ -301,4 +302,4 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], complaint: st
         for name, tensor in named():
             if name in tensors and tensor.dtype != tensors[name].dtype:
                 tensor.data = tensor.data.to(tensors[name].dtype)
-    model.load_state_dict(tensors)
+    load_tensors_(model, tensors)

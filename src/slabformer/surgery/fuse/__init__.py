@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -138,12 +138,26 @@ def fuse_(
     fixed_size: bool = False,
     untie: bool = False,
     allow_gamma: bool = False,
+    store: Callable[[Tensor], Tensor] | None = None,
 ) -> FuseReport:
-    """:func:`fuse` in place: the same arguments and errors, all raised before anything changes; returns the report."""
+    """:func:`fuse` in place: the same arguments and errors, all raised before anything changes; returns the report.
+
+    Args:
+        model: Changed.
+        example_inputs: As for :func:`fuse`, and so are the others.
+        example_kwargs: See there.
+        keep: See there.
+        outputs: See there.
+        fixed_size: See there.
+        untie: See there.
+        allow_gamma: See there.
+        store: Given every new value of a parameter in the dtype of the parameter, layer by layer, it returns the tensor
+            to keep: the same values, in a mapped file for example, where a model's new weights do not fit into memory.
+    """
     norms = check_model(model, allow_gamma)
     check_not_compiled(model)
     examples = check_examples(example_inputs, example_kwargs)
-    return _fuse(model, norms, examples, keep, outputs, fixed_size, untie)
+    return _fuse(model, norms, examples, keep, outputs, fixed_size, untie, store)
 
 
 def _fuse(
@@ -154,6 +168,7 @@ def _fuse(
     outputs: OutputLike | Sequence[OutputLike],
     fixed_size: bool,
     untie: bool,
+    store: Callable[[Tensor], Tensor] | None = None,
 ) -> FuseReport:
     """Ask what must stay, propose, try, and only then change ``model``."""
     wanted = Wanted.of(model, norms, keep, outputs)
@@ -173,7 +188,7 @@ def _fuse(
         untied.put_together(solution.names)
     changed = changed_methods(*trial.before_and_after(solution, plan), trial.examples[0])
     _let_go_of_copies(model)
-    commit(model, solution, plan.untouchable)
+    commit(model, solution, plan.untouchable, store)
     if untied is not None:
         note_untied_(model)
     if fixed_size:

@@ -71,6 +71,17 @@ def load_model_folder(
     return read.eval()
 
 
+def load_mapped(model: str | Path) -> PreTrainedModel:
+    """:func:`load_model_folder` in the dtype that its configuration names, on the CPU, weights mapped from its files.
+
+    Pages that are read are dropped where memory is short, so that a model may be larger than the memory; weights that
+    are stored in another dtype than the configuration names are held in memory.
+    """
+    check_source(model)
+    dtype = getattr(AutoConfig.from_pretrained(model), "dtype", None)
+    return load_model_folder(model, dtype or torch.float32)
+
+
 def load_encoder_folder(folder: str | Path) -> tuple[PreTrainedModel, Any]:
     """The model that a folder's configuration names, in float32 and eval mode, and its tokenizer or image processor.
 

@@ -12,10 +12,11 @@ import inspect
 from collections.abc import Container
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from slabformer._files import check_readable
 from slabformer.models.llama import SlabLlamaConfig, SlabLlamaForCausalLM
 from slabformer.nn.affine import Affine, Folded
 from slabformer.settings import check
+from slabformer.surgery.fuse.tree.sharing import load_tensors_, names_of_shared
 from slabformer.tasks.conversion import Conversion, as_written_now, convert_as_described_, converted_norms, describe
 from slabformer.tasks.conversion_of_attention import (
     AttentionConversion,
@@ -34,6 +36,8 @@ from slabformer.tasks.conversion_of_attention import (
 )
 from slabformer.tasks.engine.documents import read_json
 from slabformer.tasks.saved_file import load_strictly
+
+Model = TypeVar("Model", bound=nn.Module)
 
 #: what a configuration calls the conversions
 NOTE, ATTENTION_NOTE = "slabformer_norms", "slabformer_attentions"
@@ -61,14 +65,14 @@ def load_foreign(folder: Path, dtype: torch.dtype) -> nn.Module:
         ValueError: If its weights are missing or damaged, or do not fit its configuration.
     """
     try:
-        skeleton = fresh_model(AutoConfig.from_pretrained(folder), dtype)
+        skeleton = _skeleton(AutoConfig.from_pretrained(folder), dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"no language model at {str(folder)!r}: {str(error).partition(chr(10))[0]}") from error
     convert_attentions_as_described_(skeleton, _noted_attentions(folder), type(skeleton).__name__)
     fused = folder / FUSED_WEIGHTS
     if fused.is_file():
         leave_pooler_out_(skeleton, _names(fused))
-        return sf.load_fused(skeleton, fused)
+        return _with_parameters_in(sf.load_fused(skeleton, fused), dtype)
     read = _read(folder)
     leave_pooler_out_(skeleton, dict(read))
     convert_as_described_(skeleton, _noted(folder), type(skeleton).__name__)
@@ -120,14 +124,16 @@ def is_buildable(model: PreTrainedModel) -> bool:
 
 
 def as_slab_llama(model: LlamaForCausalLM) -> SlabLlamaForCausalLM:
-    """A fused LLaMA of transformers' own class as ours, which computes the same."""
+    """A fused LLaMA of transformers' own class as ours, which computes the same and shares its weights."""
     settings = {**model.config.to_dict(), "norm": "folded", "tie_word_embeddings": False}
     settings = {name: value for name, value in settings.items() if name not in (NOTE, "model_type", "architectures")}
-    made: Any = SlabLlamaForCausalLM(SlabLlamaConfig(**settings))
-    made.to(model.device, model.dtype)
-    state = made.state_dict()
+    with init_empty_weights(include_buffers=False):
+        made = SlabLlamaForCausalLM(SlabLlamaConfig(**settings))
+    own = model.state_dict()
     # a fused head may have kept no bias of its own, where nothing was shifted
-    made.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()} | model.state_dict())
+    like: Any = {"dtype": model.dtype, "device": model.device}
+    absent = {name: torch.zeros(value.shape, **like) for name, value in made.state_dict().items() if name not in own}
+    load_tensors_(made, absent | own)
     made.generation_config = model.generation_config
     made.train(model.training)
     return made
@@ -135,10 +141,29 @@ def as_slab_llama(model: LlamaForCausalLM) -> SlabLlamaForCausalLM:
 
 def fresh_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A model of transformers' own for ``config``, norms and all; the random numbers drawn are not missed elsewhere."""
-    encoder = encoder_class(config)
     with torch.random.fork_rng(devices=[]):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype) if encoder is None else encoder(config)
-    return model.to(dtype)
+        return _built(config, dtype)
+
+
+def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """As :func:`fresh_model`, its parameters on the meta device: nothing is drawn, and what is loaded takes no copy."""
+    with init_empty_weights(include_buffers=False):
+        model = _built(config, dtype)
+    model.tie_weights()  # each parameter was registered as one of its own
+    return model
+
+
+def _built(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    encoder = encoder_class(config)
+    model: Any = AutoModelForCausalLM.from_config(config) if encoder is None else encoder(config)
+    return _with_parameters_in(model, dtype)
+
+
+def _with_parameters_in(model: Model, dtype: torch.dtype) -> Model:
+    """Buffers stay as they are: rotary frequencies are float32, as from_pretrained has them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -196,7 +221,9 @@ def _read(folder: Path) -> list[tuple[str, Tensor]]:
 
 def _tied(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that ``model`` shares with one of ``tensors``, which therefore are not in the file."""
-    own = model.state_dict()
-    given = {own[name].data_ptr(): tensor for name, tensor in tensors.items() if name in own and own[name].numel()}
-    absent = {name: value.data_ptr() for name, value in own.items() if name not in tensors}
-    return {name: given[place] for name, place in absent.items() if place in given}
+    found: dict[str, Tensor] = {}
+    for names in names_of_shared(model):
+        given = next((name for name in names if name in tensors), None)
+        if given is not None:
+            found |= {name: tensors[given] for name in names if name not in tensors}
+    return found

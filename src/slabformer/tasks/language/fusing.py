@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import slabformer as sf
@@ -36,12 +39,44 @@ def fuse_language_model(
     Raises:
         ValueError: As :func:`slabformer.fuse`.
     """
-    examples = [(tokens_for(model, *shape),) for shape in SHAPES]
-    fused, report = sf.fuse(model, examples, {"use_cache": False}, keep=keep, untie=untie, allow_gamma=allow_gamma)
+    options: Any = {"keep": keep, "untie": untie, "allow_gamma": allow_gamma}
+    fused, report = sf.fuse(model, _examples(model), {"use_cache": False}, **options)
     assert isinstance(fused, PreTrainedModel)
+    _note_fused_(fused, report)
+    return fused, report
+
+
+def fuse_language_model_(
+    model: PreTrainedModel, place: Path, *, keep: Sequence[str] = (), untie: bool = False
+) -> sf.FuseReport:
+    """:func:`fuse_language_model` in place, new weights in files in the folder ``place``, which must outlive the model.
+
+    Where ``model`` maps its own weights from files, as :func:`~slabformer.tasks.language.folders.load_mapped` does, no
+    more than a layer of it is held in memory.
+
+    Raises:
+        ValueError: As :func:`slabformer.fuse`.
+        OSError: If a file cannot be written.
+    """
+    numbers = itertools.count()
+
+    def on_disk(value: Tensor) -> Tensor:
+        path = place / f"{next(numbers)}.safetensors"
+        save_file({"value": value}, path)
+        return load_file(path)["value"]
+
+    report = sf.fuse_(model, _examples(model), {"use_cache": False}, keep=keep, untie=untie, store=on_disk)
+    _note_fused_(model, report)
+    return report
+
+
+def _examples(model: PreTrainedModel) -> list[tuple[Tensor]]:
+    return [(tokens_for(model, *shape),) for shape in SHAPES]
+
+
+def _note_fused_(fused: PreTrainedModel, report: sf.FuseReport) -> None:
     if isinstance(fused, SlabLlamaForCausalLM) and not report.num_kept:
         fused.config.norm = "folded"  # so that from_pretrained builds it without norms
-    return fused, report
 
 
 def what_stays(model: PreTrainedModel, report: sf.FuseReport) -> str:

@@ -21,7 +21,12 @@ from slabformer.settings import NonEmptyStr, NonNegativeInt, NotEmpty, PositiveI
 from slabformer.surgery.convert import switch_off_fast_paths
 from slabformer.surgery.fuse.tree.fold import KEPT_BUFFERS, NEW_BIASES, create_bias, keep_buffer, set_module
 from slabformer.surgery.fuse.tree.norms import tail_of
-from slabformer.surgery.fuse.tree.sharing import names_of_shared, note_untied_, untie_as_in_file_
+from slabformer.surgery.fuse.tree.sharing import (
+    load_tensors_,
+    names_of_shared,
+    note_untied_,
+    untie_as_in_file_,
+)
 from slabformer.surgery.fuse.tree.size import fix_size_, fixed_sizes
 from slabformer.surgery.normal import makes_ordinary_tensors
 from slabformer.surgery.one_input import take_one_input_
@@ -107,8 +112,17 @@ def _untie(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
         if first.setdefault(key, name) != name:
             tied[name] = first[key]
-    # clones own their memory, which safetensors wants
-    return {name: tensor.clone().contiguous() for name, tensor in state.items() if name not in tied}, tied
+    return _apart({name: tensor.contiguous() for name, tensor in state.items() if name not in tied}), tied
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of those that overlap with others, which safetensors refuses."""
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda row: row[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            tensors[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return tensors
 
 
 @makes_ordinary_tensors
@@ -138,8 +152,7 @@ def load_fused(skeleton: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     for name in changes["kept_buffers"]:
         keep_buffer(skeleton, name)
     tensors |= {name: tensors[first] for name, first in changes["tied"].items()}
-    on_meta = any(tensor.is_meta for tensor in skeleton.parameters())
-    skeleton.load_state_dict(tensors, assign=on_meta)
+    load_tensors_(skeleton, tensors)
     note_untied_(skeleton)
     switch_off_fast_paths(skeleton)
     if changes["fixed_sizes"] is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,13 @@ NEW_BIASES = "slabformer_new_biases"
 KEPT_BUFFERS = "slabformer_kept_buffers"
 
 
-def commit(model: nn.Module, solution: Solution, untouchable: Collection[int]) -> None:
+def commit(
+    model: nn.Module, solution: Solution, untouchable: Collection[int], store: Callable[[Tensor], Tensor] | None = None
+) -> None:
     """Write a solution into ``model`` (the one it was solved for, or a copy): the only place that changes a model.
 
-    Parameters are new objects, so that copies keep theirs; modules, their classes, names and hooks stay.
+    Parameters are new objects, so that copies keep theirs; modules, their classes, names and hooks stay. What ``store``
+    makes of a new value takes its place.
     """
     norms = find_norms(model)
     for names in solution.layers():
@@ -38,7 +41,8 @@ def commit(model: nn.Module, solution: Solution, untouchable: Collection[int]) -
         for name, value in values.items():
             if name in solution.new_biases:
                 create_bias(model, name, solution.new_biases[name], len(value))
-            _set_tensor(model, name, value.to(tensor_at(model, name), copy=True).contiguous())
+            stored = value.to(tensor_at(model, name), copy=True).contiguous()
+            _set_tensor(model, name, stored if store is None else store(stored))
     pads = find_pads(model)
     for index, fill in solution.fills.items():
         pads[index].module.pad_with(fill)

@@ -140,6 +140,15 @@ class Untied:
             _share(self.model, [name for name in names if name not in changed])
 
 
+def load_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy ``tensors`` into ``model``, or put them in the place of parameters on the meta device, which stay shared."""
+    shared = names_of_shared(model)
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(tensors, assign=on_meta)
+    for names in shared if on_meta else ():
+        _share(model, names)
+
+
 def untie_as_in_file_(model: nn.Module, tied: Mapping[str, str]) -> None:
     """Let parameters be shared as in a file that holds one tensor for those that ``tied`` maps to the same name."""
     rows = [names for names in names_of_shared(model) if len({tied.get(name, name) for name in names}) > 1]
