@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slabformer.export.heads_first import split_projection
+from slabformer.export.maps import MapAttention, pointwise, to_maps, to_tokens
 from slabformer.nn.padding import PadTokens
 from slabformer.nn.resample import Grid
 from slabformer.nn.shifted_windows import ShiftedWindowAttention
@@ -42,10 +43,30 @@ class GatheredWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, grid_size: Grid | None = None) -> Tensor:
         """Attention over tokens ``(B, N, C)`` on ``grid_size``; by default the one that tables are kept for."""
-        if not self.tiled or grid_size not in (None, self.windows.grid):
-            return self.attention(x, grid_size)
+        return self.attention.proj(self.attended(x)) if self.gathers(grid_size) else self.attention(x, grid_size)
+
+    def gathers(self, grid_size: Grid | None) -> bool:
+        """Whether windows on this grid are gathered."""
+        return self.tiled and grid_size in (None, self.windows.grid)
+
+    def attended(self, x: Tensor) -> Tensor:
+        """What the output projection reads."""
         h, w = self.windows.window
         cut = x.index_select(1, self.order).reshape(-1, h * w, x.shape[-1])
         out = self.attention.attend(self.q(cut), self.k(cut), self.v(cut), self.windows)
-        out = out.transpose(2, 3).reshape(x.shape)
-        return self.attention.proj(out.index_select(1, self.places))
+        return out.transpose(2, 3).reshape(x.shape).index_select(1, self.places)
+
+
+class GatheredWindowMaps(GatheredWindowAttention, MapAttention):
+    """:class:`GatheredWindowAttention` between maps, for floating point; see :class:`MapAttention`."""
+
+    def __init__(self, attention: ShiftedWindowAttention) -> None:
+        super().__init__(attention)
+        self.proj = pointwise(attention.proj)
+
+    def on_maps(self, maps: Tensor) -> Tensor:
+        """See :meth:`MapAttention.on_maps`."""
+        grid = (maps.shape[2], maps.shape[3])
+        if not self.gathers(grid):
+            return to_maps(self.attention(to_tokens(maps), grid), grid)
+        return self.proj(to_maps(self.attended(to_tokens(maps)), grid))

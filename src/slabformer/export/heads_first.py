@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slabformer.export.maps import MapAttention, pointwise, to_maps, to_tokens
 from slabformer.nn.attention import LinearAttentionCore, SimplifiedLinearAttention
 from slabformer.nn.attention_variants import PyramidLinearAttention
 from slabformer.nn.resample import Grid, resolve_grid
@@ -13,12 +14,12 @@ from slabformer.nn.resample import Grid, resolve_grid
 EPS = 1e-6
 
 
-class HeadsFirstAttention(nn.Module):
+class HeadsFirstAttention(MapAttention):
     """Linear attention whose queries, keys and values are projected apart, for engines that take a graph as it is.
 
     One projection for the three must be cut apart, which OpenVINO does by copying, before each is transposed; with one
-    head nothing is transposed at all. The scale that keeps sums in range in half precision is left out, and the
-    normaliser is a product. In float32.
+    head nothing is transposed at all. Projections are 1x1 convolutions. The scale that keeps sums in range in half
+    precision is left out, and the normaliser is a product. In float32.
 
     Args:
         attention: In eval mode; its weights are taken over or copied.
@@ -30,8 +31,8 @@ class HeadsFirstAttention(nn.Module):
     def __init__(self, attention: SimplifiedLinearAttention | PyramidLinearAttention) -> None:
         super().__init__()
         self.num_heads, self.grid_size = attention.num_heads, attention.grid_size
-        self.q, self.k, self.v = projections_of(attention)
-        self.proj, self.dwc = attention.proj, attention.dwc
+        self.q, self.k, self.v = (pointwise(layer) for layer in projections_of(attention))
+        self.proj, self.dwc = pointwise(attention.proj), attention.dwc
         self.core = attention  # resamples its table for other grids
         self.table = nn.Parameter(attention.table(attention.grid_size).detach().clone())
         self.train(False)
@@ -46,19 +47,22 @@ class HeadsFirstAttention(nn.Module):
         """
         if attn_mask is not None or is_causal:
             raise ValueError("attention written for an engine takes no mask; write the model without one")
-        grid = resolve_grid(x.shape[1], grid_size, self.grid_size)
+        return to_tokens(self.on_maps(to_maps(x, resolve_grid(x.shape[1], grid_size, self.grid_size))))
+
+    def on_maps(self, maps: Tensor) -> Tensor:
+        """See :meth:`MapAttention.on_maps`."""
+        grid = (maps.shape[2], maps.shape[3])
         table = self.table if grid == self.grid_size else self.core.table(grid)
-        q, k, v = (self._heads(layer(x)) for layer in (self.q, self.k, self.v))
-        q, k = q.relu(), (k + table).relu()
+        q, k, v = (self._heads(x) for x in (self.q(maps).relu(), self.k(maps), self.v(maps)))
+        k = (k + table).relu()
         normaliser = q @ k.sum(2).unsqueeze(3) + EPS  # (B, num_heads, N, 1)
         out = q @ (k.transpose(2, 3) @ v) / normaliser
-        maps = v.flatten(0, 1).unflatten(1, grid).permute(0, 3, 1, 2)  # (B * num_heads, D, H, W), channels last
-        local = self.dwc(maps).permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (-1, self.num_heads))
-        return self.proj((out + local).transpose(1, 2).flatten(2))
+        local = to_tokens(self.dwc(to_maps(v.flatten(0, 1), grid))).unflatten(0, (-1, self.num_heads))
+        return self.proj(to_maps((out + local).transpose(1, 2).flatten(2), grid))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """``(B, N, C)`` to ``(B, num_heads, N, D)``."""
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+    def _heads(self, maps: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, num_heads, N, D)``."""
+        return to_tokens(maps).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 def takes_heads_first(attention: LinearAttentionCore) -> bool:

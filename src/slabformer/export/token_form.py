@@ -1,6 +1,6 @@
-"""The same model as engines like it: tokens instead of maps, linear attention with its heads in front.
+"""The same model as engines like it: parts of it replaced by others that compute the same.
 
-form = token_form(fused, FLOAT_FORMS)     # what a table says of attention; blocks and merges follow by themselves
+form = token_form(fused, forms)     # tokens instead of maps; attention as a table says
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from timm.layers import Mlp
 from torch import Tensor, nn
 
-from slabformer.export.gathered_windows import GatheredWindowAttention
-from slabformer.export.heads_first import HeadsFirstAttention, takes_heads_first
 from slabformer.models.stages import Block
 from slabformer.models.swin import PatchMerging
-from slabformer.nn.attention import SimplifiedLinearAttention
-from slabformer.nn.attention_variants import PyramidLinearAttention
-from slabformer.nn.shifted_windows import ShiftedWindowAttention
 
-#: class of an attention -> what stands for it, or None for what stays
+#: class of a module -> what stands for it, or None for what stays
 Forms = Mapping[type[nn.Module], Callable[[Any], nn.Module | None]]
 
 
@@ -69,31 +65,27 @@ class TokenLinear(nn.Module):
 
 
 def token_form(model: nn.Module, forms: Forms) -> nn.Module:
-    """A copy of ``model``, in eval mode, that computes the same; attention as ``forms`` has it.
+    """A copy of ``model``, in eval mode, that computes the same; attention as ``forms`` has it."""
+    return rewritten(model, forms, {Block: token_block})
 
-    Attention of other classes, subclasses among them, which do more, stays as it is.
+
+def rewritten(model: nn.Module, forms: Forms, blocks: Forms) -> nn.Module:
+    """A copy of ``model``, in eval mode, whose attention is as ``forms`` has it, and then its blocks as ``blocks`` has.
+
+    Modules of other classes, subclasses among them, which do more, stay as they are.
     """
     form = copy.deepcopy(model)
-    for name, module in list(form.named_modules()):
+    for module in list(form.modules()):
         if type(module) is PatchMerging:
             module.reduction = TokenLinear(module.reduction)  # type: ignore[assignment]
-        elif name and type(module) in forms:
-            other = forms[type(module)](module)
+    for table in (forms, blocks):
+        for name, module in list(form.named_modules()):
+            other = table[type(module)](module) if name and type(module) in table else None
             if other is not None:
                 form.set_submodule(name, other)
-    for name, module in list(form.named_modules()):
-        if name and type(module) is Block:
-            form.set_submodule(name, TokenBlock(module))
     return form
 
 
-def _heads_first(attention: SimplifiedLinearAttention | PyramidLinearAttention) -> nn.Module | None:
-    return HeadsFirstAttention(attention) if takes_heads_first(attention) else None
-
-
-#: in floating point
-FLOAT_FORMS: Forms = {
-    SimplifiedLinearAttention: _heads_first,
-    PyramidLinearAttention: _heads_first,
-    ShiftedWindowAttention: GatheredWindowAttention,
-}
+def token_block(block: Block) -> nn.Module | None:
+    """The block on tokens; None where its MLP may read maps."""
+    return TokenBlock(block) if type(block.mlp) is Mlp else None

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from slabformer._defaults import Precision
 from slabformer.deployment.targets.base import Request, Target, Written, arrays_of
+from slabformer.export.map_form import map_form
 from slabformer.export.onnx_file import norms_in, norms_in_words, operators_of, program_of, write_onnx
 from slabformer.export.program import Run, onnx_run
+from slabformer.export.signature import FlatCall
 from slabformer.quantize.integer_form import integer_form
 from slabformer.quantize.onnx_file import quantize_onnx
 
@@ -27,8 +29,7 @@ class OnnxRuntime(Target):
     def write(self, request: Request, folder: Path) -> Written:
         """See :class:`Target`."""
         path, signature = folder / FILE, request.signature
-        flat = request.in_half() if request.dtype != "int8" else request.flat.over(integer_form(request.flat.model))
-        write_onnx(program_of(flat, signature, request.inputs), signature, path)
+        write_onnx(program_of(_rewritten(request), signature, request.inputs), signature, path)
         if request.dtype == "int8":
             quantize_onnx(path, arrays_of(request.calibration, [port.name for port in signature.inputs]))
         left = norms_in(operators_of(path))
@@ -45,3 +46,11 @@ import pathlib, sys, numpy, onnxruntime
 session = onnxruntime.InferenceSession(pathlib.Path(__file__).with_name("model.onnx"))
 print(session.run(None, dict(numpy.load(sys.argv[1]))))
 """
+
+
+def _rewritten(request: Request) -> FlatCall:
+    """The call of the model as onnxruntime likes it."""
+    if request.dtype == "float16":
+        return request.in_half()  # other forms of attention sum without a scale
+    model = request.flat.model
+    return request.flat.over(integer_form(model) if request.dtype == "int8" else map_form(model, normed=True))

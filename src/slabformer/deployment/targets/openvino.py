@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from slabformer._defaults import Precision
 from slabformer._extras import require
 from slabformer.deployment.targets.base import Request, Target, Written
+from slabformer.export.map_form import map_form
 from slabformer.export.onnx_file import norms_in, norms_in_words, program_of, write_onnx
 from slabformer.export.openvino_run import EXTRA, OpenVinoRun
 from slabformer.export.program import Run
 from slabformer.export.refusals import unsupported
-from slabformer.export.token_form import FLOAT_FORMS, token_form
 from slabformer.quantize.calibration import quantized
 from slabformer.quantize.integer_form import integer_form
 
@@ -43,7 +42,7 @@ class OpenVino(Target):
     def write(self, request: Request, folder: Path) -> Written:
         """See :class:`Target`."""
         openvino, signature = require("openvino", extra=EXTRA), request.signature
-        rewritten = integer_form if request.dtype == "int8" else partial(token_form, forms=FLOAT_FORMS)
+        rewritten = integer_form if request.dtype == "int8" else map_form
         flat = request.flat.over(rewritten(request.flat.model))
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "model.onnx"
