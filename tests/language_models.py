@@ -78,6 +78,15 @@ def trained_looking(norm: str = "prepbn", seed: int = 0, **changes: Any) -> Slab
     return model
 
 
+def talkative(**changes: Any) -> SlabLlamaForCausalLM:
+    """:func:`trained_looking`, which writes one token after the other and not the same one for ever."""
+    model = trained_looking(**changes)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)
+        model.get_input_embeddings().weight.mul_(20)
+    return model
+
+
 def somebody_elses(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A small model of transformers' own class, converted, in eval mode, gamma 0, every norm redrawn."""
     torch.manual_seed(seed)

@@ -37,8 +37,8 @@ class Stub(Target):
     def load(self, folder: Path, dtype: str, threads: int | None = None) -> Run:
         return lambda tensors: [y + self.error for y in self.flat(*tensors)]
 
-    def script(self, dtype: str) -> str:
-        return "1\n2\n3\n"
+    def opening(self, dtype: str) -> str:
+        return "1\n2\n"
 
 
 @pytest.fixture

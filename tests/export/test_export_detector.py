@@ -26,8 +26,7 @@ def detector() -> Detector:
 
 @torch.no_grad()
 def on_a_canvas(static: StaticDetector, image: torch.Tensor) -> dict[str, torch.Tensor]:
-    outputs = static(on_canvas(image, static.size, static.mean), torch.tensor(image.shape[1:]))
-    return without_padding(dict(zip(("boxes", "labels", "scores", "masks"), outputs, strict=False)))
+    return without_padding(static(**static.inputs(image)))
 
 
 @pytest.mark.parametrize("size", [*ODD_SIZES, CANVAS], ids=lambda size: "x".join(map(str, size)))
@@ -46,7 +45,8 @@ def test_fixed_shapes_change_no_detection(detector, size):
 def test_what_is_no_detection_scores_below_zero(detector):
     detector = trained_looking(small_detector(masks=False, score_threshold=0.9))
     (image,) = pictures((97, 130))
-    boxes, labels, scores = StaticDetector(detector, CANVAS)(torch.zeros(3, *CANVAS), torch.tensor(CANVAS))
+    outputs = StaticDetector(detector, CANVAS)(torch.zeros(3, *CANVAS), torch.tensor(CANVAS))
+    boxes, labels, scores = outputs.values()
     assert boxes.shape == (10, 4)
     assert labels.shape == scores.shape == (10,)
     expected = detector([image, torch.zeros(3, *CANVAS)])[0]

@@ -4,7 +4,7 @@ model.onnx, model.xml and model.bin, model.pt2 or model.pte     the program, as 
 artifact.json       inputs, outputs, preprocessing, class names, and what it needs: versions, processor
 report.json         steps, figures, and the machine on which they were measured
 example.npz         inputs to try it on, and expected.npz what the model made of them
-run.py              three lines that run it with the runtime alone: python run.py example.npz
+run.py              a few lines that run it with the runtime alone: python run.py example.npz
 SHA256SUMS          of all these files: sha256sum -c SHA256SUMS
 latency.png         the targets that `slab deploy` timed
 """
@@ -27,13 +27,14 @@ from torch import Tensor
 from slabformer._defaults import Precision
 from slabformer._extras import require
 from slabformer._files import as_json, check_readable, replaced_folder
+from slabformer.deployment.kinds import KINDS, KindName
 from slabformer.deployment.targets.base import Target
 from slabformer.deployment.targets.table import target_called
 from slabformer.export.program import Program
 from slabformer.export.signature import Port, Signature
 from slabformer.measure.processor import architecture, instructions
 from slabformer.settings import ClassNames, NonEmptyStr, NonNegativeFloat, Threads, checked, from_mapping
-from slabformer.surgery.verify import VerificationError, verify
+from slabformer.surgery.verify import VerificationError
 
 MANIFEST, REPORT, EXAMPLE, EXPECTED, SCRIPT, SUMS = (
     "artifact.json",
@@ -61,6 +62,7 @@ class Manifest:
     Attributes:
         format: Of the folder's layout.
         target: That wrote the program.
+        kind: What it is for: a plain model, a language model's step, a detector.
         dtype: Of weights and arithmetic; inputs and outputs have dtypes of their own.
         signature: How it is called and what it returns.
         versions: Of the packages that loading imports.
@@ -73,6 +75,7 @@ class Manifest:
 
     format: Literal[1] = 1
     target: NonEmptyStr
+    kind: KindName = "model"
     dtype: Precision
     signature: Signature
     versions: dict[str, NonEmptyStr]
@@ -135,7 +138,8 @@ def save_artifact(
         _save_arrays(numpy, fresh / EXPECTED, signature.outputs, expected)
         (fresh / MANIFEST).write_text(as_json(asdict(manifest)), encoding="utf-8")
         (fresh / REPORT).write_text(as_json(report), encoding="utf-8")
-        (fresh / SCRIPT).write_text(target_called(manifest.target).script(manifest.dtype), encoding="utf-8")
+        script = target_called(manifest.target).opening(manifest.dtype) + KINDS[manifest.kind].ending
+        (fresh / SCRIPT).write_text(script, encoding="utf-8")
         sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(fresh.iterdir())]
         (fresh / SUMS).write_text("".join(sums), encoding="utf-8")
     return folder
@@ -199,7 +203,7 @@ def _check_example(model: LoadedModel) -> None:
     reference = Program(manifest.signature, lambda _: expected)
     names = [port.name for port in manifest.signature.inputs]
     try:
-        verify(reference, model, dict(zip(names, inputs, strict=True)), rtol=manifest.rtol, lazy=True)
+        KINDS[manifest.kind].compare(reference, model, [dict(zip(names, inputs, strict=True))], manifest.rtol)
     except VerificationError as error:
         raise VerificationError(
             f"{model.folder} computes something else here than where it was written: {error}; "

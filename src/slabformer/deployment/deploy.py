@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from slabformer._defaults import DEPLOY_BUDGET, Precision
 from slabformer._files import write_json
 from slabformer.deployment.artifact import save_artifact
+from slabformer.deployment.kinds import KINDS, kind_of
 from slabformer.deployment.steps import STEPS, Form, Fuse, Inputs, Job, Step, call, place
 from slabformer.deployment.targeted import Plan, TargetForm, target_forms
-from slabformer.export.signature import AsWritten, in_order
+from slabformer.export.signature import AsWritten, Axes, in_order
 from slabformer.measure import allocator
 from slabformer.measure.timing import Machine, quantile, ratio, time_interleaved
 from slabformer.nn.device import Device
@@ -178,6 +179,7 @@ def deploy(
     target: str | None = None,
     calibration: Iterable[Any] = (),
     budget: Seconds = DEPLOY_BUDGET,
+    axes: Axes | None = None,
 ) -> Deployed:
     """The fastest verified form of ``model``, on a copy: fused, in half precision where asked, laid out, compiled.
 
@@ -208,6 +210,9 @@ def deploy(
             "auto" for the fastest of those that are installed.
         calibration: Batches of inputs that show the ranges of activations; for ``torch.int8``.
         budget: Seconds after which "auto" builds no further target.
+        axes: Axes of any length in a target's program, by the input's name: ``{"input_ids": {0: "batch", 1:
+            "tokens"}}``; axes of one name have one length. By default the first axis of every input that has it in
+            common with the first one.
 
     Raises:
         ValueError: If the model is in train mode, or what :func:`slabformer.fuse` and
@@ -229,7 +234,7 @@ def deploy(
     if target is not None and device.type != "cpu":
         raise ValueError(f"targets are for the CPU, got device {device}; leave target out, or give device='cpu'")
     reference = copy.deepcopy(model).to(device)
-    job = Job(reference, place(inputs, device, None), device, None if target else dtype, compile, fixed_size)
+    job = Job(reference, place(inputs, device, None), device, None if target else dtype, compile, fixed_size, axes)
     if batches is not None:
         job.notes.append(f"recalibrated on {recalibrate_(reference, batches)} batches")
     if keep_memory and device.type == "cpu" and allocator.keep_memory():
@@ -285,7 +290,7 @@ def _take_target(job: Job, plan: Plan, seconds: float) -> tuple[Form, tuple[Depl
     checks, fuse = {given.name: EQUAL}, Fuse()
     if fuse.applies(given, job):
         fused = fuse.build(given, job)
-        checks[fused.name] = fuse.verify(fused, job)
+        checks[fused.name] = KINDS[kind_of(job.reference)].compare_fused(job.reference, fused.run, job.inputs)
     forms = target_forms(plan, fused, job)
     checks |= {form.name: form.check or EQUAL for form in forms}
     before = [given] if fused is given else [given, fused]

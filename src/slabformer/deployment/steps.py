@@ -15,6 +15,7 @@ from slabformer._defaults import RUNTIME_RTOL
 from slabformer._torch import compile_error
 from slabformer.deployment.compiled import Compiled
 from slabformer.deployment.native import natively, runs_natively
+from slabformer.export.signature import Axes
 from slabformer.nn import PRepBN, RepBN
 from slabformer.surgery.fuse import fuse
 from slabformer.surgery.verify import VerifyResult, verify
@@ -55,6 +56,7 @@ class Job:
         dtype: Half precision, where it was asked for.
         compile: Whether ``torch.compile`` may be used.
         fixed_size: As for :func:`slabformer.fuse`.
+        axes: Of any length in a program, by input; the batch's by default.
         notes: What the report says below its table: why a step could not be taken, for example.
     """
 
@@ -64,6 +66,7 @@ class Job:
     dtype: torch.dtype | None
     compile: bool
     fixed_size: bool
+    axes: Axes | None = None
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -15,6 +15,7 @@ import torch
 
 from slabformer._defaults import RUNTIME_RTOL, Precision
 from slabformer.deployment.artifact import Manifest
+from slabformer.deployment.kinds import KINDS, KindName, kind_of
 from slabformer.deployment.steps import HALF_EPSILONS, Form, Job
 from slabformer.deployment.targets.base import DTYPES, Request, Target, Written
 from slabformer.deployment.targets.table import AUTO, usable
@@ -22,7 +23,7 @@ from slabformer.export.program import Program
 from slabformer.export.refusals import UnsupportedError
 from slabformer.export.signature import AsWritten, flatten, in_order
 from slabformer.measure.processor import architecture
-from slabformer.surgery.verify import VerificationError, VerifyResult, verify
+from slabformer.surgery.verify import VerificationError, VerifyResult
 
 #: largest difference in integers, of the outputs' scale: a wrong graph differs by more, accuracy is for data to tell
 INTEGER_RTOL = 0.5
@@ -93,12 +94,14 @@ def target_forms(plan: Plan, fused: Form, job: Job) -> list[TargetForm]:
         raise ValueError("int8 needs batches that show the ranges of activations; give calibration=")
     targets, notes = usable(plan.target, plan.dtype)
     job.notes += notes
+    kind = KINDS[kind_of(job.reference)]
     began, forms = time.monotonic(), list[TargetForm]()
     for target in targets:
         if forms and time.monotonic() - began > plan.budget:
             job.notes.append(f"{target.name} not tried: building took the {plan.budget:g} seconds of the budget")
             continue
         try:
+            kind.check_target(target.name)
             forms.append(_form_of(target, _request(target, plan, fused, job), fused, job))
         except (UnsupportedError, VerificationError, ValueError) as error:
             if plan.target != AUTO:
@@ -110,7 +113,7 @@ def target_forms(plan: Plan, fused: Form, job: Job) -> list[TargetForm]:
 
 
 def _request(target: Target, plan: Plan, fused: Form, job: Job) -> Request:
-    signature, flat = flatten(fused.eager, job.inputs, batch=target.any_batch)
+    signature, flat = flatten(fused.eager, job.inputs, target.any_batch, job.axes)
     return Request(
         flat=flat,
         signature=signature,
@@ -125,14 +128,10 @@ def _form_of(target: Target, request: Request, fused: Form, job: Job) -> TargetF
     written = target.write(request, folder.path)
     run = target.load(folder.path, request.dtype, torch.get_num_threads())
     program = Program(request.signature, run)
-    check = verify(
-        AsWritten(job.reference, request.signature),
-        program,
-        job.inputs,
-        rtol=rtol_of(request.dtype),
-        check_dtype=False,
-        lazy=True,
-    )
+    name = kind_of(job.reference)
+    reference = AsWritten(job.reference, request.signature)
+    cases = KINDS[name].cases(reference, job.inputs)
+    check = KINDS[name].compare(reference, program, cases, rtol_of(request.dtype))
     return TargetForm(
         target.name,
         written.did,
@@ -140,13 +139,14 @@ def _form_of(target: Target, request: Request, fused: Form, job: Job) -> TargetF
         fused.eager,
         None,
         folder=folder,
-        manifest=_manifest_of(target, request, written),
+        manifest=_manifest_of(target, request, written, name),
         check=check,
     )
 
 
-def _manifest_of(target: Target, request: Request, written: Written) -> Manifest:
+def _manifest_of(target: Target, request: Request, written: Written, kind: KindName) -> Manifest:
     return Manifest(
+        kind=kind,
         target=target.name,
         dtype=request.dtype,
         signature=request.signature,

@@ -21,15 +21,14 @@ from slabformer._defaults import MAX_CANDIDATES, RUNTIME_PIXELS
 from slabformer._extras import require
 from slabformer._files import replaced
 from slabformer.export.exporter import quiet_exporter
-from slabformer.export.static_detector import Size, StaticDetector
+from slabformer.export.onnx_file import DETECTION_OPSET
+from slabformer.export.static_detector import Size, StaticDetector, on_canvas
 from slabformer.measure.detections import Detection, DetectionAgreement, agreement_of, agreement_over
 from slabformer.models.detection.mask_rcnn import Detector
 from slabformer.models.detection.paste import rescale_boxes
 from slabformer.settings import Number, Pixels, check
 
 INPUTS, OUTPUTS = ("image", "size"), ("boxes", "labels", "scores", "masks")
-#: the first whose RoIAlign and GridSample are those of PyTorch
-OPSET = 20
 #: of the file's header: canvas and mean colour, beside what the caller puts there
 CANVAS = "slabformer.canvas"
 
@@ -85,7 +84,7 @@ class OnnxDetector:
     def __call__(self, image: Tensor) -> Detection:
         """Detections of one image, best first."""
         given = (image.shape[1], image.shape[2])
-        image = _shrunk(image.float(), self.size)
+        image = shrunk(image.float(), self.size)
         size = (image.shape[1], image.shape[2])
         canvas = on_canvas(image, self.size, self._mean)
         found = self.session.run(None, dict(zip(INPUTS, (canvas.numpy(), torch.tensor(size).numpy()), strict=True)))
@@ -135,7 +134,7 @@ def export_detector(
             static,
             (static.mean.expand(3, *static.size).contiguous(), torch.tensor(static.size)),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=DETECTION_OPSET,
             input_names=list(INPUTS),
             output_names=list(names),
             verbose=False,
@@ -150,18 +149,11 @@ def export_detector(
 def _compare(detector: Detector, exported: OnnxDetector, images: Iterable[Tensor], pixels: float) -> DetectionAgreement:
     agreements = []
     for i, image in enumerate(images):
-        image = _shrunk(image, exported.size)
+        image = shrunk(image, exported.size)
         # a batch with a blank image of the canvas's size pads this one alike
         expected = detector([image, torch.zeros(3, *exported.size)])[0]
         agreements.append(agreement_of(expected, exported(image), f"image {i}"))
     return agreement_over(agreements, pixels)
-
-
-def on_canvas(image: Tensor, size: Size, mean: Tensor) -> Tensor:
-    """``image`` ``(3, h, w)`` at the top left of the mean colour ``(3, 1, 1)``, which becomes 0: ``(3, *size)``."""
-    canvas = mean.expand(3, *size).clone()
-    canvas[:, : image.shape[1], : image.shape[2]] = image
-    return canvas
 
 
 def without_padding(detection: Detection) -> Detection:
@@ -170,7 +162,7 @@ def without_padding(detection: Detection) -> Detection:
     return {name: value[found] for name, value in detection.items()}
 
 
-def _shrunk(image: Tensor, size: Size) -> Tensor:
+def shrunk(image: Tensor, size: Size) -> Tensor:
     """``image`` scaled down, its ratio kept, where it is larger than ``size``."""
     factor = min(limit / side for limit, side in zip(size, image.shape[1:], strict=True))
     if factor >= 1:

@@ -15,6 +15,8 @@ from slabformer.export.exporter import quiet_exporter
 from slabformer.export.refusals import unsupported
 from slabformer.export.signature import BATCH, FlatCall, Inputs, Port, Signature, in_order, like
 
+#: the first whose RoIAlign and GridSample are those of PyTorch
+DETECTION_OPSET = 20
 #: operators of ONNX, onnxruntime and OpenVINO that normalise
 NORMS = {
     *("LayerNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization"),
@@ -34,12 +36,12 @@ def program_of(model: nn.Module, signature: Signature, inputs: Inputs) -> torch.
     Raises:
         UnsupportedError: If PyTorch cannot export it; names the operator or the line.
     """
-    batch = torch.export.Dim(BATCH, min=1)
-    shapes: Any = [{0: batch} if BATCH in port.shape else {} for port in signature.inputs]
-    tensors = [
-        two_rows(tensor) if BATCH in port.shape else tensor
-        for port, tensor in zip(signature.inputs, in_order(inputs), strict=True)
+    dims: dict[str, Any] = {}
+    shapes: Any = [
+        {axis: dims.setdefault(name, torch.export.Dim(name, min=1)) for axis, name in port.axes().items()}
+        for port in signature.inputs
     ]
+    tensors = [two_long(tensor, port) for port, tensor in zip(signature.inputs, in_order(inputs), strict=True)]
     args, kwargs = tuple(tensors), {}
     if isinstance(model, FlatCall):
         shapes = (tuple(shapes),)
@@ -53,9 +55,12 @@ def program_of(model: nn.Module, signature: Signature, inputs: Inputs) -> torch.
             raise unsupported("torch.export", error) from error
 
 
-def two_rows(tensor: Tensor) -> Tensor:
-    """The first row twice: a batch of 1 would be taken for a constant."""
-    return tensor[:1].expand(2, *tensor.shape[1:]).contiguous()
+def two_long(tensor: Tensor, port: Port) -> Tensor:
+    """``tensor``, its axes of any length at least 2 long: 1 would be taken for a constant."""
+    for axis, name in port.axes().items():
+        if tensor.shape[axis] == 1 or name == BATCH:
+            tensor = tensor.narrow(axis, 0, 1).repeat_interleave(2, axis)
+    return tensor
 
 
 def drawn(inputs: Inputs, signature: Signature, batch_size: int, generator: torch.Generator) -> Any:
@@ -81,7 +86,7 @@ def write_onnx(
     ir_version: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``program`` to ``path`` as ONNX.
+    """Write ``program`` to ``path`` as ONNX, of PyTorch's opset or, where it detects objects, of 20 at least.
 
     Raises:
         UnsupportedError: If an operator has no counterpart; names it and the line that it comes from.
@@ -95,27 +100,31 @@ def write_onnx(
                 dynamo=True,
                 input_names=[port.name for port in signature.inputs],
                 output_names=[port.name for port in signature.outputs],
-                opset_version=opset,
+                opset_version=opset or (DETECTION_OPSET if _detects(program) else None),
                 verbose=False,
             )
         except Exception as error:  # whatever a translation raises
             raise unsupported("ONNX", error, program) from error
     assert written is not None
-    _name_batch(written.model.graph, signature)
+    _name_axes(written.model.graph, signature)
     if ir_version is not None:
         written.model.ir_version = ir_version
     written.model.metadata_props.update(metadata or {})
     written.save(str(path), external_data=False)
 
 
-def _name_batch(graph: Any, signature: Signature) -> None:
-    """Call the axis of any length what ``signature`` calls it, where the exporter says "s21"."""
-    ports = zip(graph.inputs, signature.inputs, strict=True)
-    symbols = {str(value.shape[0]) for value, port in ports if BATCH in port.shape}
+def _detects(program: torch.export.ExportedProgram) -> bool:
+    return any(str(node.target).startswith(("torchvision.", "aten.grid_sampler")) for node in program.graph.nodes)
+
+
+def _name_axes(graph: Any, signature: Signature) -> None:
+    """Call the axes of any length what ``signature`` calls them, where the exporter says "s21"."""
+    ports = list(zip(graph.inputs, signature.inputs, strict=True))
+    names = {str(value.shape[axis]): name for value, port in ports for axis, name in port.axes().items()}
     for value in (*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)):
         for axis, size in enumerate(value.shape or ()):
-            if str(size) in symbols:
-                value.shape[axis] = BATCH
+            if str(size) in names:
+                value.shape[axis] = names[str(size)]
 
 
 def norms_in(kinds: Sequence[str]) -> dict[str, int]:

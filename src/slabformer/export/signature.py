@@ -21,6 +21,8 @@ from slabformer.surgery.outputs import tensors_by_place
 
 #: a tensor, positional arguments, or keyword arguments
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+#: names of axes of any length, by input
+Axes = Mapping[str, Mapping[int, str]]
 #: of a model with one input and one output
 INPUT, OUTPUT = "images", "logits"
 BATCH = "batch"
@@ -40,6 +42,10 @@ class Port:
     name: NonEmptyStr
     dtype: NonEmptyStr
     shape: tuple[PositiveInt | NonEmptyStr, ...] = ()
+
+    def axes(self) -> dict[int, str]:
+        """Those of any length, with their names."""
+        return {axis: length for axis, length in enumerate(self.shape) if isinstance(length, str)}
 
     def refusal(self, tensor: Tensor) -> str:
         """Why ``tensor`` does not fit; empty where it does."""
@@ -87,10 +93,20 @@ class Signature:
                 raise TypeError(f"{port.name} must be a tensor, got {type(tensor).__name__}")
             if refusal := port.refusal(tensor):
                 raise ValueError(refusal)
-        lengths = {tensor.shape[0] for port, tensor in zip(self.inputs, tensors, strict=True) if BATCH in port.shape}
-        if len(lengths) > 1 or 0 in lengths:
-            raise ValueError(f"inputs must share one batch size of at least 1, got {sorted(lengths)}")
+        for axis, lengths in self.lengths(tensors).items():
+            if len(lengths) > 1 or 0 in lengths:
+                what = "batch size" if axis == BATCH else f"number of {axis}"
+                raise ValueError(f"inputs must share one {what} of at least 1, got {sorted(lengths)}")
         return tensors
+
+    def lengths(self, tensors: Sequence[Tensor]) -> dict[str, set[int]]:
+        """How long the axes of any length are in ``tensors``, by name."""
+        found: dict[str, set[int]] = {}
+        for port, tensor in zip(self.inputs, tensors, strict=True):
+            for axis, length in zip(port.shape, tensor.shape, strict=True):
+                if isinstance(axis, str):
+                    found.setdefault(axis, set()).add(length)
+        return found
 
     def arrange(self, tensors: Sequence[Tensor]) -> Any:
         """Outputs in order as the model returns them."""
@@ -139,16 +155,20 @@ class AsWritten(nn.Module):
 
 
 @torch.no_grad()
-def flatten(model: nn.Module, inputs: Inputs, batch: bool = True) -> tuple[Signature, FlatCall]:
+def flatten(
+    model: nn.Module, inputs: Inputs, batch: bool = True, axes: Axes | None = None
+) -> tuple[Signature, FlatCall]:
     """How ``model`` is called with ``inputs``, found by calling it.
 
     Args:
         model: In eval mode.
         inputs: A tensor, positional arguments, or a mapping of keyword arguments.
         batch: Whether the first axis may be of any length: of all inputs that have it in common with the first one.
+        axes: Which axes may be, by input, instead; axes of one name have one length.
 
     Raises:
         TypeError: If an input is no tensor, or the model returns none.
+        ValueError: If ``axes`` names an input or an axis that there is not.
     """
     by_name, tensors = isinstance(inputs, Mapping), in_order(inputs)
     names = list(inputs) if isinstance(inputs, Mapping) else _parameters(model, len(tensors))
@@ -160,9 +180,9 @@ def flatten(model: nn.Module, inputs: Inputs, batch: bool = True) -> tuple[Signa
     if not outputs:
         raise TypeError(f"{type(model).__name__} returns no tensor: there is nothing to write")
     returns: Returns = "tensor" if set(outputs) == {""} else "tuple" if _is_sequence(outputs) else "mapping"
-    size = tensors[0].shape[0] if batch and tensors[0].ndim else None
+    named = _axes_of(names, tensors, axes) if batch else {}
     return Signature(
-        inputs=tuple(_port(name, tensor, size) for name, tensor in zip(names, tensors, strict=True)),
+        inputs=tuple(_port(name, tensor, named.get(name, {})) for name, tensor in zip(names, tensors, strict=True)),
         outputs=tuple(Port(name=_output(place, names), dtype=_dtype(tensor)) for place, tensor in outputs.items()),
         keywords=by_name,
         returns=returns,
@@ -191,9 +211,29 @@ def _parameters(model: nn.Module, count: int) -> list[str]:
     return names if len(names) == count else [f"input_{index}" for index in range(count)]
 
 
-def _port(name: str, tensor: Tensor, batch: int | None) -> Port:
-    dynamic = tensor.ndim > 0 and tensor.shape[0] == batch
-    shape: tuple[int | str, ...] = (BATCH, *tensor.shape[1:]) if dynamic else tuple(tensor.shape)
+def _axes_of(names: Sequence[str], tensors: Sequence[Tensor], axes: Axes | None) -> Axes:
+    """Which axes are of any length, by input: those given, else the first ones that are as long as the first input's.
+
+    Raises:
+        ValueError: See :func:`flatten`.
+    """
+    if axes is None:
+        return {
+            name: {0: BATCH}
+            for name, tensor in zip(names, tensors, strict=True)
+            if tensor.ndim and tensors[0].ndim and len(tensor) == len(tensors[0])
+        }
+    num_axes = {name: tensor.ndim for name, tensor in zip(names, tensors, strict=True)}
+    for name, of_input in axes.items():
+        if name not in num_axes:
+            raise ValueError(f"there is no input {name!r} to name axes of; the inputs are {', '.join(names)}")
+        if wrong := [axis for axis in of_input if not 0 <= axis < num_axes[name]]:
+            raise ValueError(f"{name} has axes 0 to {num_axes[name] - 1}, got {wrong[0]}")
+    return axes
+
+
+def _port(name: str, tensor: Tensor, axes: Mapping[int, str]) -> Port:
+    shape = tuple(axes.get(axis, length) for axis, length in enumerate(tensor.shape))
     return Port(name=name, dtype=_dtype(tensor), shape=shape)
 
 

@@ -48,6 +48,9 @@ class StaticDetector(nn.Module):
         inside the boxes.
     """
 
+    #: see :mod:`slabformer.deployment.kinds`
+    deployed_as = "detector"
+
     mean: Tensor
     std: Tensor
     anchors: Tensor
@@ -69,14 +72,19 @@ class StaticDetector(nn.Module):
         self.num_anchors = [len(config.anchor_ratios) * x.shape[2] * x.shape[3] for x in levels]
         self.eval()
 
-    def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, image: Tensor, size: Tensor) -> dict[str, Tensor]:
         """Boxes, labels, scores, and masks where the detector has them."""
         levels = self.detector.backbone(((image - self.mean) / self.std)[None])
         proposals, found = self.propose(levels, size)
         boxes, labels, scores = self.classify(levels, proposals, found, size)
-        if not self.detector.roi_heads.has_mask():
-            return boxes, labels, scores
-        return boxes, labels, scores, self.segment(levels, boxes, labels)
+        found = {"boxes": boxes, "labels": labels, "scores": scores}
+        if self.detector.roi_heads.has_mask():
+            found["masks"] = self.segment(levels, boxes, labels)
+        return found
+
+    def inputs(self, image: Tensor) -> dict[str, Tensor]:
+        """An image ``(3, h, w)`` in [0, 1] of up to the canvas's size, as the forward takes it."""
+        return {"image": on_canvas(image, self.size, self.mean), "size": torch.tensor(image.shape[1:])}
 
     def propose(self, levels: dict[str, Tensor], size: Tensor) -> tuple[Tensor, Tensor]:
         """Proposals ``(P, 4)``, and whether each is one."""
@@ -126,6 +134,13 @@ class StaticDetector(nn.Module):
         logits = heads.mask_predictor(heads.mask_head(pooled(heads.mask_roi_pool, levels, boxes)))
         index = labels[:, None, None, None].expand(-1, 1, *logits.shape[2:])
         return logits.gather(1, index).sigmoid()
+
+
+def on_canvas(image: Tensor, size: Size, mean: Tensor) -> Tensor:
+    """``image`` ``(3, h, w)`` at the top left of the mean colour ``(3, 1, 1)``, which becomes 0: ``(3, *size)``."""
+    canvas = mean.expand(3, *size).clone()
+    canvas[:, : image.shape[1], : image.shape[2]] = image
+    return canvas
 
 
 def pooled(pool: PyramidRoIAlign, levels: dict[str, Tensor], boxes: Tensor) -> Tensor:

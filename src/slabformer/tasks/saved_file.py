@@ -218,6 +218,18 @@ def check_saved(path: Path, kind: type[SavedInfo]) -> None:
         _check_kind(path, dict(file.metadata() or {}), kind)
 
 
+def saved_kind(path: Path) -> str:
+    """Which of :data:`KINDS` the file ``path`` holds, by its header alone; empty where it does not say.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated, or no safetensors file.
+    """
+    with _opened(path) as file:
+        metadata = dict(file.metadata() or {})
+    return next((key for key in KINDS if key in metadata), "")
+
+
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     with _opened(path) as file:
         return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -55,12 +55,12 @@ class AotInductor(Target):
             raise unsupported("AOTInductor", error) from error
         return lambda tensors: run(*tensors)
 
-    def script(self, dtype: Precision) -> str:
+    def opening(self, dtype: Precision) -> str:
         """See :class:`Target`."""
         return """\
-import pathlib, sys, numpy, torch; here = pathlib.Path(__file__).parent
+import json, pathlib, sys, numpy, torch; here = pathlib.Path(__file__).parent
 program = [*map(torch.ops.load_library, here.glob("*.so")), torch._inductor.aoti_load_package(here / "model.pt2")][-1]
-print(program(*(torch.from_numpy(x) for x in numpy.load(sys.argv[1]).values())))
+run = lambda arrays: [y.numpy() for y in program(*map(torch.from_numpy, arrays.values()))]
 """
 
 

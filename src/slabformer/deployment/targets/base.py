@@ -144,8 +144,11 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def script(self, dtype: Precision) -> str:
-        """Three lines of Python that run the folder without slabformer on the arrays of an ``.npz`` file."""
+    def opening(self, dtype: Precision) -> str:
+        """The first lines of run.py: they define ``run``, from arrays by name to arrays in order, without slabformer.
+
+        They import json, pathlib, sys and numpy, too, for the lines behind them (:mod:`slabformer.deployment.kinds`).
+        """
 
     def versions(self) -> dict[str, str]:
         """Of the packages that loading imports."""

@@ -62,10 +62,10 @@ class ExecuTorch(Target):
 
         return run
 
-    def script(self, dtype: Precision) -> str:
+    def opening(self, dtype: Precision) -> str:
         """See :class:`Target`."""
         return """\
-import pathlib, sys, numpy, torch; from executorch.runtime import Runtime
+import json, pathlib, sys, numpy, torch; from executorch.runtime import Runtime
 method = Runtime.get().load_program(pathlib.Path(__file__).with_name("model.pte")).load_method("forward")
-print(method.execute([torch.from_numpy(x) for x in numpy.load(sys.argv[1]).values()]))
+run = lambda arrays: [y.numpy() for y in method.execute([*map(torch.from_numpy, arrays.values())])]
 """

@@ -39,12 +39,11 @@ class OnnxRuntime(Target):
         """See :class:`Target`."""
         return onnx_run(folder / FILE, threads)
 
-    def script(self, dtype: Precision) -> str:
+    def opening(self, dtype: Precision) -> str:
         """See :class:`Target`."""
         return """\
-import pathlib, sys, numpy, onnxruntime
-session = onnxruntime.InferenceSession(pathlib.Path(__file__).with_name("model.onnx"))
-print(session.run(None, dict(numpy.load(sys.argv[1]))))
+import functools, json, pathlib, sys, numpy, onnxruntime
+run = functools.partial(onnxruntime.InferenceSession(pathlib.Path(__file__).with_name("model.onnx")).run, None)
 """
 
 

@@ -67,11 +67,11 @@ class OpenVino(Target):
             raise unsupported("OpenVINO", error) from error
         return OpenVinoRun(graph, HINTS[dtype], threads)
 
-    def script(self, dtype: Precision) -> str:
+    def opening(self, dtype: Precision) -> str:
         """See :class:`Target`."""
         return f"""\
-import pathlib, sys, numpy, openvino
+import json, pathlib, sys, numpy, openvino
 options = {{"INFERENCE_PRECISION_HINT": "{HINTS[dtype]}"}}
 model = openvino.compile_model(pathlib.Path(__file__).with_name("model.xml"), "CPU", options)
-print(model(dict(numpy.load(sys.argv[1]))).to_tuple())
+run = lambda arrays: model(arrays).to_tuple()
 """

@@ -35,10 +35,10 @@ class TorchExport(Target):
             module = torch.export.load(file).module()
         return lambda tensors: module(*tensors)
 
-    def script(self, dtype: Precision) -> str:
+    def opening(self, dtype: Precision) -> str:
         """See :class:`Target`."""
         return """\
-import pathlib, sys, numpy, torch
+import json, pathlib, sys, numpy, torch
 program = torch.export.load(pathlib.Path(__file__).with_name("model.pt2")).module()
-print(program(*(torch.from_numpy(x) for x in numpy.load(sys.argv[1]).values())))
+run = lambda arrays: [y.detach().numpy() for y in program(*map(torch.from_numpy, arrays.values()))]
 """
