@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import slabformer as sf
+from detectors import saved as saved_detector
+from language_models import talkative
 from saved_digits import save_digits_model
 from slabformer.cli.main import main
+from slabformer.tasks.language.folders import save_model_folder
 from slabformer.tasks.saved_model import load_model
 from small_models import saved
 
@@ -71,5 +74,56 @@ def test_mistakes_are_told_before_the_work(
 ) -> None:
     model = saved(tmp_path / "model.safetensors")
     assert main(["deploy", str(model), "--output", str(tmp_path / "deployed"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "deployed").exists()
+
+
+@pytest.mark.slow
+def test_a_language_model_is_compared_with_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model_folder(talkative(), None, tmp_path / "model")
+    command = ["deploy", str(tmp_path / "model"), "--target", "onnxruntime", "--context", "60", "--seconds", "0"]
+    assert main([*command, "--images", "2", "--output", str(tmp_path / "deployed"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["tokens_alike"] == told["tokens"] == 64
+    manifest = sf.load_deployed(tmp_path / "deployed").manifest
+    assert (manifest.kind, manifest.preprocessing["context"]) == ("decoder", 60)
+
+
+@pytest.mark.slow
+def test_a_detector_is_compared_on_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = saved_detector(tmp_path / "detector.safetensors")
+    command = ["deploy", str(model), "--target", "openvino", "--size", "64", "90", "--seconds", "0", "--json"]
+    assert main([*command, "--output", str(tmp_path / "deployed")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["images"] == 4
+    assert told["max_pixels"] < 0.05
+    manifest = sf.load_deployed(tmp_path / "deployed").manifest
+    assert (manifest.kind, manifest.class_names) == ("detector", ["cat", "dog", "emu"])
+    assert (manifest.preprocessing["height"], manifest.preprocessing["width"]) == (64, 96)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("classifier", ["--context", "8"], "a classifier has no --context; leave it out"),
+        ("classifier", ["--size", "64", "64"], "a classifier has no --size; leave it out"),
+        ("detector", ["--images", "2"], "a detector takes one image at a time, got --images 2"),
+        ("detector", ["--target", "torch", "--seconds", "0"], "torch takes no such model; use onnxruntime or openvino"),
+        ("writer", ["--data", "digits"], "a language model has no --data; leave it out"),
+        ("writer", ["--context", "65"], "context must be at most 64, the model's longest text, got 65"),
+        ("writer", ["--dtype", "int8", "--target", "onnxruntime"], "int8 is for classifiers; deploy a language model"),
+    ],
+    ids=["context", "size", "images", "target", "data", "longest", "int8"],
+)
+def test_options_of_other_kinds_are_refused(
+    kind: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "writer":
+        save_model_folder(talkative(num_hidden_layers=1), None, tmp_path / kind)
+    else:
+        kind = f"{kind}.safetensors"
+        (saved_detector if kind.startswith("detector") else saved)(tmp_path / kind)
+    capsys.readouterr()
+    assert main(["deploy", str(tmp_path / kind), "--output", str(tmp_path / "deployed"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "deployed").exists()

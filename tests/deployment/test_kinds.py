@@ -30,7 +30,7 @@ INSTALLED = [name for name in TARGETS if all(map(importlib.util.find_spec, TARGE
 def of_kind(kind: str) -> list[object]:
     """Its targets here; compiling ahead of time is slow."""
     wanted = [name for name in INSTALLED if not KINDS[kind].targets or name in KINDS[kind].targets]
-    return [pytest.param(name, marks=pytest.mark.slow) if name == "aoti" else name for name in wanted]
+    return [pytest.param(name, marks=[] if name == "onnxruntime" else pytest.mark.slow) for name in wanted]
 
 
 @pytest.mark.parametrize("target", of_kind("decoder"))
@@ -50,6 +50,7 @@ def test_a_language_model_writes_what_generate_does(target: str, tmp_path: Path)
     assert [[int(token) for token in line.split()] for line in printed.splitlines()] == expected.T.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", of_kind("detector"))
 @torch.no_grad()
 def test_a_detector_finds_the_same_and_prints_it(target: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import slabformer as sf
 from detectors import ODD_SIZES, pictures, small_detector, trained_looking
 from slabformer.export import detector as module
-from slabformer.export.detector import OnnxDetector, export_detector, on_canvas, without_padding
+from slabformer.export.detector import OnnxDetector, export_detector, without_padding
 from slabformer.export.static_detector import StaticDetector
 from slabformer.models.detection.mask_rcnn import Detector
 from tolerances import EXACT, FLOAT32, assert_close

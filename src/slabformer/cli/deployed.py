@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from slabformer.deployment.deploy import Deployed
+    from slabformer.deployment.kinds import KindName
     from slabformer.export.static_decoder import StaticDecoder
     from slabformer.export.static_detector import StaticDetector
 
@@ -46,13 +47,21 @@ class Subject(ABC):
         ValueError: If an option is for another kind of model.
     """
 
+    kind: KindName = "model"
     #: options that other kinds alone have
     foreign: Sequence[str] = ()
     words = "this model"
     axes: Mapping[str, Mapping[int, str]] | None = None
 
     def __init__(self, config: Namespace) -> None:
+        from slabformer.deployment.kinds import KINDS
+        from slabformer.deployment.targets.table import AUTO
+
         self.config, self.title = config, Path(config.model).name
+        if config.target != AUTO:
+            KINDS[self.kind].check_target(config.target)
+        if config.dtype == "int8" and self.kind != "model":
+            raise ValueError(f"int8 is for classifiers; deploy {self.words} in another --dtype")
         for option in self.foreign:
             if getattr(config, option) is not None:
                 raise ValueError(f"{self.words} has no --{option.replace('_', '-')}; leave it out")
@@ -74,12 +83,8 @@ class Subject(ABC):
         return []
 
     def calibration(self) -> Sequence[Any]:
-        """Batches that show the ranges of activations.
-
-        Raises:
-            ValueError: If there are none for this kind.
-        """
-        raise ValueError(f"int8 is for classifiers; deploy {self.words} in another --dtype")
+        """Batches that show the ranges of activations."""
+        return []
 
 
 class Classifier(Subject):
@@ -140,7 +145,7 @@ class LanguageModel(Subject):
     """Tokens to the next one, with a static cache."""
 
     foreign = ("data", "size", "checkpoint", "input_size")
-    words = "a language model"
+    words, kind = "a language model", "decoder"
 
     def load(self) -> tuple[StaticDecoder, dict[str, Tensor]]:
         """See :class:`Subject`."""
@@ -182,7 +187,7 @@ class ObjectDetector(Subject):
     """An image to boxes."""
 
     foreign = ("context", "checkpoint", "input_size")
-    words = "a detector"
+    words, kind = "a detector", "detector"
 
     def __init__(self, config: Namespace) -> None:
         super().__init__(config)

@@ -97,8 +97,9 @@ def target_forms(plan: Plan, fused: Form, job: Job) -> list[TargetForm]:
     kind = KINDS[kind_of(job.reference)]
     began, forms = time.monotonic(), list[TargetForm]()
     for target in targets:
-        if forms and time.monotonic() - began > plan.budget:
-            job.notes.append(f"{target.name} not tried: building took the {plan.budget:g} seconds of the budget")
+        spent = time.monotonic() - began
+        if forms and spent > plan.budget:
+            job.notes.append(f"{target.name} not tried: building took {spent:.0f} s of a budget of {plan.budget:g}")
             continue
         try:
             kind.check_target(target.name)
@@ -109,6 +110,12 @@ def target_forms(plan: Plan, fused: Form, job: Job) -> list[TargetForm]:
             job.notes.append(f"not for {target.name}: {' '.join(str(error).split())}")
     if not forms:
         raise UnsupportedError("; ".join(job.notes))
+    spent = time.monotonic() - began
+    if plan.target == AUTO and spent > plan.budget:
+        last = forms[-1].name
+        job.notes.append(
+            f"building took {spent:.0f} s, beyond the budget of {plan.budget:g}: {last} was begun within it"
+        )
     return forms
 
 

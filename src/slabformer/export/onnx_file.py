@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
 from slabformer._extras import require
+from slabformer._torch import compile_error, tree_leaves
 from slabformer.export.exporter import quiet_exporter
 from slabformer.export.refusals import unsupported
 from slabformer.export.signature import BATCH, FlatCall, Inputs, Port, Signature, in_order, like
@@ -50,9 +52,28 @@ def program_of(model: nn.Module, signature: Signature, inputs: Inputs) -> torch.
         args, kwargs, shapes = (), dict(zip(names, tensors, strict=True)), dict(zip(names, shapes, strict=True))
     with torch.no_grad(), quiet_exporter():
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            try:
+                return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            except compile_error() as error:
+                narrower = _narrowed(error, shapes)
+                return torch.export.export(model, args, kwargs, dynamic_shapes=narrower, strict=False)
         except Exception as error:  # a model's forward may raise anything
             raise unsupported("torch.export", error) from error
+
+
+def _narrowed(error: Exception, shapes: Any) -> Any:
+    """``shapes`` with the lengths that a model's tables allow, such as those of its positions.
+
+    Raises:
+        Exception: ``error``, where it is about something else, or an axis may have one length alone.
+    """
+    try:
+        narrower = refine_dynamic_shapes_from_suggested_fixes(getattr(error, "msg", ""), shapes)
+    except Exception:  # PyTorch's own, where there is no suggestion
+        raise error from None
+    if any(isinstance(dim, int) for dim in tree_leaves(narrower)):
+        raise error
+    return narrower
 
 
 def two_long(tensor: Tensor, port: Port) -> Tensor:
@@ -106,6 +127,7 @@ def write_onnx(
         except Exception as error:  # whatever a translation raises
             raise unsupported("ONNX", error, program) from error
     assert written is not None
+    _keep_names_apart(written.model.graph)
     _name_axes(written.model.graph, signature)
     if ir_version is not None:
         written.model.ir_version = ir_version
@@ -125,6 +147,15 @@ def _name_axes(graph: Any, signature: Signature) -> None:
         for axis, size in enumerate(value.shape or ()):
             if str(size) in names:
                 value.shape[axis] = names[str(size)]
+
+
+def _keep_names_apart(graph: Any) -> None:
+    """Rename what is called like an input or output: the exporter calls results after their operators, "embedding"."""
+    ports = [*graph.inputs, *graph.outputs]
+    taken = {value.name for value in ports}
+    for value in [*graph.initializers.values(), *(output for node in graph for output in node.outputs)]:
+        if value.name in taken and not any(value is port for port in ports):
+            value.name = f"{value.name}_inside"
 
 
 def norms_in(kinds: Sequence[str]) -> dict[str, int]:

@@ -11,6 +11,8 @@ from slabformer.surgery.outputs import first_line
 
 #: how PyTorch spells an operator in its messages
 OPERATOR = re.compile(r"(?:torch\.ops\.|OpOverload\(op=')([\w]+(?:\.|::)[\w]+)")
+#: and an axis that cannot have any length
+AXES = re.compile(r"Constraints violated.*\n\s+- (.+)")
 SOURCE_LINE = re.compile(r'File "([^"]+)", line (\d+)')
 #: code between a model and its operators, which is not where they come from
 NOT_OF_MODELS = re.compile(r"[/\\](?:torch|onnxscript|onnx_ir|executorch|contextlib|slabformer[/\\]export)[/\\.]")
@@ -41,12 +43,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the innermost cause, which exporters wrap in pages of advice."""
-    return first_line(list(_chain(error))[-1])
+    """The first line of the innermost cause, which exporters wrap in pages of advice; of axes, the first complaint."""
+    innermost = list(_chain(error))[-1]
+    complaint = AXES.search(str(innermost))
+    return " ".join(complaint[1].split()) if complaint else first_line(innermost)
 
 
 def _place(operator: str, program: Any) -> str:
