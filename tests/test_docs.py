@@ -59,3 +59,25 @@ def test_the_page_about_trained_models_runs() -> None:
     assert "norms folded" in namespace["outcome"].summary()
     assert set(namespace["order"]) == set(namespace["report"].plan.take)
     assert set(namespace["names"]) == set(namespace["attentions"].plan.take)
+
+
+def test_the_code_in_the_readme_runs() -> None:
+    """Both loops as printed, on a small model; what the page leaves to the reader is filled in."""
+    pytest.importorskip("timm", reason="the page converts a model of timm")
+    fresh, trained = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    small = "timm.models.VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3)"
+    for printed, filled in {
+        'timm.create_model("vit_small_patch16_224")': small,
+        "    ...\n": "    torch.nn.functional.cross_entropy(model(images), labels).backward()\n",
+        "    optimizer.step()\n": "    optimizer.step(), optimizer.zero_grad()\n",
+        "for images": "optimizer = torch.optim.AdamW(model.parameters())\nfor images",
+        "fastest = ": "# ",  # compiles
+    }.items():
+        assert printed in fresh
+        fresh = fresh.replace(printed, filled)
+    start = "import timm, torch\nsteps = 4\nloader = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 3)] * steps"
+    end = "example_inputs = inputs = loader[0][0]"
+    namespace: dict[str, object] = {}
+    exec(compile("\n".join([start, end, fresh, f"model = {small}", trained]), "README.md", "exec"), namespace)
+    assert "3 of 3 norms folded" in namespace["report"].summary()
+    assert namespace["schedule"].finished

@@ -159,6 +159,68 @@ def test_a_conversion_of_attention_goes_on_bit_for_bit(softmax: Path, images: Pa
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_norms_outside_the_plan_stay(softmax: Path, images: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"take": ["blocks.0.norm1", "norm"], "keep": ["blocks.1.norm2"], "cost": 0.1}))
+    result = lose_norms(softmax, images, tmp_path / "run", **TINY, plan=str(plan))
+    assert (result.summary["norms_folded"], result.summary["norms_left"]) == (2, 1)
+    assert [name for name, module in result.model.named_modules() if isinstance(module, torch.nn.LayerNorm)] == [
+        *("blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2")
+    ]
+    fused, _ = load_model(tmp_path / "run" / "fused.safetensors")
+    inputs = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(fused(inputs), result.model(inputs), atol=1e-5)
+    assert "<b>1</b> stay as planned" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_conversion_within_a_budget_goes_on_bit_for_bit(encoder: Path, tmp_path: Path) -> None:
+    text = write_lines(tmp_path / "text.txt", 60)
+    settings = TINY | {"save_every": 1, "budget": 0.003}
+    whole = lose_norms(encoder, text, tmp_path / "whole", **settings)
+    noted = json.loads((tmp_path / "whole" / "norms.json").read_text())
+    assert 0 < len(noted["take"]) < 5
+    assert noted["cost"] <= noted["budget"] == 0.003
+    assert whole.summary["norms_left"] == len(noted["keep"])
+    halved = ConvertConfig(model=str(encoder), data=str(text), output=str(tmp_path / "halved"), **settings)
+    with pytest.raises(InterruptedRunError):
+        convert(halved, observers=[AtStep(4, stop)])
+    (tmp_path / "halved" / "norms.json").rename(tmp_path / "kept.json")
+    with pytest.raises(ValueError, match="does not say which norms the run converts"):
+        convert(halved)
+    (tmp_path / "kept.json").rename(tmp_path / "halved" / "norms.json")
+    convert(halved)
+    one, other = (load_file(tmp_path / name / "fused" / "fused.safetensors") for name in ("whole", "halved"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (None, "No such file"),
+        ({"take": ["norm9"], "keep": [], "cost": 0}, r"names 1 norm that the model does not have .*'norm9'"),
+        ({"take": ["norm"]}, r"plan.json: not a conversion plan"),
+        ({"take": ["blocks.0.attn"], "keep": [], "cost": 0, "of": "attentions"}, "give it to convert_attention_"),
+    ],
+    ids=["missing", "unknown", "damaged", "attentions"],
+)
+def test_a_plan_that_does_not_fit_leaves_nothing_behind(
+    plan: dict[str, Any] | None, words: str, softmax: Path, images: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.json"
+    if plan is not None:
+        file.write_text(json.dumps(plan))
+    with pytest.raises((OSError, ValueError), match=words) as error:
+        lose_norms(softmax, images, tmp_path / "run", **TINY, plan=str(file))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_and_budget_are_one_too_many(softmax: Path, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="plan and budget both say which norms go; give one of them"):
+        lose_norms(softmax, images, tmp_path / "run", plan="plan.json", budget=0.1)
+
+
 def test_ranks_go_on_with_the_first_ones_attention(
     softmax: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

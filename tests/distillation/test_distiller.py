@@ -287,6 +287,11 @@ def test_a_teacher_of_another_kind_is_refused_in_one_line(teacher: Any, words: s
     assert "\n" not in str(error.value)
 
 
+def test_a_teacher_is_no_name() -> None:
+    with pytest.raises(TypeError, match=r"the teacher must be a model or a slabformer.Teacher, got str"):
+        Distiller(converted(classifier()), "deit_tiny")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -352,7 +352,7 @@ def test_autocast_and_dropout_reach_both_forwards() -> None:
 
 def test_fit_of_few_tokens_is_told_about(caplog: pytest.LogCaptureFixture) -> None:
     fit_norms_(converted(), [shuffled(5)])
-    assert "the fit of 0 (and 1 more norms like it) rests on 5 tokens" in caplog.text
+    assert "the fit of 0 (and 1 more like it) rests on 5 tokens" in caplog.text
 
 
 def test_compiled_model_is_fitted() -> None:

@@ -172,12 +172,14 @@ def test_what_is_no_plan_is_refused(data: Any) -> None:
     [
         (
             ["blocks.0.norm", "blocks.9.norm"],
-            r"names 1 norms that the model does not have or that cannot be converted \(first: 'blocks.9.norm'\)",
+            r"names 1 norm that the model does not have or that cannot be converted \(first: 'blocks.9.norm'\)",
         ),
         (ConversionPlan(take=("last",), keep=("mlp",), cost=0), "first: 'mlp'"),
+        (["a", "b"], "names 2 norms that the model does not have"),
         ([], "the plan takes no norm"),
+        ("last", r"a plan is a collection of names, got the string 'last'; pass \['last'\]"),
     ],
-    ids=["unknown", "unknown_kept", "empty"],
+    ids=["unknown", "unknown_kept", "two", "empty", "one_name"],
 )
 def test_plans_of_other_models_convert_nothing(model: Encoder, plan: Any, message: str) -> None:
     student = copy.deepcopy(model)

@@ -12,7 +12,7 @@ from slabformer.converting.config import ConvertConfig
 from slabformer.settings import NonEmptyStr
 
 #: what is said of a run, beside how near it came
-COUNTS = ("norms_folded", "norms_kept", "attentions_linear", "attentions_kept")
+COUNTS = ("norms_folded", "norms_kept", "norms_left", "attentions_linear", "attentions_kept")
 
 
 def parser() -> Parser:
@@ -26,7 +26,7 @@ def parser() -> Parser:
         [
             "slab convert model.safetensors --data photos/ -o runs/convert",
             "slab convert vit.safetensors --data photos/ -o runs/linear --attention all",
-            "slab convert path/to/encoder --data sentences.txt -o runs/encoder",
+            "slab convert path/to/encoder --data sentences.txt -o runs/encoder --budget 0.01",
         ],
     )
     made.add_argument(

@@ -44,6 +44,11 @@ class ConvertConfig(RunConfig):
     """How the norms fade."""
     weights: LossWeights = field(default_factory=LossWeights)
     """Of the losses against the teacher."""
+    plan: NonEmptyStr | None = None
+    """A file that `slab audit --plan` wrote: which norms go; the others stay. By default all go."""
+    budget: PositiveFraction | None = None
+    """What losing norms may take from the cosine of the model's outputs, before training: as many go as fit, the
+    cheapest first; the others stay. By default all go."""
     attention: Attention = "none"
     """Which softmax attentions become linear, beside the norms: none, all, or those that an audit plans."""
     attention_budget: PositiveFraction | None = None
@@ -79,6 +84,8 @@ class ConvertConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.plan is not None and self.budget is not None:
+            raise ValueError("plan and budget both say which norms go; give one of them")
         if self.attention_budget is not None and self.attention != "plan":
             raise ValueError(f"attention_budget has no effect with attention {self.attention!r}; set attention to plan")
         if self.align_steps is not None and self.attention == "none":

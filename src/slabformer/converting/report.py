@@ -58,6 +58,7 @@ def write_report(
             _row(words, *(f"{summary[key][name]:.4f}" for name in measures)) for key, words in STAGES.items()
         ),
         "norms": f"{summary['norms_folded']} of {summary['norms_folded'] + summary['norms_kept']}",
+        "left": f", <b>{summary['norms_left']}</b> stay as planned" if summary.get("norms_left") else "",
         "difference": f"{summary['difference']:.1e}",
         "attentions": _attentions(summary),
         "nearness": to_svg(curves(nearness, xlabel="optimizer step")),

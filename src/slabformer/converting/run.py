@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 import slabformer as sf
+from slabformer._files import write_json
 from slabformer.converting.attention import ATTENTION, LinearAttentions, linear_again_, make_linear_
 from slabformer.converting.config import ConvertConfig
+from slabformer.converting.norms import NORMS, plan_again, plan_norms
 from slabformer.converting.report import write_report
 from slabformer.converting.result import COLUMNS, PARTS, ConvertResult, similarity
 from slabformer.converting.subjects import num_parts, open_subject
 from slabformer.distillation import Distiller, Teacher
 from slabformer.nn.attention_masks import keep_padding_out_everywhere_
 from slabformer.surgery.batches import call_model, eval_mode, to_device
+from slabformer.surgery.conversion_plan import ConversionPlan
 from slabformer.tasks.engine.build import (
     build_gamma_schedule,
     build_loop_config,
@@ -51,7 +54,7 @@ class ConvertFolder(RunFolder):
     """The output folder of a conversion."""
 
     OUTPUTS: ClassVar[tuple[str, ...]] = (
-        *(METRICS, STEPS, REPORT, ATTENTION),
+        *(METRICS, STEPS, REPORT, ATTENTION, NORMS),
         *(CONVERTED, FUSED, f"{CONVERTED}.safetensors", f"{FUSED}.safetensors"),
     )
 
@@ -71,7 +74,7 @@ def convert(config: ConvertConfig, *, observers: Sequence[Observer] = ()) -> Con
 
     The folder then holds ``config.yaml``, ``metrics.csv``, ``steps.csv``, the last checkpoints, and at the end the
     converted ``model`` and the ``fused`` one (files, or folders for transformers), ``result.json`` and ``report.html``;
-    where attention was made linear, ``attention.json``.
+    where attention was made linear, ``attention.json``; where norms stay, ``norms.json`` with the plan.
 
     Args:
         config: The recipe.
@@ -104,7 +107,8 @@ class _Run:
         self.model = self.subject.model.to(self.accelerator.device)
         teacher = Teacher(self.model)
         self.attentions = self._make_linear(teacher, fresh=fresh)
-        sf.convert_norms_(self.model, eta=0.0)
+        self.plan = self._plan(fresh=fresh)
+        sf.convert_norms_(self.model, plan=self.plan, eta=0.0)
         keep_padding_out_everywhere_(self.model)
         if self.accelerator.num_processes > 1:
             sf.sync_norms_(self.model)
@@ -120,6 +124,12 @@ class _Run:
         if fresh:
             return make_linear_(self.model, teacher, self._from_the_start(), self.subject.held_out, self.config)
         return linear_again_(self.model, self.folder.path)
+
+    def _plan(self, *, fresh: bool) -> ConversionPlan | None:
+        """Which norms go; None for all."""
+        if fresh:
+            return plan_norms(self.model, self.subject.held_out, self.config)
+        return plan_again(self.folder.path, self.config)
 
     def _fit(self) -> None:
         """Start near the teacher."""
@@ -197,6 +207,8 @@ class _Run:
                 "norms_folded": report.num_folded,
                 "norms_kept": report.num_kept,
             }
+            if self.plan is not None:
+                result["norms_left"] = len(self.plan.keep)
             if self.attentions is not None:
                 result |= self.attentions.summary()
             self._save(model, deployed)
@@ -226,6 +238,9 @@ class _Start(Observer):
         """A row of metrics for step 0, and a file for the run to go on with."""
         if start.step:
             return
+        if self._run.plan is not None:
+            self._run.folder.record(NORMS)
+            write_json(self._run.folder.path / NORMS, self._run.plan.to_dict())
         if self._run.attentions is not None:
             self._run.folder.record(ATTENTION)
             self._run.attentions.write(self._run.folder.path)

@@ -73,6 +73,7 @@ class Distiller:
         forward: ``forward(model, batch)``, as for :func:`slabformer.recalibrate_`, of both.
 
     Raises:
+        TypeError: If the teacher is no model.
         ValueError: If there is no norm to take the default teacher from, it has begun to fade, a weight is unknown, or
             a model has no block of a given name.
     """
@@ -238,6 +239,8 @@ def _weights(given: Mapping[str, float]) -> LossWeights:
 def _teacher_of(student: nn.Module, teacher: nn.Module | Teacher | None) -> Teacher:
     if isinstance(teacher, Teacher):
         return teacher
+    if not isinstance(teacher, nn.Module | None):
+        raise TypeError(f"the teacher must be a model or a slabformer.Teacher, got {type(teacher).__name__}")
     if teacher is None:
         _check_unfaded(student)
         return Teacher(student)

@@ -78,16 +78,18 @@ def names_to_take(plan: ConversionPlan | Collection[str], known: Collection[str]
     """What ``plan`` takes, of the model's ``known`` norms or attentions.
 
     Raises:
-        ValueError: If it names others, or none, or is of something else.
+        ValueError: If it names others, or none, is of something else, or is one name instead of a collection.
     """
+    if isinstance(plan, str):
+        raise ValueError(f"a plan is a collection of names, got the string {plan!r}; pass [{plan!r}]")
     if isinstance(plan, ConversionPlan) and plan.of != of:
         raise ValueError(f"the plan is of {plan.of}: give it to {TAKER[plan.of]}")
     take, keep = (plan.take, plan.keep) if isinstance(plan, ConversionPlan) else (tuple(plan), ())
     unknown = [name for name in (*take, *keep) if name not in known]
     if unknown:
+        counted = f"1 {SINGULAR[of]}" if len(unknown) == 1 else f"{len(unknown)} {of}"
         raise ValueError(
-            f"the plan names {len(unknown)} {of} that the model does not have or that cannot be converted "
-            f"(first: {unknown[0]!r})"
+            f"the plan names {counted} that the model does not have or that cannot be converted (first: {unknown[0]!r})"
         )
     if not take:
         raise ValueError(f"the plan takes no {SINGULAR[of]}")

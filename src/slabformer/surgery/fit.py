@@ -225,7 +225,7 @@ class _Fit:
         counts = {name: int(self._sums[name].alike.weight) for name in names}
         few = [name for name, count in counts.items() if count < FEW_TOKENS]
         if few:
-            more = f" (and {len(few) - 1} more norms like it)" if few[1:] else ""
+            more = f" (and {len(few) - 1} more like it)" if few[1:] else ""
             logger.warning("the fit of %s%s rests on %d tokens; give more batches", few[0], more, counts[few[0]])
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from slabformer._defaults import AUDIT_BATCHES
 from slabformer.nn.controls import prepbn_modules
+from slabformer.nn.norms import norm_type
 from slabformer.settings import PositiveFraction, PositiveInt, checked
 from slabformer.surgery.batches import eval_mode
 from slabformer.surgery.conversion_plan import ConversionPlan
-from slabformer.surgery.convert import convert_norms_, find_layer_norms, nothing_to_convert
+from slabformer.surgery.convert import find_layer_norms, nothing_to_convert, replace_norms_
 from slabformer.surgery.fit import fit_norms_
 from slabformer.surgery.regression import PairSums, TokenSums
 from slabformer.surgery.study import Outputs, Study, pick, plan_within, valid
@@ -208,7 +209,8 @@ class _NormStudy(Study):
         """The plan that takes ``names``, and what it costs: they are fitted one after the other, on a copy."""
         tied = {name for name in self.names if self.norms[self.model.get_submodule(name)] in set(names)}
         copied = self.copied()
-        convert_norms_(copied, lambda _, name: name in tied)
+        forms = {name: form for name, form in find_layer_norms(copied)[0].items() if name in tied}
+        replace_norms_(copied, forms, norm=norm_type("prepbn"))
         fit_norms_(copied, self.batches, forward=self.forward)
         return ConversionPlan.of_names(tied, self.names, self.distance(copied), budget)
 
