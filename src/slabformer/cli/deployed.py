@@ -110,9 +110,12 @@ class Classifier(Subject):
 
     def compared(self, model: nn.Module, deployed: Deployed) -> Compared:
         """Accuracy of the model and of what was deployed, and how often they agree."""
+        from slabformer.deployment.targets.table import target_called
+
         if self.config.data is None:
             return {}, []
-        forms = {"model": model, "deployed": deployed}
+        fixed = not target_called(deployed.report.taken).any_batch
+        forms = {"model": model, "deployed": in_parts(deployed, self.config.images) if fixed else deployed}
         results = dict(evaluated(self.config, self.info, forms))
         alike = agreement_of(self.config, self.info, forms)
         table = Table(caption=f"top-1 class alike on {alike:.2%} of the images")
@@ -227,6 +230,19 @@ class ObjectDetector(Subject):
     def class_names(self) -> list[str]:
         """Of labels 1, 2, ..."""
         return self.info.class_names
+
+
+def in_parts(deployed: Deployed, size: int) -> nn.Module:
+    """``deployed``, which takes batches of one ``size``, for batches of any: in parts, the last one filled up."""
+    import torch
+    from torch import nn
+
+    class InParts(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            filled = torch.cat([images, images[-1:].expand(-len(images) % size, *images.shape[1:])])
+            return torch.cat([deployed(part) for part in filled.split(size)])[: len(images)]
+
+    return InParts().eval()
 
 
 def subject_of(config: Namespace) -> Subject:
