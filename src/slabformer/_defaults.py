@@ -19,6 +19,6 @@ AUDIT_BATCHES = 8
 #: of weights and arithmetic in a deployed model
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
 #: what a deployed model runs on; "auto" is the fastest that is installed
-TargetName = Literal["auto", "torch", "aoti", "openvino", "onnxruntime", "executorch"]
+TargetName = Literal["auto", "torch", "aoti", "openvino", "onnxruntime", "executorch", "tensorrt", "coreml"]
 #: building and measuring, in all
 DEPLOY_BUDGET = 900.0

@@ -45,7 +45,7 @@ def inputs(batch: int = 2) -> dict[str, Tensor]:
 
 def test_what_is_on_every_machine_is_found() -> None:
     """The module's fixtures need onnxruntime alone."""
-    assert list(TARGETS) == ["onnxruntime", "openvino", "torch", "executorch", "aoti"]
+    assert list(TARGETS) == ["onnxruntime", "openvino", "torch", "executorch", "aoti", "tensorrt", "coreml"]
 
 
 @pytest.fixture(scope="module")

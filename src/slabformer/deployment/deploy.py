@@ -23,7 +23,7 @@ from slabformer._files import write_json
 from slabformer.deployment.artifact import save_artifact
 from slabformer.deployment.kinds import KINDS, kind_of
 from slabformer.deployment.steps import STEPS, Form, Fuse, Inputs, Job, Step, call, place
-from slabformer.deployment.targeted import Plan, TargetForm, target_forms
+from slabformer.deployment.targeted import NotHere, Plan, TargetForm, target_forms
 from slabformer.export.signature import AsWritten, Axes, in_order
 from slabformer.measure import allocator
 from slabformer.measure.timing import Machine, quantile, ratio, time_interleaved
@@ -294,8 +294,9 @@ def _take_target(job: Job, plan: Plan, seconds: float) -> tuple[Form, tuple[Depl
     forms = target_forms(plan, fused, job)
     checks |= {form.name: form.check or EQUAL for form in forms}
     before = [given] if fused is given else [given, fused]
-    turns = _turns([*before, *forms], job, seconds)
-    taken = min(forms, key=lambda form: quantile(turns[form.name], 0.5)) if turns else forms[0]
+    turns = _turns([form for form in (*before, *forms) if not isinstance(form.run, NotHere)], job, seconds)
+    timed = [form for form in forms if form.name in turns]
+    taken = min(timed, key=lambda form: quantile(turns[form.name], 0.5)) if timed else forms[0]
     told = [
         replace(_told(form, checks[form.name], turns, fused, given), taken=form in (*before, taken))
         for form in (*before, *forms)
@@ -312,14 +313,15 @@ def _turns(forms: Sequence[Form], job: Job, seconds: float) -> dict[str, list[li
 def _told(
     form: Form, check: VerifyResult, turns: dict[str, list[list[float]]], before: Form, given: Form
 ) -> DeployStep:
-    gain = ratio(turns[before.name], turns[form.name]) if turns else math.nan
+    timed = form.name in turns
+    gain = ratio(turns[before.name], turns[form.name]) if timed else math.nan
     return DeployStep(
         name=form.name,
         did=form.did,
-        p50_ms=quantile(turns[form.name], 0.5) * 1e3 if turns else math.nan,
+        p50_ms=quantile(turns[form.name], 0.5) * 1e3 if timed else math.nan,
         gain=gain,
-        speed=ratio(turns[given.name], turns[form.name]) if turns else math.nan,
+        speed=ratio(turns[given.name], turns[form.name]) if timed else math.nan,
         max_rel=check.max_rel,
         top1_agreement=check.top1_agreement,
-        taken=not turns or gain > 1 - UNCERTAINTY,
+        taken=not timed or gain > 1 - UNCERTAINTY,
     )

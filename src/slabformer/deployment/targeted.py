@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -9,9 +10,10 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor, nn
 
 from slabformer._defaults import RUNTIME_RTOL, Precision
 from slabformer.deployment.artifact import Manifest
@@ -44,6 +46,31 @@ class Plan:
     dtype: Precision = "float32"
     calibration: Sequence[Any] = ()
     budget: float
+
+
+#: of a form that does not run here
+UNKNOWN = VerifyResult(math.nan, math.nan, math.nan)
+
+
+class NotHere(nn.Module):
+    """Stands for a program that does not run on this system.
+
+    Args:
+        target: That wrote it.
+    """
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.target = target
+        self.train(False)
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(f"what was written for {self.target} does not run on this system; save it, and copy it")
 
 
 class Scratch:
@@ -133,9 +160,14 @@ def _request(target: Target, plan: Plan, fused: Form, job: Job) -> Request:
 def _form_of(target: Target, request: Request, fused: Form, job: Job) -> TargetForm:
     folder = Scratch()
     written = target.write(request, folder.path)
+    name = kind_of(job.reference)
+    manifest = _manifest_of(target, request, written, name)
+    if not target.runs_here():
+        did = f"{written.did}; does not run on this system: neither compared nor timed"
+        absent = NotHere(target.name)
+        return TargetForm(target.name, did, absent, fused.eager, folder=folder, manifest=manifest, check=UNKNOWN)
     run = target.load(folder.path, request.dtype, torch.get_num_threads())
     program = Program(request.signature, run)
-    name = kind_of(job.reference)
     reference = AsWritten(job.reference, request.signature)
     cases = KINDS[name].cases(reference, job.inputs)
     check = KINDS[name].compare(reference, program, cases, rtol_of(request.dtype))
@@ -146,7 +178,7 @@ def _form_of(target: Target, request: Request, fused: Form, job: Job) -> TargetF
         fused.eager,
         None,
         folder=folder,
-        manifest=_manifest_of(target, request, written, name),
+        manifest=manifest,
         check=check,
     )
 

@@ -93,6 +93,7 @@ class Target(ABC):
         dtypes: That it can compute in.
         any_batch: Whether files take batches of any size, not that of the example alone.
         same_version: Whether files hold for one minor version of the runtime alone, not for later ones too.
+        in_auto: Whether "auto" tries it.
     """
 
     name: ClassVar[str]
@@ -102,6 +103,11 @@ class Target(ABC):
     dtypes: Sequence[Precision] = ("float32",)
     any_batch: ClassVar[bool] = True
     same_version: ClassVar[bool] = False
+    in_auto: ClassVar[bool] = True
+
+    def runs_here(self) -> bool:
+        """Whether what it writes runs on this system: else it is neither held against the model nor timed."""
+        return True
 
     def check_installed(self, to_write: bool = True) -> None:
         """Refuse to go on where a package is missing.

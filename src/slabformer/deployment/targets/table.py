@@ -7,15 +7,21 @@ from collections.abc import Sequence
 
 from slabformer.deployment.targets.aot_inductor import AotInductor
 from slabformer.deployment.targets.base import Target
+from slabformer.deployment.targets.core_ml import CoreMl
 from slabformer.deployment.targets.executorch import ExecuTorch
 from slabformer.deployment.targets.onnx_runtime import OnnxRuntime
 from slabformer.deployment.targets.openvino import OpenVino
+from slabformer.deployment.targets.tensor_rt import TensorRt
 from slabformer.deployment.targets.torch_export import TorchExport
 
 AUTO = "auto"
 #: by name, in the order in which "auto" tries them: what is built fastest first
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (OnnxRuntime(), OpenVino(), TorchExport(), ExecuTorch(), AotInductor())
+    target.name: target
+    for target in (
+        *(OnnxRuntime(), OpenVino(), TorchExport(), ExecuTorch(), AotInductor()),
+        *(TensorRt(), CoreMl()),  # not run here, and not in "auto"
+    )
 }
 
 
@@ -83,7 +89,7 @@ def usable(name: str, dtype: str) -> tuple[Sequence[Target], list[str]]:
         target.check_dtype(dtype)
         return [target], []
     found, notes = [], []
-    for target in TARGETS.values():
+    for target in (each for each in TARGETS.values() if each.in_auto):
         try:
             target.check_installed()
             target.check_dtype(dtype)
