@@ -17,6 +17,7 @@ SOURCE = Path(_files.__file__).parent
 WHOLE = {"replaced", "replaced_folder", "replaced_with", "workspace"}
 #: what may write otherwise, and why
 OTHERWISE = {
+    "deployment/targets/aot_inductor.py": "inside a folder that appears when it is complete",
     "deployment/targets/executorch.py": "inside a folder that appears when it is complete",
     "deployment/targets/torch_export.py": "inside a folder that appears when it is complete",
     "export/model.py": "the caller replaces the file when it has been compared with PyTorch",
