@@ -64,7 +64,7 @@ def test_schedule_never_ends_after_training(total: int, warmup: float) -> None:
         ({"fade": 0.0}, "fade must be above 0 and at most 1, got 0.0"),
         ({"fade": float("nan")}, "fade must be a finite number above 0"),
         ({"warmup": float("nan")}, "warmup must be a finite number of at least 0"),
-        ({"warmup": 0.3}, "end after training: warmup 0.3"),
+        ({"warmup": 0.9}, "end after training: warmup 0.9"),
         ({"fade": 1.1}, "fade must be above 0 and at most 1, got 1.1"),
         ({"shape": "step"}, "shape must be 'linear' or 'cosine', got 'step'"),
     ],

@@ -60,7 +60,7 @@ def test_gamma_is_the_mean_over_the_norms() -> None:
     ids=["depth", "names", "sensitivity"],
 )
 def test_order_says_which_norms_begin(order: Any, first_to_last: list[str]) -> None:
-    schedule = ProgressiveSchedule(three(), 100, stagger=0.5, order=order)
+    schedule = ProgressiveSchedule(three(), 100, fade=0.8, stagger=0.5, order=order)
     for _ in range(45):  # done, half way, just begun
         schedule.step()
     assert sorted(schedule.gammas, key=schedule.gammas.__getitem__) == first_to_last
@@ -128,7 +128,7 @@ def test_second_staggered_schedule_never_raises_a_gamma() -> None:
 
 
 def test_states_of_version_0_1_are_read() -> None:
-    schedule = ProgressiveSchedule(three(), 10)
+    schedule = ProgressiveSchedule(three(), 10, fade=0.8)
     old = {key: schedule.state_dict()[key] for key in ("total_steps", "warmup_steps", "fade_steps", "shape")}
     schedule.load_state_dict({**old, "step": 4, "warm_statistics": True})
     assert schedule.gamma == pytest.approx(0.5)

@@ -120,7 +120,7 @@ def fading_trainer(accumulate: int, **settings: Any) -> tuple[Trainer, Reports]:
     reports = Reports()
     model = nn.Sequential(PRepBN(3), nn.Linear(3, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    schedule = ProgressiveSchedule(model, 100, optimizer=optimizer, **settings)
+    schedule = ProgressiveSchedule(model, 100, fade=0.8, optimizer=optimizer, **settings)
     config = LoopConfig(epochs=40, log_every=1, accumulate=accumulate)
     parts = {"model": model, "optimizer": optimizer, "gamma_schedule": schedule, "config": config}
     return make_trainer([reports], step_fn=square, **parts), reports

@@ -36,7 +36,7 @@ class ProgressiveCallback(Callback):
         self,
         total_steps: PositiveInt,
         warmup: Fraction = 0.0,
-        fade: Fraction = 0.8,
+        fade: Fraction = 0.2,
         shape: Literal["linear", "cosine"] = "linear",
     ) -> None:
         super().__init__()

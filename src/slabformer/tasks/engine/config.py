@@ -93,7 +93,7 @@ class FadeConfig(Settings):
 
     warmup: FractionBelowOne = 0.0
     """Share of training before the fade begins."""
-    fade: PositiveFraction = 0.8
+    fade: PositiveFraction = 0.2
     """Share of training that the fade takes; 0.08 to 0.80 in the published models."""
     shape: Literal["linear", "cosine"] = "linear"
     """Shape of gamma's fall from 1 to 0; `linear` as published."""

@@ -51,7 +51,8 @@ class ProgressiveCallback(TrainerCallback, ExportableState):
 
     Args:
         warmup: Fraction of training with gamma 1 before fading starts.
-        fade: Fraction of training over which gamma falls.
+        fade: Fraction of training over which gamma falls: long for language models from random weights; 0.05 suits
+            trained models after :func:`slabformer.fit_norms_`.
         shape: "linear" as published, or "cosine".
         warm_statistics: As :class:`slabformer.ProgressiveSchedule` has it.
         stagger: Share of the fade over which the norms begin one after the other.

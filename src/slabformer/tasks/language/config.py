@@ -93,7 +93,7 @@ class TrainConfig(RunConfig):
     """How it becomes tokens."""
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     """How weights move."""
-    gamma: FadeConfig = field(default_factory=FadeConfig)
+    gamma: FadeConfig = field(default_factory=lambda: FadeConfig(fade=0.8))
     """How RMSNorm fades."""
     recalibrate: RecalibrateConfig = field(default_factory=RecalibrateConfig)
     """Statistics at the end."""
