@@ -53,8 +53,9 @@ class ProgressiveSchedule:
         model: Holds the PRepBN modules; convert and build the optimizer first.
         total_steps: Optimizer steps of the whole training.
         warmup: Fraction of training with gamma 1 before fading starts.
-        fade: Fraction of training over which gamma falls; the published models range from 0.08 to 0.80. 0.2 suits vision
-            models from random weights, 0.8 language models, 0.05 trained models after :func:`slabformer.fit_norms_`.
+        fade: Fraction of training over which gamma falls; the published models range from 0.08 to 0.80. 0.2 is good for
+            vision models from random weights, 0.8 for language models, 0.05 for trained models after
+            :func:`slabformer.fit_norms_`.
         shape: "linear" as published, or "cosine".
         warm_statistics: Let RepBN's statistics follow the data from the first step, also while gamma is 1, and average
             the first batches alike, so that they do not start from (0, 1). False is the published rule: statistics
