@@ -83,3 +83,32 @@ def test_a_missing_folder_is_told_before_the_work(
     printed = capsys.readouterr().err
     assert "missing" in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["slab_deit_micro", "convnext_atto"], ids=["tables", "any size"])
+def test_height_and_width_may_differ(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import onnxruntime
+
+    output = tmp_path / "model.onnx"
+    command = ["export", name, "--input-size", "32", "64", "--output", str(output)]
+    assert main([*command, "--batch-sizes", "1", "--json"]) == 0
+    assert bool(json.loads(capsys.readouterr().out)["norms"]) == (name == "convnext_atto")
+    session = onnxruntime.InferenceSession(output)
+    assert session.get_inputs()[0].shape == ["batch", 3, 32, 64]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["slabformer"])["input_size"] == [3, 32, 64]
+
+
+def test_a_size_has_two_sides(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", model, "--output", str(tmp_path / "model.onnx"), "--input-size"]
+    assert main([*command, "16", "16", "3"]) == 2
+    assert "--input-size takes one number, or height and width; got 3 numbers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_saved_model_is_resized(model: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    output = tmp_path / "model.onnx"
+    assert main(["export", model, "--input-size", "16", "32", "--batch-sizes", "2", "--output", str(output)]) == 0
+    assert onnxruntime.InferenceSession(output).get_inputs()[0].shape == ["batch", 3, 16, 32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +21,16 @@ if TYPE_CHECKING:
 MODEL_HELP = "a .safetensors file or folder that slab wrote, hf-hub:user/name, or the name of a model in timm"
 
 
-def add_model_options(parser: Parser, *, required: bool = True) -> None:
-    """``MODEL`` and all that says which weights and input size it has."""
+def add_model_options(parser: Parser, *, required: bool = True, both_sides: bool = False) -> None:
+    """``MODEL`` and all that says which weights and input size it has; of ``both_sides``, height and width may differ."""
     if required:
         parser.add_argument("model", type=NonEmptyStr, help=MODEL_HELP)
     else:
         parser.add_argument("model", type=NonEmptyStr | None, nargs="?", help=MODEL_HELP)
-    add_weight_options(parser)
+    add_weight_options(parser, both_sides)
 
 
-def add_weight_options(parser: Parser) -> None:
+def add_weight_options(parser: Parser, both_sides: bool = False) -> None:
     """Which weights and input size a model has."""
     parser.add_argument(
         "--checkpoint", type=ExistingFile | None, help="published weights (.pth) for a model given by name"
@@ -37,9 +38,13 @@ def add_weight_options(parser: Parser) -> None:
     parser.add_argument(
         "--pretrained", action="store_true", help="download the released weights of a model given by name"
     )
-    parser.add_argument(
-        "--input-size", type=Pixels | None, help="height and width of images; by default the model's own"
-    )
+    if both_sides:
+        told = "one number for height and width of images, or both; by default the model's own"
+        parser.add_argument("--input-size", type=Pixels, nargs="+", help=told)
+    else:
+        parser.add_argument(
+            "--input-size", type=Pixels | None, help="height and width of images; by default the model's own"
+        )
 
 
 def load(config: Namespace) -> tuple[nn.Module, ModelInfo]:
@@ -49,8 +54,9 @@ def load(config: Namespace) -> tuple[nn.Module, ModelInfo]:
         ValueError: If it is unknown, or options do not go together.
         FileNotFoundError: If a file is missing.
     """
+    size = _size_of(config.input_size)
     if not is_file(config.model):
-        return _named(config.model, config.checkpoint, config.pretrained, config.input_size)
+        return _named(config.model, config.checkpoint, config.pretrained, size)
     if config.checkpoint is not None or config.pretrained:
         raise ValueError(
             f"{config.model} holds its weights; --checkpoint and --pretrained are for a model given by name"
@@ -58,9 +64,23 @@ def load(config: Namespace) -> tuple[nn.Module, ModelInfo]:
     from slabformer.tasks.saved_model import load_model
 
     model, info = load_model(config.model)
-    if config.input_size is not None and config.input_size != info.input_size[-1]:
-        model, info = _resized(model, info, config.input_size)
+    if size is not None and size != tuple(info.input_size[1:]):
+        model, info = _resized(model, info, size)
     return model, info
+
+
+def _size_of(given: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Height and width."""
+    if given is None:
+        return None
+    sides = (given,) if isinstance(given, int) else tuple(given)
+    if len(sides) > 2:
+        raise ValueError(f"--input-size takes one number, or height and width; got {len(sides)} numbers")
+    return sides[0], sides[-1]
+
+
+def _side_or_sides(size: tuple[int, int]) -> int | tuple[int, int]:
+    return size[0] if size[0] == size[1] else size
 
 
 def load_with_weights(config: Namespace) -> tuple[nn.Module, ModelInfo]:
@@ -120,28 +140,41 @@ def available_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _named(name: str, checkpoint: Path | None, pretrained: bool, input_size: int | None) -> tuple[nn.Module, ModelInfo]:
+def _named(
+    name: str, checkpoint: Path | None, pretrained: bool, size: tuple[int, int] | None
+) -> tuple[nn.Module, ModelInfo]:
     if checkpoint is not None and pretrained:
         raise ValueError("--checkpoint and --pretrained exclude each other; give one")
     import slabformer as sf
-    from slabformer.tasks.saved_model import ModelInfo, create_model
+    from slabformer.tasks.saved_model import ModelInfo
 
-    arguments: dict[str, Any] = {} if input_size is None else {"img_size": input_size}
-    model = create_model(name, pretrained=pretrained, **arguments)
+    model, arguments = _created(name, pretrained, size)
     if checkpoint is not None:
         sf.load_published(model, checkpoint)
     settings: Any = model.pretrained_cfg
-    size = settings["input_size"] if input_size is None else (settings["input_size"][0], input_size, input_size)
+    given = settings["input_size"] if size is None else (settings["input_size"][0], *size)
     taken: dict[str, Any] = {key: settings[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    return model.eval(), ModelInfo(model=name, model_args=arguments, class_names=[], input_size=size, **taken)
+    return model.eval(), ModelInfo(model=name, model_args=arguments, class_names=[], input_size=given, **taken)
 
 
-def _resized(model: nn.Module, info: ModelInfo, input_size: int) -> tuple[nn.Module, ModelInfo]:
+def _created(name: str, pretrained: bool, size: tuple[int, int] | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and what it was made with; one that is made for no size takes any."""
+    from slabformer.tasks.saved_model import create_model
+
+    arguments: dict[str, Any] = {} if size is None else {"img_size": _side_or_sides(size)}
+    try:
+        return create_model(name, pretrained=pretrained, **arguments), arguments
+    except ValueError as error:
+        if not arguments or "unexpected keyword argument 'img_size'" not in str(error):
+            raise
+        return create_model(name, pretrained=pretrained), {}
+
+
+def _resized(model: nn.Module, info: ModelInfo, size: tuple[int, int]) -> tuple[nn.Module, ModelInfo]:
     if not hasattr(model, "set_input_size"):
-        raise ValueError(
-            f"{info.model} takes {info.input_size[-1]} pixels and cannot be resized; leave --input-size out"
-        )
+        own = " x ".join(map(str, dict.fromkeys(info.input_size[1:])))
+        raise ValueError(f"{info.model} takes {own} pixels and cannot be resized; leave --input-size out")
     resize: Any = model.set_input_size
-    resize(img_size=input_size)
-    arguments = {**info.model_args, "img_size": input_size}
-    return model, replace(info, input_size=(info.input_size[0], input_size, input_size), model_args=arguments)
+    resize(img_size=_side_or_sides(size))
+    arguments = {**info.model_args, "img_size": _side_or_sides(size)}
+    return model, replace(info, input_size=(info.input_size[0], *size), model_args=arguments)

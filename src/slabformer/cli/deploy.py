@@ -39,7 +39,7 @@ def parser() -> Parser:
             "slab deploy detector.safetensors --size 480 640 --target onnxruntime -o finder",
         ],
     )
-    add_model_options(made)
+    add_model_options(made, both_sides=True)
     made.add_argument(
         "--target", type=TargetName, default="auto", help="what it shall run on; auto takes the fastest installed"
     )

@@ -24,7 +24,7 @@ def parser() -> Parser:
             "slab export slab_deit_tiny --pretrained --output model.pt2 --batch-sizes 1 8",
         ],
     )
-    add_model_options(made)
+    add_model_options(made, both_sides=True)
     made.add_argument("--output", type=FileToWrite, required=True, help="the file: model.onnx, or model.pt2")
     made.add_argument("--format", type=Format | None, help="onnx or pt2 (torch.export); by default the file's suffix")
     made.add_argument("--batch-sizes", type=PositiveInt, nargs="+", default=[1, 2, 7], help="compared with PyTorch")
@@ -42,7 +42,7 @@ def run(config: Namespace) -> Outcome:
     """Export and check; the file appears when it has passed."""
     from slabformer._defaults import Format
     from slabformer.export.model import export
-    from slabformer.export.onnx_file import norms_in_words
+    from slabformer.export.norms_left import norms_in_words
 
     format = config.format or config.output.suffix.removeprefix(".")
     if format not in get_args(Format):

@@ -61,7 +61,7 @@ class TokenMapBlock(MapBlock):
 
     def __init__(self, block: SlabBlock) -> None:
         super().__init__(block)
-        self.grid_size = block.attn.grid_size
+        self.grid_size: Grid = block.attn.grid_size
 
     # a DeiT's blocks take tokens
     def forward(  # type: ignore[override]

@@ -15,7 +15,8 @@ from torch import nn
 
 from slabformer._defaults import RUNTIME_RTOL, Format
 from slabformer._files import replaced
-from slabformer.export.onnx_file import drawn, norms_in, operators_of, program_of, write_onnx
+from slabformer.export.norms_left import norms_in, onnx_operators
+from slabformer.export.onnx_file import drawn, program_of, write_onnx
 from slabformer.export.program import Program, onnx_run
 from slabformer.export.signature import AsWritten, Inputs, Signature, flatten
 from slabformer.measure.equality import Runtime
@@ -87,7 +88,7 @@ def export(
             write_onnx(program, signature, temporary, opset=opset, ir_version=ir_version, metadata=metadata)
             reference: nn.Module = AsWritten(model, signature)
             run: nn.Module = Program(signature, onnx_run(temporary))
-            norms = norms_in(operators_of(temporary))
+            norms = norms_in(onnx_operators(temporary))
         else:
             reference, run = model, _export_pt2(model, signature, example, temporary)
         generator = torch.Generator().manual_seed(0)

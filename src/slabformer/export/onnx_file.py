@@ -1,9 +1,8 @@
-"""A model's call as an ONNX file, and what stands in such files."""
+"""A model's call as an ONNX file."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,6 @@ from slabformer.export.signature import BATCH, FlatCall, Inputs, Port, Signature
 
 #: the first whose RoIAlign and GridSample are those of PyTorch
 DETECTION_OPSET = 20
-#: operators of ONNX, onnxruntime and OpenVINO that normalise
-NORMS = {
-    *("LayerNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization"),
-    *("LpNormalization", "MeanVarianceNormalization", "MVN", "SimplifiedLayerNormalization", "RMS"),
-    *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "BatchNormInference", "NormalizeL2", "GroupNorm"),
-}
 
 
 def program_of(model: nn.Module, signature: Signature, inputs: Inputs) -> torch.export.ExportedProgram:
@@ -156,20 +149,3 @@ def _keep_names_apart(graph: Any) -> None:
     for value in [*graph.initializers.values(), *(output for node in graph for output in node.outputs)]:
         if value.name in taken and not any(value is port for port in ports):
             value.name = f"{value.name}_inside"
-
-
-def norms_in(kinds: Sequence[str]) -> dict[str, int]:
-    """Of a graph's operators those that normalise, with how many there are."""
-    return dict(Counter(kind for kind in kinds if kind in NORMS))
-
-
-def norms_in_words(left: Mapping[str, int]) -> str:
-    """What a report says of :func:`norms_in`."""
-    return "no norm left" if not left else ", ".join(f"{count} {kind} left" for kind, count in left.items())
-
-
-def operators_of(path: Path) -> list[str]:
-    """Kinds of the operators in an ONNX file, functions inside it included."""
-    graph: Any = require("onnx", extra="export").load(str(path), load_external_data=False)
-    nodes = [*graph.graph.node, *(node for function in graph.functions for node in function.node)]
-    return [node.op_type for node in nodes]

@@ -19,7 +19,8 @@ from slabformer._extras import require
 from slabformer._process import no_logs
 from slabformer.deployment.targets.base import Request, Target, Written
 from slabformer.export.exporter import quiet_exporter
-from slabformer.export.onnx_file import norms_in_words, program_of
+from slabformer.export.norms_left import norms_in_words
+from slabformer.export.onnx_file import program_of
 from slabformer.export.program import Run
 from slabformer.export.refusals import UnsupportedError, unsupported
 

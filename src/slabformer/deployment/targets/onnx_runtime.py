@@ -8,7 +8,8 @@ from pathlib import Path
 from slabformer._defaults import Precision
 from slabformer.deployment.targets.base import Request, Target, Written, arrays_of
 from slabformer.export.map_form import map_form
-from slabformer.export.onnx_file import norms_in, norms_in_words, operators_of, program_of, write_onnx
+from slabformer.export.norms_left import norms_in, norms_in_words, onnx_operators
+from slabformer.export.onnx_file import program_of, write_onnx
 from slabformer.export.program import Run, onnx_run
 from slabformer.export.signature import FlatCall
 from slabformer.quantize.integer_form import integer_form
@@ -32,7 +33,7 @@ class OnnxRuntime(Target):
         write_onnx(program_of(_rewritten(request), signature, request.inputs), signature, path)
         if request.dtype == "int8":
             quantize_onnx(path, arrays_of(request.calibration, [port.name for port in signature.inputs]))
-        left = norms_in(operators_of(path))
+        left = norms_in(onnx_operators(path))
         return Written(did=f"an ONNX file, {norms_in_words(left)}")
 
     def load(self, folder: Path, dtype: Precision, threads: int | None = None) -> Run:

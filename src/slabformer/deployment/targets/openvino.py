@@ -11,7 +11,8 @@ from slabformer._defaults import Precision
 from slabformer._extras import require
 from slabformer.deployment.targets.base import Request, Target, Written
 from slabformer.export.map_form import map_form
-from slabformer.export.onnx_file import norms_in, norms_in_words, program_of, write_onnx
+from slabformer.export.norms_left import norms_in, norms_in_words, openvino_operators
+from slabformer.export.onnx_file import program_of, write_onnx
 from slabformer.export.openvino_run import EXTRA, OpenVinoRun
 from slabformer.export.program import Run
 from slabformer.export.refusals import unsupported
@@ -55,7 +56,7 @@ class OpenVino(Target):
             data = [[tensor.detach().cpu().numpy() for tensor in tensors] for tensors in request.calibration]
             graph = quantized(graph, data if len(signature.inputs) > 1 else [tensors[0] for tensors in data])
         openvino.save_model(graph, str(folder / FILE), compress_to_fp16=request.dtype == "float16")
-        left = norms_in([node.get_type_name() for node in graph.get_ops()])
+        left = norms_in(openvino_operators(graph))
         return Written(did=f"a graph, {norms_in_words(left)}")
 
     def load(self, folder: Path, dtype: Precision, threads: int | None = None) -> Run:

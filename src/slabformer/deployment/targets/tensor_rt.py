@@ -11,7 +11,7 @@ from pathlib import Path
 from slabformer._defaults import Precision
 from slabformer.deployment.targets.base import Request, Written
 from slabformer.deployment.targets.onnx_runtime import FILE, OnnxRuntime
-from slabformer.export.onnx_file import operators_of
+from slabformer.export.norms_left import onnx_operators
 from slabformer.export.refusals import UnsupportedError
 
 #: operators that the table of TensorRT's ONNX parser names as supported (onnx-tensorrt, docs/operators.md), without
@@ -40,7 +40,7 @@ class TensorRt(OnnxRuntime):
     def write(self, request: Request, folder: Path) -> Written:
         """See :class:`Target`."""
         written = super().write(request, folder)
-        refused = sorted(set(operators_of(folder / FILE)) - SUPPORTED)
+        refused = sorted({each.kind for each in onnx_operators(folder / FILE)} - SUPPORTED)
         if refused:
             raise UnsupportedError(f"TensorRT's parser does not take {', '.join(refused)}; use onnxruntime")
         return Written(did=f"{written.did}, operators as TensorRT's parser takes them; not run on TensorRT here")
