@@ -5,11 +5,11 @@
     python benchmarks/engines.py --models slab_deit_tiny --targets openvino --batch-sizes 8 --threads 1 --again
 
 Random weights: speeds do not depend on them. All engines and forms of a model take turns in one process, with equal
-threads; every form is held against its model first. The baseline is written for an engine as ours is. Programs are kept
-in --programs: delete them when the code that writes them has changed. Each model, batch size and number of threads is
-written to engines.csv when it is measured, so that a run that was interrupted goes on there. Ratios are of CPU time with
-one thread, which other work on the machine hardly changes, and of wall time with more. Writes engines.csv, engines.md
-and engines.png into benchmarks/results/engines (or --output), and the table in README.md from the default place.
+threads; every form is held against its model first. The baseline is written for an engine as ours is. Programs are
+kept in --programs: delete them when the code that writes them has changed. Each model, batch size and number of threads
+is written to engines.csv when it is measured, so that a run that was interrupted goes on there. Ratios are of CPU time
+with one thread, which other work on the machine hardly changes, and of wall time with more. Writes engines.csv,
+engines.md and engines.png into benchmarks/results/engines (or --output), and from there the table in README.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from compare import baseline, read, trained_looking, write
 from engines_table import BASELINE, SLAB, draw, into_readme, markdown
-from torch import Tensor, nn
 
 import slabformer as sf
 from slabformer._torch import inductor_settings

@@ -22,7 +22,7 @@ MODEL_HELP = "a .safetensors file or folder that slab wrote, hf-hub:user/name, o
 
 
 def add_model_options(parser: Parser, *, required: bool = True, both_sides: bool = False) -> None:
-    """``MODEL`` and all that says which weights and input size it has; of ``both_sides``, height and width may differ."""
+    """``MODEL`` and all that says which weights and input size it has: one number, or ``both_sides``."""
     if required:
         parser.add_argument("model", type=NonEmptyStr, help=MODEL_HELP)
     else:

@@ -54,7 +54,9 @@ class GatheredWindowAttention(nn.Module):
         h, w = self.windows.window
         cut = x.index_select(1, self.order).reshape(-1, h * w, x.shape[-1])
         out = self.attention.attend(self.q(cut), self.k(cut), self.v(cut), self.windows)
-        return out.transpose(2, 3).reshape(x.shape).index_select(1, self.places)
+        # strides of an attention's output differ between kernels: a view of it would not survive an export
+        out = out.transpose(2, 3).clone(memory_format=torch.contiguous_format)
+        return out.view(x.shape).index_select(1, self.places)
 
 
 class GatheredWindowMaps(GatheredWindowAttention, MapAttention):

@@ -5,6 +5,8 @@ form = map_form(fused)
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -61,7 +63,8 @@ class TokenMapBlock(MapBlock):
 
     def __init__(self, block: SlabBlock) -> None:
         super().__init__(block)
-        self.grid_size: Grid = block.attn.grid_size
+        grid: Any = block.attn.grid_size
+        self.grid_size: Grid = grid
 
     # a DeiT's blocks take tokens
     def forward(  # type: ignore[override]

@@ -107,7 +107,8 @@ def write_onnx(
         ImportError: If onnxscript is missing; names the extra.
     """
     require("onnxscript", extra="export")
-    with quiet_exporter():
+    # with gradients, attention would be taken apart as another kernel, whose output has other strides than in `program`
+    with torch.no_grad(), quiet_exporter():
         try:
             written = torch.onnx.export(
                 program,
