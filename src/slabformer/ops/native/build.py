@@ -39,7 +39,7 @@ def library(source: str, **defines: str | int) -> ctypes.CDLL:
     Raises:
         BuildError: If there is no compiler, it fails, or others may have written what lies in the cache.
     """
-    target = built(source, **defines)
+    target = built(source, (), **defines)
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:
