@@ -1,7 +1,8 @@
 """Distillation for anybody's transformers Trainer, of text or images.
 
 slabformer.convert_norms_(model)
-trainer = DistillationTrainer(model, args, train_dataset=data, callbacks=[ProgressiveCallback(fade=0.6)])
+slabformer.fit_norms_(model, batches)
+trainer = DistillationTrainer(model, args, train_dataset=data, callbacks=[ProgressiveCallback(fade=0.05)])
 trainer.train()
 """
 
