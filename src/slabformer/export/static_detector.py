@@ -77,10 +77,10 @@ class StaticDetector(nn.Module):
         levels = self.detector.backbone(((image - self.mean) / self.std)[None])
         proposals, found = self.propose(levels, size)
         boxes, labels, scores = self.classify(levels, proposals, found, size)
-        found = {"boxes": boxes, "labels": labels, "scores": scores}
+        outputs = {"boxes": boxes, "labels": labels, "scores": scores}
         if self.detector.roi_heads.has_mask():
-            found["masks"] = self.segment(levels, boxes, labels)
-        return found
+            outputs["masks"] = self.segment(levels, boxes, labels)
+        return outputs
 
     def inputs(self, image: Tensor) -> dict[str, Tensor]:
         """An image ``(3, h, w)`` in [0, 1] of up to the canvas's size, as the forward takes it."""

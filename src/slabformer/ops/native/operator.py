@@ -33,7 +33,7 @@ def attention_library(dtype: torch.dtype, head_dim: int, value_dim: int) -> tupl
     Raises:
         BuildError: If there is no compiler, or it fails.
     """
-    widths = {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "TOKEN": TOKENS[dtype]}
+    widths: dict[str, str | int] = {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "TOKEN": TOKENS[dtype]}
     named = "\n".join([*sources(), *map(str, widths.values())])
     namespace = f"slabformer_{hashlib.sha256(named.encode()).hexdigest()[:12]}"
     root = Path(torch.__file__).parent
