@@ -214,6 +214,8 @@ class TokenBatchNorm(nn.Cell):
     def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1, channel_dim: int = -1) -> None:
         super().__init__()
         self.eps, self.momentum, self.channel_dim = eps, momentum, channel_dim
+        #: average the first batches alike, until ``momentum`` weighs more; set it before training is compiled
+        self.warm_statistics = False
         self.weight = parameter((dim,), name="weight", init="ones")
         self.bias = parameter((dim,), name="bias")
         self.running_mean = buffer((dim,), name="running_mean")
@@ -242,6 +244,9 @@ class TokenBatchNorm(nn.Cell):
 
     def _observe(self, mean: Tensor, var: Tensor, count: int, observed: Any) -> None:
         share = self.momentum * observed
+        if self.warm_statistics:
+            seen = ops.cast(self.num_batches_tracked, mindspore.float32) + 1.0
+            share = ops.maximum(1.0 / seen, self.momentum * ops.ones((), mindspore.float32)) * observed
         mean, var = ops.reshape(mean, (-1,)), ops.reshape(var, (-1,)) * (count / max(count - 1, 1))
         ops.assign(self.running_mean, self.running_mean + share * (mean - self.running_mean))
         ops.assign(self.running_var, self.running_var + share * (var - self.running_var))
@@ -300,7 +305,7 @@ class PRepBN(nn.Cell):
     """``gamma * LN(x) + (1 - gamma) * RepBN(x)`` (Guo et al. 2024, PRepBN): a LayerNorm on its way out.
 
     ``gamma`` is a parameter that is not trained; :func:`set_gamma` writes it, in graph mode without compiling anew.
-    While it is 1, running statistics rest. Eval mode is RepBN whatever ``gamma`` is, as published.
+    While it is 1, running statistics rest, unless ``rep.warm_statistics`` is set. Eval mode is RepBN whatever ``gamma`` is, as published.
 
     Args:
         dim: Channels ``C``.
@@ -334,8 +339,12 @@ class PRepBN(nn.Cell):
         """See the class."""
         if not self.training:
             return self.rep(x)
-        observed = ops.cast(self.gamma < 1.0, mindspore.float32)
+        observed = 1.0 if self.rep.warm_statistics else ops.cast(self.gamma < 1.0, mindspore.float32)
         return self.gamma * self.norm(x) + (1.0 - self.gamma) * self.rep.observing(x, observed)
+
+    def set_gamma(self, gamma: float) -> None:
+        """Write ``gamma``, in graph mode without compiling anew."""
+        self.gamma.set_data(mindspore.Tensor(gamma, dtype=mindspore.float32))
 
 
 def set_gamma(model: Any, gamma: float) -> int:
@@ -346,10 +355,15 @@ def set_gamma(model: Any, gamma: float) -> int:
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be in [0, 1], got {gamma}")
-    norms = [cell for _, cell in model.cells_and_names() if isinstance(cell, PRepBN)]
+    norms = prepbn_cells(model)
     for norm in norms:
-        norm.gamma.set_data(mindspore.Tensor(gamma, dtype=mindspore.float32))
+        norm.set_gamma(gamma)
     return len(norms)
+
+
+def prepbn_cells(model: Any) -> list[PRepBN]:
+    """Every PRepBN in ``model``."""
+    return [cell for _, cell in model.cells_and_names() if isinstance(cell, PRepBN)]
 
 
 class Dropout(nn.Cell):

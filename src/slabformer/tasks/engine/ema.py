@@ -10,6 +10,18 @@ from slabformer._extras import require
 from slabformer.nn.controls import copy_gamma_
 
 
+def decay_at(step: int, decay: float, warmup: bool = False) -> float:
+    """Weight of the past in optimizer step ``step``, counted from 1, as timm's ``ModelEmaV3`` has it.
+
+    Args:
+        step: Of training.
+        decay: The largest weight.
+        warmup: Whether it begins lower.
+    """
+    average = require("timm.utils", extra="vision").ModelEmaV3(nn.Identity(), decay=decay, use_warmup=warmup)
+    return float(average.get_decay(step))
+
+
 class ModelEma:
     """timm's ``ModelEmaV3``, but gamma is copied: its average would be a blend that was never trained.
 

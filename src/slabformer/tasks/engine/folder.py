@@ -57,10 +57,12 @@ class RunFolder:
         *("model.safetensors", "ema.safetensors", "best.safetensors"),
     )
     """What else a run writes under a name that is known before."""
+    WRITER: ClassVar[str] = "run"
+    """What the manifest says wrote the files; a folder of another writer is refused."""
 
     def __init__(self, path: Path, config: Mapping[str, Any], harmless: Iterable[str] = ()) -> None:
         self.path, self.config, self.harmless = path, json.loads(json.dumps(config)), frozenset(harmless)
-        self.manifest = Manifest(path, "run")
+        self.manifest = Manifest(path, self.WRITER)
 
     @property
     def config_path(self) -> Path:

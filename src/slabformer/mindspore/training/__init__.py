@@ -1,0 +1,1 @@
+"""Training of classifiers on ``mindspore.train.Model``, by the recipes of `slab train`."""
