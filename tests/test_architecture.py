@@ -69,7 +69,7 @@ ARROWS = {
     "quantize": BELOW | {"measure", "export"},
     "deployment": BELOW | {"measure", "export", "quantize"},
     "figures": BELOW | {"measure"},
-    "mindspore": ON_CORE | {"measure"},
+    "mindspore": ON_CORE | {"measure", "tasks"},
     "bench": BELOW | {"measure", "deployment", "figures"},
     "quickstart": ON_CORE | {"tasks"} | LEAVING,
     "converting": ON_CORE | {"tasks"} | LEAVING,

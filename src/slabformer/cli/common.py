@@ -30,11 +30,13 @@ def add_model_options(parser: Parser, *, required: bool = True, both_sides: bool
     add_weight_options(parser, both_sides)
 
 
-def add_weight_options(parser: Parser, both_sides: bool = False) -> None:
-    """Which weights and input size a model has."""
-    parser.add_argument(
-        "--checkpoint", type=ExistingFile | None, help="published weights (.pth) for a model given by name"
-    )
+def add_weight_options(
+    parser: Parser,
+    both_sides: bool = False,
+    checkpoint: str = "published weights (.pth) for a model given by name",
+) -> None:
+    """Which weights and input size a model has; ``checkpoint`` is the help of that option."""
+    parser.add_argument("--checkpoint", type=ExistingFile | None, help=checkpoint)
     parser.add_argument(
         "--pretrained", action="store_true", help="download the released weights of a model given by name"
     )

@@ -88,17 +88,17 @@ def _run(config: Namespace, accelerator: Any) -> Outcome | None:
         source=source if real is None else NumberedSource(source),
     )
     if is_main:
-        _compare_names(info, loader)
+        compare_names(info, loader)
     if config.fused and not info.fused:
         images = example_images(info, batch_size=2).to(next(model.parameters()).device)
         model, _ = sf.fuse(model, images)
     form = "fused" if config.fused or info.fused else "deployed"
     options = {"per_class": config.per_class is not None, "real": real, "accelerator": accelerator}
     results = dict(each_form(model, form, loader, partial(evaluate, model, loader, **options)))
-    return _outcome(config, f"{info.model} on {config.data}", results) if is_main else None
+    return eval_outcome(config, f"{info.model} on {config.data}", results) if is_main else None
 
 
-def _outcome(config: Namespace, title: str, results: dict[str, EvalResult]) -> Outcome:
+def eval_outcome(config: Namespace, title: str, results: dict[str, EvalResult]) -> Outcome:
     """The figures of each form, and the file of every class's."""
     deployed = next(iter(results.values()))
     if config.per_class is not None and deployed.per_class is not None:
@@ -106,7 +106,7 @@ def _outcome(config: Namespace, title: str, results: dict[str, EvalResult]) -> O
     return Outcome(data={form: result.to_dict() for form, result in results.items()}, shown=[_table(title, results)])
 
 
-def _compare_names(info: ModelInfo, loader: Loader) -> None:
+def compare_names(info: ModelInfo, loader: Loader) -> None:
     """Say so if classes that are as many as the model's are called otherwise: labels may mean something else.
 
     Raises:

@@ -52,6 +52,7 @@ VERBS = {
 GROUPS = {
     "detect": ("slabformer.cli.detect", "detectors: check data, train, eval, predict, fuse, export, bench"),
     "lm": ("slabformer.cli.lm", "language models: train, eval, generate, import, fuse, bench, export"),
+    "mindspore": ("slabformer.cli.mindspore", "classifiers in MindSpore: train, eval, convert, export, verify"),
 }
 USAGE_ERRORS = (
     *(ValueError, TypeError, ImportError),

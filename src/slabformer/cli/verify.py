@@ -14,7 +14,7 @@ from slabformer.cli.parser import Parser
 from slabformer.settings import ExistingPath, PositiveInt, Tolerance
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from slabformer.tasks.saved_model import ModelInfo
 
@@ -36,12 +36,17 @@ def parser() -> Parser:
         "reference", type=ExistingPath, help="what is right: a .safetensors file or a folder that slab wrote"
     )
     made.add_argument("candidate", type=ExistingPath, help="what should equal it, its fused form for example")
-    made.add_argument(
+    add_comparison_options(made, RTOL)
+    return made
+
+
+def add_comparison_options(parser: Parser, rtol: float) -> None:
+    """On which images, and how near."""
+    parser.add_argument(
         "--images", type=ExistingPath, nargs="+", default=[], help="image files or folders; random by default"
     )
-    made.add_argument("--batch-size", type=PositiveInt, default=8, help="images at a time, and number of random ones")
-    made.add_argument("--rtol", type=Tolerance, default=RTOL, help="largest difference, relative to outputs' scale")
-    return made
+    parser.add_argument("--batch-size", type=PositiveInt, default=8, help="images at a time, and number of random ones")
+    parser.add_argument("--rtol", type=Tolerance, default=rtol, help="largest difference, relative to outputs' scale")
 
 
 def run(config: Namespace) -> Outcome:
@@ -50,7 +55,6 @@ def run(config: Namespace) -> Outcome:
     Raises:
         ValueError: If the models take different images.
     """
-    from slabformer.surgery.verify import VerificationError, verify
     from slabformer.tasks.saved_model import load_model
 
     (reference, info), (candidate, other) = load_model(config.reference), load_model(config.candidate)
@@ -58,6 +62,13 @@ def run(config: Namespace) -> Outcome:
         raise ValueError(
             f"{config.reference} takes images of {info.input_size}, {config.candidate} of {other.input_size}"
         )
+    return comparison(config, reference, candidate, info)
+
+
+def comparison(config: Namespace, reference: nn.Module, candidate: nn.Module, info: ModelInfo) -> Outcome:
+    """The differences on the images that the options name; a fault if they are too large."""
+    from slabformer.surgery.verify import VerificationError, verify
+
     batches = read_batches(config.images, info, config.batch_size) or [example_images(info, config.batch_size)]
     try:
         result = verify(reference, candidate, batches, config.rtol)

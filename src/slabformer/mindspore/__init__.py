@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from slabformer.mindspore.convert import build, from_torch, runtime_of, write_model
     from slabformer.mindspore.files import load, read_checkpoint, state_of, write_checkpoint
     from slabformer.mindspore.graph import ConversionError
+    from slabformer.mindspore.mindir import export_mindir, load_mindir
     from slabformer.mindspore.zoo import create_model, load_into_torch, save_from_torch
 
 __all__ = [
@@ -24,10 +25,12 @@ __all__ = [
     "build",
     "cells",
     "create_model",
+    "export_mindir",
     "from_torch",
     "functions",
     "load",
     "load_into_torch",
+    "load_mindir",
     "read_checkpoint",
     "runtime_of",
     "save_from_torch",
@@ -40,9 +43,11 @@ _HOMES = {
     "ProgressiveCallback": "callbacks",
     "build": "convert",
     "create_model": "zoo",
+    "export_mindir": "mindir",
     "from_torch": "convert",
     "load": "files",
     "load_into_torch": "zoo",
+    "load_mindir": "mindir",
     "read_checkpoint": "files",
     "runtime_of": "convert",
     "save_from_torch": "zoo",

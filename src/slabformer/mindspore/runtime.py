@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from slabformer._extras import require as require_extra
@@ -21,6 +23,20 @@ def require() -> ModuleType:
     """
     check_versions(_version("mindspore"), _version("numpy"))
     return require_extra("mindspore", EXTRA)
+
+
+@contextmanager
+def graph_mode(device: str = "auto") -> Iterator[None]:
+    """In this block cells are compiled, which is not MindSpore's default; ``device`` "cpu" keeps off an accelerator."""
+    mindspore = require()
+    before = mindspore.get_context("mode")
+    mindspore.set_context(mode=mindspore.GRAPH_MODE)
+    if device == "cpu":
+        mindspore.set_device("CPU")
+    try:
+        yield
+    finally:
+        mindspore.set_context(mode=before)
 
 
 def check_versions(mindspore: str | None, numpy: str | None) -> None:

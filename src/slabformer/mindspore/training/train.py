@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 import slabformer as sf
 from slabformer.mindspore.convert import convert, runtime_of
 from slabformer.mindspore.files import load, state_of
-from slabformer.mindspore.runtime import require
+from slabformer.mindspore.runtime import graph_mode, require
 from slabformer.mindspore.training.data import TrainingBatches, training_dataset, whole_batches
 from slabformer.mindspore.training.recipe import check_recipe
 from slabformer.nn.controls import repbn_modules
@@ -99,20 +99,6 @@ def train(config: TrainConfig, *, observers: Sequence[Observer] = ()) -> TrainRe
         check_model(config.model, config.data.image_size)
     with graph_mode(config.device), ExitStack() as stack:
         return _Run(config, folder, stack, fresh=found == "new").train(observers)
-
-
-@contextmanager
-def graph_mode(device: str = "auto") -> Iterator[None]:
-    """In this block MindSpore compiles cells; ``device`` "cpu" keeps it off an accelerator."""
-    mindspore = require()
-    before = mindspore.get_context("mode")
-    mindspore.set_context(mode=mindspore.GRAPH_MODE)
-    if device == "cpu":
-        mindspore.set_device("CPU")
-    try:
-        yield
-    finally:
-        mindspore.set_context(mode=before)
 
 
 class _Run:
