@@ -305,7 +305,8 @@ class PRepBN(nn.Cell):
     """``gamma * LN(x) + (1 - gamma) * RepBN(x)`` (Guo et al. 2024, PRepBN): a LayerNorm on its way out.
 
     ``gamma`` is a parameter that is not trained; :func:`set_gamma` writes it, in graph mode without compiling anew.
-    While it is 1, running statistics rest, unless ``rep.warm_statistics`` is set. Eval mode is RepBN whatever ``gamma`` is, as published.
+    While it is 1, running statistics rest, unless ``rep.warm_statistics`` is set. Eval mode is RepBN whatever ``gamma``
+    is, as published.
 
     Args:
         dim: Channels ``C``.

@@ -23,8 +23,8 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument("model", type=NonEmptyStr, help=MODEL_HELP)
     add_weight_options(
         parser,
-        checkpoint="weights of MODEL: a .ckpt, with torch's names or in the layout that was published for MindSpore; or "
-        "published weights (.pth) for a model given by name",
+        checkpoint="weights of MODEL: a .ckpt, with torch's names or in the layout that was published for MindSpore; "
+        "or published weights (.pth) for a model given by name",
     )
 
 

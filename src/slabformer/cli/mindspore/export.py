@@ -17,8 +17,8 @@ def parser() -> Parser:
     """Options of `slab mindspore export`."""
     made = Parser(
         "slab mindspore export",
-        "Fold the norms of a model and write it for MindSpore: readable source, its .ckpt, and MINDIR for any batch size. "
-        "All are loaded again and compared with PyTorch; the folder appears when they have passed.",
+        "Fold the norms of a model and write it for MindSpore: readable source, its .ckpt, and MINDIR for any batch "
+        "size. All are loaded again and compared with PyTorch; the folder appears when they have passed.",
         [
             "slab mindspore export model.safetensors --output exported",
             "slab mindspore export swin_tiny_prepbn --checkpoint swin.ckpt -o exported",

@@ -28,7 +28,7 @@ else:
 
 
 class ScheduleCallback(ProgressiveCallback):
-    """A :class:`ProgressiveCallback` that follows a schedule of torch's: staggered, and waiting where training explodes.
+    """A :class:`ProgressiveCallback` that follows torch's schedule, which staggers norms and waits for explosions.
 
     Args:
         schedule: Of the torch model whose norms have the names of the cells.

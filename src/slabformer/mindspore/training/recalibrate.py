@@ -85,9 +85,7 @@ def _observing(norms: dict[str, RepBN], cell: Any) -> Iterator[Any]:
 
 def _moments(norm: RepBN, count: int) -> Moments:
     """Of a batch of ``count`` tokens, whose unbiased variance the norm keeps."""
-    mean, var = (
-        torch.from_numpy(stored.asnumpy().copy()).double() for stored in (norm.running_mean, norm.running_var)
-    )
+    mean, var = (torch.from_numpy(stored.asnumpy().copy()).double() for stored in (norm.running_mean, norm.running_var))
     return Moments(torch.tensor(float(count), dtype=torch.float64), mean, var * (max(count - 1, 1) / count))
 
 

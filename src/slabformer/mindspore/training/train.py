@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import slabformer as sf
 from slabformer.mindspore.convert import convert, runtime_of

@@ -18,7 +18,7 @@ def decay_at(step: int, decay: float, warmup: bool = False) -> float:
         decay: The largest weight.
         warmup: Whether it begins lower.
     """
-    average = require("timm.utils", extra="vision").ModelEmaV3(nn.Identity(), decay=decay, use_warmup=warmup)
+    average = require("timm.utils", extra="vision").ModelEmaV3(nn.LayerNorm(1), decay=decay, use_warmup=warmup)
     return float(average.get_decay(step))
 
 
