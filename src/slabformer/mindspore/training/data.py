@@ -28,6 +28,8 @@ Row = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]
 class TrainingBatches:
     """Training batches of one epoch after the other; MindSpore asks for an iterator each epoch.
 
+    All epochs must have the same number of batches, so that the rest of a begun one is read by itself.
+
     Args:
         loader: Of this rank.
         mixed: Mixes a batch, drawing from (seed, step, rank).
@@ -53,12 +55,13 @@ class TrainingBatches:
     ) -> None:
         self.loader, self.mixed, self.num_classes, self.smoothing = loader, mixed, num_classes, smoothing
         self.seed, self.rank, self.epoch, self.batch = seed, rank, epoch, batch
+        self.length = len(loader) - batch
         #: what went wrong while MindSpore read, which tells it in its own words
         self.error: Exception | None = None
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return len(self.loader)
+        """Batches of an epoch, of the begun one where it begins in the middle."""
+        return self.length
 
     def __iter__(self) -> Iterator[Row]:
         epoch, start = self.epoch, self.batch

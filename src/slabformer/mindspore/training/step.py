@@ -71,9 +71,9 @@ class AdamW(nn.Cell):
         for i in range(len(self.betas)):
             of_second = ops.sqrt(1.0 - ops.pow(self.betas[i][1], step))
             ratio = of_second / (1.0 - ops.pow(self.betas[i][0], step))
-            rates += (self.rates[i] * ratio,)
-            eps += (self.eps[i] * of_second,)
-            decays += (self.decays[i] / ratio,)
+            rates += (self.rates[i] * ratio,)  # type: ignore[assignment]
+            eps += (self.eps[i] * of_second,)  # type: ignore[assignment]
+            decays += (self.decays[i] / ratio,)  # type: ignore[assignment]
         for i in range(len(self.weights)):
             group = self.group_of[i]
             first, second = self.betas[group]
@@ -88,7 +88,7 @@ class AdamW(nn.Cell):
                 decays[group],
                 gradients[i],
             )
-            done += (moved,)
+            done += (moved,)  # type: ignore[assignment]
         return done
 
 
@@ -108,7 +108,7 @@ class Average(nn.Cell):
         done = ()
         for i in range(len(self.stored)):
             moved = self.average[i] + (1.0 - self.decay) * (self.stored[i] - self.average[i])
-            done += (ops.assign(self.average[i], moved),)
+            done += (ops.assign(self.average[i], moved),)  # type: ignore[assignment]
         return done
 
 
@@ -169,7 +169,7 @@ class TrainStep(nn.Cell):
             share = share * ops.minimum(self.clip_norm / (norm + TINY), ops.ones((), mindspore.float32))
         scaled = ()
         for gradient in gradients:
-            scaled += (gradient * share,)
+            scaled += (gradient * share,)  # type: ignore[assignment]
         loss = ops.depend(loss / scale, self.optimizer(scaled))
         if self.average is not None:
             loss = ops.depend(loss, self.average())

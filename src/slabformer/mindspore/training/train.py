@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,6 +40,10 @@ from slabformer.tasks.engine.seeds import reseed
 from slabformer.tasks.engine.session import open_folder
 from slabformer.tasks.engine.signals import StopSignals
 from slabformer.tasks.saved_model import ModelInfo, save_model
+
+if TYPE_CHECKING:
+    from slabformer.mindspore.training.callbacks import RunCallback
+    from slabformer.mindspore.training.state import Parts
 
 logger = logging.getLogger(__name__)
 #: recipe's precision -> the type that ``mindspore.amp`` computes in, level "auto"
@@ -133,7 +137,7 @@ class _Run:
         size = self.config.data.image_size
         return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(self.config.seed))
 
-    def _parts(self) -> tuple[Any, int]:
+    def _parts(self) -> tuple[Parts, int]:
         """The model in MindSpore with its step, and the number of epochs."""
         from slabformer.mindspore.training.state import Parts, averaged_parameters
         from slabformer.mindspore.training.step import AdamW, Average, Group, TrainStep
@@ -225,33 +229,37 @@ class _Run:
         restore(self.parts, state)
         logger.info("going on from %s", path)
 
-    def _fit(self, run: Any) -> None:
+    def _fit(self, run: RunCallback) -> None:
         """Train until the last epoch is done and evaluated."""
-        from slabformer.mindspore.training.callbacks import ScheduleCallback
-
-        parts, config = self.parts, self.config
+        parts = self.parts
+        run.begin()
         if parts.position.batch >= len(self.train_loader):  # stopped between an epoch's last step and its evaluation
             run.on_train_epoch_end(None)
-        if parts.position.epoch >= self.epochs:
-            return
+        if parts.position.batch:
+            self._train_epochs(1, run)
+        if parts.position.epoch < self.epochs:
+            self._train_epochs(self.epochs - parts.position.epoch, run)
+
+    def _train_epochs(self, count: int, run: RunCallback) -> None:
+        """Train ``count`` epochs from where training is."""
+        from slabformer.mindspore.training.callbacks import ScheduleCallback
+
+        parts = self.parts
         batches = TrainingBatches(
             self.train_loader,
             self.mixed,
             self.num_classes,
-            config.augment.label_smoothing,
-            seed=config.seed,
+            self.config.augment.label_smoothing,
+            seed=self.config.seed,
             rank=self.rank,
             epoch=parts.position.epoch,
             batch=parts.position.batch,
         )
         fade = [] if parts.gamma_schedule is None else [ScheduleCallback(parts.gamma_schedule, parts)]
         try:
+            # counted from 0: MindSpore would read further epochs ahead if it were told of those before
             require().train.Model(parts.step).train(
-                self.epochs,
-                training_dataset(batches),
-                callbacks=[*fade, run],
-                dataset_sink_mode=False,
-                initial_epoch=parts.position.epoch,
+                count, training_dataset(batches), callbacks=[*fade, run], dataset_sink_mode=False
             )
         except Exception:
             if batches.error is not None:  # MindSpore tells of it in pages of its own
@@ -277,7 +285,7 @@ class _Run:
         values = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
         return {f"{prefix}{name}": value for name, value in values.items() if value is not None}
 
-    def _finish(self, run: Any, main: bool) -> TrainResult:
+    def _finish(self, run: RunCallback, main: bool) -> TrainResult:
         """Recalibrate, evaluate and save model and average."""
         from slabformer.mindspore.training.recalibrate import recalibrate
         from slabformer.mindspore.training.state import averaged_state
