@@ -102,7 +102,7 @@ class RunCallback(Callback):
         self._clock, self._samples = time.perf_counter(), 0
         self._ran_with = (1.0, 0.0)
 
-    def begin(self) -> None:
+    def announce(self) -> None:
         """Say where training begins."""
         position = self.parts.position
         start = RunStart(

@@ -232,7 +232,7 @@ class _Run:
     def _fit(self, run: RunCallback) -> None:
         """Train until the last epoch is done and evaluated."""
         parts = self.parts
-        run.begin()
+        run.announce()
         if parts.position.batch >= len(self.train_loader):  # stopped between an epoch's last step and its evaluation
             run.on_train_epoch_end(None)
         if parts.position.batch:
