@@ -16,6 +16,7 @@ import torch
 import slabformer as sf
 from slabformer.mindspore.convert import build, runtime_of, write_model
 from slabformer.mindspore.files import load
+from slabformer.mindspore.runtime import graph_mode
 from slabformer.nn.controls import prepbn_modules
 
 
@@ -49,7 +50,8 @@ def row(name: str, form: str) -> str:
         cell = build(path)
         load(cell, written.tensors)
         loaded = time.perf_counter()
-        actual = runtime_of(cell)(images)
+        with graph_mode():
+            actual = runtime_of(cell)(images)
         compiled = time.perf_counter() - loaded
     with torch.no_grad():
         expected = model(images)
