@@ -104,8 +104,8 @@ def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
 class Training:
     """One run with everything that changes on the way."""
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.model = run, new_model(run).train()
+    def __init__(self, run: Run, model: nn.Module) -> None:
+        self.run, self.model = run, model.train()
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=run.lr)
         warmup = max(1, run.steps // 20)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -154,17 +154,23 @@ class Training:
         self.seconds += time.perf_counter() - begun
 
 
-def train(run: Run) -> dict[str, object]:
-    """One run: losses on the way, the largest gradient, accuracy at the end; it ends early where the loss is NaN."""
+def train(run: Run, model: nn.Module | None = None) -> dict[str, object]:
+    """One run: losses on the way, the largest gradient, accuracy at the end; it ends early where the loss is NaN.
+
+    A ``model`` that is given is trained in place of the ViT, without checkpoints, and left in eval mode; it has the norm
+    of ``run`` already.
+    """
     images, labels = fashion_mnist("train")
-    training = Training(run)
-    training.load()
+    kept = model is None
+    training = Training(run, new_model(run) if model is None else model)
+    if kept:
+        training.load()
     losses, model = training.losses, training.model
     for x, y in itertools.islice(batches(images, labels, run.seed), len(losses), run.steps):
         training.step(x, y)
         if not math.isfinite(losses[-1]):
             break
-        if len(losses) % SAVE_EVERY == 0:
+        if kept and len(losses) % SAVE_EVERY == 0:
             training.save()
     if run.norm != "layernorm" and math.isfinite(losses[-1]):
         sf.recalibrate_(model, (x for x, _ in batches(images, labels, 1)), 20)

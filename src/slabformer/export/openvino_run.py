@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ MAX_BATCH_SIZES = 4
 
 
 class OpenVinoRun:
-    """Tensors in order to tensors in order.
+    """Tensors in order to tensors in order. Several threads may call it; each call waits for the one before.
 
     Args:
         graph: OpenVINO's own model.
@@ -32,12 +33,14 @@ class OpenVinoRun:
         if threads is not None:
             self.options |= {"INFERENCE_NUM_THREADS": str(threads), "NUM_STREAMS": "1"}
         self.requests: dict[int, Any] = {}
+        self._lock = threading.Lock()  # a request holds the tensors of one call
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs; the first call with a batch size compiles for it."""
         arrays = {index: tensor.detach().cpu().contiguous().numpy() for index, tensor in enumerate(tensors)}
-        outputs = self._request(tensors[0].shape[0]).infer(arrays)
-        return [torch.from_numpy(outputs[index].copy()) for index in range(len(self.graph.outputs))]
+        with self._lock:
+            outputs = self._request(tensors[0].shape[0]).infer(arrays)
+            return [torch.from_numpy(outputs[index].copy()) for index in range(len(self.graph.outputs))]
 
     def _request(self, batch_size: int) -> Any:
         """The graph for batches of one size: a quarter faster than for batches of any."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,27 @@ def data_config(info: ModelInfo, **options: Any) -> DataConfig:
         crop_pct=info.crop_pct,
         **options,
     )
+
+
+def deployed_transform(preprocessing: Mapping[str, Any]) -> Transform:
+    """From an image to the input of a deployed classifier, float32 ``(3, H, W)``: see :func:`read_image` for the image.
+
+    Args:
+        preprocessing: Of its folder: ``sf.load_deployed(folder).manifest.preprocessing``.
+
+    Raises:
+        ValueError: If the folder holds none, or the model does not take square RGB images.
+    """
+    try:
+        size = tuple(preprocessing[name] for name in ("channels", "height", "width"))
+        values = {name: preprocessing[name] for name in ("mean", "std", "interpolation", "crop_pct")}
+    except KeyError as error:
+        raise ValueError(
+            f"the deployed model does not say how images become inputs ({error} is missing); write it with `slab deploy`, "
+            "or give deployed.save(preprocessing=)"
+        ) from error
+    info = ModelInfo(**ModelInfo.restore({"model": "the deployed model", "class_names": [], "input_size": size, **values}))
+    return eval_transform(data_config(info))
 
 
 def class_names(info: ModelInfo, num_classes: int) -> list[str]:
