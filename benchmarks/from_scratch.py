@@ -157,8 +157,8 @@ class Training:
 def train(run: Run, model: nn.Module | None = None) -> dict[str, object]:
     """One run: losses on the way, the largest gradient, accuracy at the end; it ends early where the loss is NaN.
 
-    A ``model`` that is given is trained in place of the ViT, without checkpoints, and left in eval mode; it has the norm
-    of ``run`` already.
+    A ``model`` that is given is trained in place of the ViT, without checkpoints, and left in eval mode; it has the
+    norm of ``run`` already.
     """
     images, labels = fashion_mnist("train")
     kept = model is None

@@ -3,9 +3,10 @@
     python benchmarks/int8_accuracy.py                                  # every subject, three seeds
     python benchmarks/int8_accuracy.py --subjects digits --seeds 0
 
-Subjects: `digits` is the quickstart's model (360 test images); `fashion_slab` is slab_deit_micro and `fashion_vit` a ViT
-of 12 layers with softmax attention, both trained on Fashion-MNIST for three epochs (10,000 test images; see
-from_scratch.py). Each is written by `sf.deploy(target=..., dtype=torch.int8, calibration=...)` with 300 training images.
+Subjects: `digits` is the quickstart's model (360 test images); `fashion_slab` is slab_deit_micro and `fashion_vit` a
+ViT of 12 layers with softmax attention, both trained on Fashion-MNIST (10,000 test images; see from_scratch.py) for one
+epoch. `digits_qat` is `digits` trained on with `qat.enabled` for eight epochs; its floats are those of `digits`. Each
+is written by `sf.deploy(target=..., dtype=torch.int8, calibration=...)` with 300 training images.
 Trained models are kept in runs/int8 (or --runs). Results go into benchmarks/results/int8: accuracy.csv and accuracy.md.
 """
 
@@ -29,7 +30,7 @@ import slabformer as sf
 from slabformer.measure.timing import Machine, num_threads
 from slabformer.quickstart.config import QuickstartConfig
 from slabformer.quickstart.job import SLAB, recipe
-from slabformer.tasks.classification.config import AugmentConfig
+from slabformer.tasks.classification.config import AugmentConfig, ModelConfig, QatConfig
 from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.train import train
 from slabformer.tasks.saved_model import load_model
@@ -39,7 +40,8 @@ TARGETS = ("onnxruntime", "openvino")
 CALIBRATE = 300
 #: in one call; test images come in whole batches, so that nothing is compiled twice
 BATCH = 60
-FASHION_STEPS = 3 * (60_000 // 128)
+#: one epoch
+FASHION_STEPS = 60_000 // 128
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Subject:
     calibration: list[Tensor]
     images: list[Tensor]
     labels: Tensor
+    trained_on: nn.Module | None = None
+    """What is rounded in place of the model."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,41 @@ class Row:
 def digits(seed: int, runs: Path) -> Subject:
     """The quickstart's model."""
     config = replace(
-        recipe(SLAB, QuickstartConfig(seed=seed)), output=str(runs / f"digits-{seed}"), overwrite=False, tensorboard=False
+        recipe(SLAB, QuickstartConfig(seed=seed)),
+        output=str(runs / f"digits-{seed}"),
+        overwrite=False,
+        tensorboard=False,
     )
     train(config)
     model, _ = load_model(Path(config.output) / "model.safetensors")
     found = {}
     for split in ("train", "validation"):
-        loader = create_loader(config.data, AugmentConfig(policy="none"), split, batch_size=BATCH, seed=0, drop_last=False)
+        loader = create_loader(
+            config.data, AugmentConfig(policy="none"), split, batch_size=BATCH, seed=0, drop_last=False
+        )
         found[split] = list(loader)
     calibration = [images for images, _ in found["train"]][: CALIBRATE // BATCH]
     images, labels = zip(*found["validation"], strict=True)
     return Subject(model, calibration, list(images), torch.cat(labels))
+
+
+def digits_qat(seed: int, runs: Path) -> Subject:
+    """The same, trained on for integers; the model in floating point is the one before."""
+    before = digits(seed, runs)
+    start = recipe(SLAB, QuickstartConfig(seed=seed, epochs=8))
+    config = replace(
+        start,
+        model=ModelConfig(name=SLAB, weights=str(runs / f"digits-{seed}" / "model.safetensors")),
+        qat=QatConfig(enabled=True),
+        optimizer=replace(start.optimizer, lr=3e-4),
+        lr_schedule=replace(start.lr_schedule, warmup_epochs=1),
+        output=str(runs / f"qat-{seed}"),
+        overwrite=False,
+        tensorboard=False,
+    )
+    train(config)
+    model, _ = load_model(Path(config.output) / "model.safetensors")
+    return replace(before, trained_on=model)
 
 
 def on_fashion(name: str, make: Callable[[int], nn.Module]) -> Callable[[int, Path], Subject]:
@@ -108,6 +136,7 @@ def slab_on_fashion(seed: int) -> nn.Module:
 
 SUBJECTS: dict[str, Callable[[int, Path], Subject]] = {
     "digits": digits,
+    "digits_qat": digits_qat,
     "fashion_slab": on_fashion("fashion_slab", slab_on_fashion),
     "fashion_vit": on_fashion("fashion_vit", lambda seed: new_model(Run("prepbn", 3e-3, seed, FASHION_STEPS))),
 }
@@ -120,7 +149,7 @@ def measure(name: str, seed: int, subject: Subject) -> list[Row]:
     rows = []
     for engine in TARGETS:
         deployed = sf.deploy(
-            subject.model,
+            subject.trained_on or subject.model,
             subject.images[0],
             dtype=torch.int8,
             target=engine,
@@ -128,7 +157,9 @@ def measure(name: str, seed: int, subject: Subject) -> list[Row]:
             calibration=subject.calibration,
         )
         integers = torch.cat([deployed(images) for images in subject.images])
-        before, after = (100 * float((logits.argmax(1) == subject.labels).float().mean()) for logits in (floats, integers))
+        before, after = (
+            100 * float((logits.argmax(1) == subject.labels).float().mean()) for logits in (floats, integers)
+        )
         rows.append(
             Row(
                 name,
@@ -152,7 +183,12 @@ def write(rows: list[Row], folder: Path, machine: str) -> None:
         writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(map(asdict, rows))
-    lines = ["# Accuracy in 8-bit integers", "", f"| {' | '.join(asdict(rows[0]))} |", "|---|---:|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "# Accuracy in 8-bit integers",
+        "",
+        f"| {' | '.join(asdict(rows[0]))} |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
     lines += [f"| {' | '.join(str(value) for value in asdict(row).values())} |" for row in rows]
     lines += ["", "| subject | engine | mean loss, points | largest loss, points |", "|---|---|---:|---:|"]
     for subject, engine in dict.fromkeys((row.subject, row.engine) for row in rows):

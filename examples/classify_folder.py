@@ -58,6 +58,7 @@ def classify(model: LoadedModel, paths: Sequence[str | Path], workers: int) -> I
 
 
 def main() -> None:
+    """Classify, and write what was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", help="that `slab deploy` wrote")
     parser.add_argument("images", nargs="+", help="files, or folders of them")

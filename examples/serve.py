@@ -7,9 +7,9 @@
     curl http://127.0.0.1:8000/health
 
 Images are decoded by a pool of threads and wait in a queue. One thread runs the model on all that wait, up to
-`--max-batch`, while the next ones arrive: a lone request is not held back for company. Batches are filled up to a power
-of two, so that the runtime meets a few sizes only. A full queue answers 503, an upload that is no image 400, one that is
-too large 413, each in one line. Ctrl-C answers what has come in, then stops.
+`--max-batch`, while the next ones arrive: a lone request is not held back. Batches are filled up to a power of two, so
+that the runtime meets a few sizes only. A full queue answers 503, an upload that is no image 400, one that is too large
+413, each in one line. Ctrl-C answers what has come in, then stops.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 import slabformer as sf
@@ -154,8 +154,10 @@ def create_app(model: LoadedModel, max_batch: int = 8, max_waiting: int = 64) ->
     async def classify(image: UploadFile) -> dict[str, Any]:
         try:
             decoded = await run_in_threadpool(decode, image.file)
+        except UnidentifiedImageError as error:
+            raise HTTPException(400, "the upload is no image of a kind that can be read") from error
         except UNREADABLE as error:
-            raise HTTPException(400, f"the upload is no image that can be read: {reason_of(error)}") from error
+            raise HTTPException(400, f"the image cannot be read: {reason_of(error)}") from error
         try:
             scores = (await batcher(decoded)).float().softmax(0)
         except OverloadedError as error:
@@ -172,6 +174,7 @@ def create_app(model: LoadedModel, max_batch: int = 8, max_waiting: int = 64) ->
 
 
 def main() -> None:
+    """Load, then serve until Ctrl-C."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", help="that `slab deploy` wrote")
     parser.add_argument("--host", default="127.0.0.1")

@@ -21,7 +21,7 @@ from small_models import images, trained_looking
 from tolerances import PATIENCE
 
 pytest.importorskip("fastapi", reason="the service is FastAPI's")
-from fastapi.testclient import TestClient  # noqa: E402
+from fastapi.testclient import TestClient
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 PREPROCESSING = {
@@ -68,9 +68,9 @@ def test_an_image_gets_the_classes_that_the_model_gives_it(example: ModuleType, 
 @pytest.mark.parametrize(
     ("upload", "status", "said"),
     [
-        ({"files": {"image": b"no image"}}, 400, "no image that can be read"),
-        ({"files": {"image": photo()[:200]}}, 400, "no image that can be read"),
-        ({"files": {"image": b""}}, 400, "no image that can be read"),
+        ({"files": {"image": b"no image"}}, 400, "no image of a kind"),
+        ({"files": {"image": photo()[:200]}}, 400, "the image cannot be read"),
+        ({"files": {"image": b""}}, 400, "no image of a kind"),
         ({"files": {"image": bytes(11 * 2**20)}}, 413, "bytes"),
         ({"content": iter([b"x"])}, 411, "Content-Length"),
         ({"files": {"other": photo()}}, 422, "image"),

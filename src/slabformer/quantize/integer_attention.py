@@ -16,7 +16,9 @@ class IntegerLinearAttention(nn.Module):
     Head by head, queries, keys and values must be cut out of one projection, transposed, and transposed back, and each
     copy costs an integer model what a projection does. Here projections are apart, so that ReLU and rounding happen
     as they write, and ``K^T V`` is taken over all channels at once: what channels of different heads have in common is
-    multiplied by 0. The kernels of the depthwise branch are repeated for every head.
+    multiplied by 0. That product and the sums of keys are divided by the mean of their head's keys, which cancels and
+    gives all images and heads one range, and the normaliser is not rounded. The kernels of the depthwise branch are
+    repeated for every head.
 
     Args:
         attention: In eval mode; its weights are copied.
@@ -26,7 +28,6 @@ class IntegerLinearAttention(nn.Module):
     """
 
     mask: Tensor
-    key_mask: Tensor
 
     def __init__(self, attention: SimplifiedLinearAttention) -> None:
         super().__init__()
@@ -38,10 +39,6 @@ class IntegerLinearAttention(nn.Module):
         self.dwc = _repeated(attention.dwc, heads)
         head_of = torch.arange(dim) // self.heads[1]
         self.register_buffer("mask", (head_of[:, None] == head_of).to(self.table), persistent=False)
-        # signs in turn: OpenVINO multiplies unsigned by signed integers, and sums of keys are unsigned
-        signs = 1 - 2 * (torch.arange(heads) % 2)
-        key_mask = (head_of[:, None] == torch.arange(heads)) * signs
-        self.register_buffer("key_mask", key_mask.to(self.table), persistent=False)
         self.train(False)
 
     def forward(
@@ -57,10 +54,13 @@ class IntegerLinearAttention(nn.Module):
         grid = resolve_grid(x.shape[1], grid_size, self.grid_size)
         q, k, v = self.q(x).relu(), (self.k(x) + self._table(grid)).relu(), self.v(x)
         local = self.dwc(v.unflatten(1, grid).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
-        scale = k.shape[1] ** -0.5  # on the small tensors
-        kv = (k.transpose(1, 2) @ v) * (self.mask * scale)  # (B, C, C)
-        sums = k.sum(1).unsqueeze(2) * (self.key_mask * scale)  # (B, C, num_heads)
-        normaliser = (q @ sums).abs() + EPS * scale  # (B, N, num_heads)
+        sums = k.sum(1).unflatten(1, self.heads)  # (B, num_heads, D)
+        # by the mean of its head, which cancels: keys of all images and heads then share one range
+        rate = 1 / (sums.mean(2, keepdim=True) + EPS)  # (B, num_heads, 1)
+        kv = (k.transpose(1, 2) @ v) * (self.mask * rate.expand_as(sums).flatten(1).unsqueeze(1))  # (B, C, C)
+        # no product of matrices, which would be rounded: an error here is that of every token
+        weighted = q.unflatten(2, self.heads) * (sums * rate).unsqueeze(1)
+        normaliser = weighted.sum(3) + EPS * rate.flatten(1).unsqueeze(1)  # (B, N, num_heads)
         out = (q @ kv).unflatten(2, self.heads) / normaliser.unsqueeze(3) + local.unflatten(2, self.heads)
         return self.proj(out.flatten(2))
 

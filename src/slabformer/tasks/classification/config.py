@@ -207,6 +207,15 @@ class DistillConfig(Settings):
 
 
 @dataclass(kw_only=True)
+class QatConfig(Settings):
+    """Quantisation-aware training of a trained model; needs torchao."""
+
+    enabled: bool = False
+    """Fold the norms of the model in `model.weights`, then train it while its Linears round weights and inputs to 8
+    bits. What is saved is the folded model in floating point, for `slab deploy --dtype int8`."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig(RunConfig):
     """Everything about a training run. Defaults are the published ImageNet recipe where there is one."""
 
@@ -232,10 +241,21 @@ class TrainConfig(RunConfig):
     labels."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """How."""
+    qat: QatConfig = field(default_factory=QatConfig)
+    """Training for 8-bit integers."""
     epochs: Epochs = 300
     """Passes over the training data, including warm-up but not cool-down."""
     num_workers: Workers = field(default=4, metadata=HARMLESS)
     """Processes that decode images; no effect on the result."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.qat.enabled and not (self.model.weights or self.model.pretrained):
+            raise ValueError(
+                "qat.enabled trains a trained model on; give model.weights, the model.safetensors of a run"
+            )
+        if self.qat.enabled and self.teacher is not None:
+            raise ValueError("qat.enabled takes no teacher; distil first, then train its result with qat.enabled")
 
     def harmless(self) -> set[str]:
         """Dotted keys that may differ when a run goes on."""

@@ -104,10 +104,12 @@ def deployed_transform(preprocessing: Mapping[str, Any]) -> Transform:
         values = {name: preprocessing[name] for name in ("mean", "std", "interpolation", "crop_pct")}
     except KeyError as error:
         raise ValueError(
-            f"the deployed model does not say how images become inputs ({error} is missing); write it with `slab deploy`, "
-            "or give deployed.save(preprocessing=)"
+            f"the deployed model does not say how images become inputs ({error} is missing); "
+            "write it with `slab deploy`, or give deployed.save(preprocessing=)"
         ) from error
-    info = ModelInfo(**ModelInfo.restore({"model": "the deployed model", "class_names": [], "input_size": size, **values}))
+    info = ModelInfo(
+        **ModelInfo.restore({"model": "the deployed model", "class_names": [], "input_size": size, **values})
+    )
     return eval_transform(data_config(info))
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 import slabformer as sf
@@ -42,6 +43,7 @@ from slabformer.tasks.engine.observers import CsvObserver, Observer
 from slabformer.tasks.engine.process import leaves_the_process_alone
 from slabformer.tasks.engine.seeds import reseed
 from slabformer.tasks.engine.session import open_folder, recalibrate_after, train_and_finish
+from slabformer.tasks.rounding import check_torchao, fold, round_linears_, without_rounding
 from slabformer.tasks.saved_model import ModelInfo, save_model
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,8 @@ def train(config: TrainConfig, *, model: nn.Module | None = None, observers: Seq
         return finished_before(folder)
     optimizer = check_optimizer(config.optimizer)
     build_lr_schedule(config.lr_schedule, optimizer, epochs=config.epochs, steps_per_epoch=1, scale=1.0)
+    if config.qat.enabled:
+        check_torchao()
     if found == "new" and model is None:
         check_model(config.model, config.data.image_size)
     run = _Run(config, folder, model, fresh=found == "new")
@@ -96,6 +100,8 @@ class _Run:
         reseed(config.seed)
         needed = (config.model, self.num_classes, config.data.image_size)
         self.model, self.model_args = build_model(*needed) if model is None else (model, model_arguments(*needed))
+        if config.qat.enabled:
+            self.model = round_linears_(fold(self.model, torch.zeros(2, 3, *2 * [config.data.image_size])))
         self.model.to(self.accelerator.device)
         if self.accelerator.num_processes > 1:
             sf.sync_norms_(self.model)
@@ -212,12 +218,16 @@ class _Run:
             self.folder.finish(metrics)
         self.accelerator.wait_for_everyone()
         return TrainResult(
-            model=trainer.model,
-            ema=models.get("ema"),
+            model=self._shipped(trainer.model),
+            ema=self._shipped(models["ema"]) if "ema" in models else None,
             history=read_history(self.folder.path),
             metrics=metrics,
             output=self.folder.path,
         )
+
+    def _shipped(self, model: nn.Module) -> nn.Module:
+        """As it is saved."""
+        return without_rounding(model) if self.config.qat.enabled else model
 
     def _save(self, model: nn.Module, name: str) -> None:
         data = self.config.data
@@ -232,4 +242,4 @@ class _Run:
             crop_pct=data.crop_pct,
         )
         self.folder.record(f"{name}.safetensors")
-        save_model(model, self.folder.path / f"{name}.safetensors", info)
+        save_model(self._shipped(model), self.folder.path / f"{name}.safetensors", info)
