@@ -265,7 +265,10 @@ def write(result: dict[str, Any], folder: Path) -> None:
     figure, axis = plt.subplots(figsize=(6, 3.2))
     axis.plot(*zip(*curve, strict=True))
     axis.set(
-        xlabel="requests", ylabel="memory of the service, MiB", ylim=(0, None), title=f"{MICRO}, images of 40 sizes"
+        xlabel="requests",
+        ylabel="memory of the service, MiB",
+        ylim=(0, 1.2 * max(size for _, size in curve)),
+        title=f"{MICRO}, images of 40 sizes",
     )
     figure.tight_layout()
     figure.savefig(folder / "serving.png", dpi=110)
