@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from slabformer.converting.config import ConvertConfig
-from slabformer.surgery.conversion_plan import ConversionPlan
+from slabformer.surgery.conversion_plan import ConversionPlan, names_to_take
+from slabformer.surgery.convert import find_layer_norms
 from slabformer.surgery.sensitivity import norm_costs
 from slabformer.tasks.engine.documents import read_json
 
@@ -25,10 +26,11 @@ def plan_norms(model: nn.Module, held_out: Sequence[Any], config: ConvertConfig)
 
     Raises:
         OSError: If the file of the plan cannot be read.
-        ValueError: If it is no plan, or no norm fits the budget.
+        ValueError: If it is no plan or names norms that the model does not have, or no norm fits the budget.
     """
     if config.plan is not None:
-        return _read(Path(config.plan))
+        given, known = _read(Path(config.plan)), find_layer_norms(model)[0]
+        return ConversionPlan.of_names(names_to_take(given, known), known, given.cost, given.budget)
     if config.budget is None:
         return None
     _, plan = norm_costs(model, held_out, num_batches=len(held_out), budget=config.budget)
