@@ -48,7 +48,7 @@ ARGUMENTS = {"patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 2, "num_
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SIZE, BATCH = 112, 64
 #: image size and images of each stage of the baseline's training
-TRAINING = ((56, 60_000), (112, 12_000))
+TRAINING = ((56, 128_000), (112, 16_000))
 LR, DECAY = 1e-3, 0.05
 NUM_IMAGES, STEPS = 10_000, 300
 SIZES = (224, 512, 1024)

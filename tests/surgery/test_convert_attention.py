@@ -89,23 +89,59 @@ def test_models_of_timm_and_transformers_convert(model: Any, prefix: int) -> Non
     assert all(model.get_submodule(name).dwc.weight.grad is not None for name in names)
 
 
-def test_attention_is_the_formula() -> None:
+@pytest.mark.parametrize("by", ["softmax", "linear"])
+def test_attention_is_the_formula(by: Any) -> None:
     """ReLU features, table on the keys, one normaliser, depthwise convolution on the patches alone."""
     model = vit(reg_tokens=1)
-    sf.convert_attention_(model, plan=["blocks.0.attn"])
+    sf.convert_attention_(model, plan=["blocks.0.attn"], prefix_attention=by)
     attention = model.blocks[0].attn
     for parameter in (attention.positional_encoding, attention.prefix_encoding, attention.dwc.weight):
         nn.init.normal_(parameter)
     x = torch.randn(2, 66, 32)
     q, k, v = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in attention.qkv(x).chunk(3, -1))
+    exact = (q[:, :, :2] @ k.transpose(2, 3) / 4).softmax(-1) @ v
     table = torch.cat([attention.prefix_encoding, attention.positional_encoding], 1)
     q, k = q.relu(), (k + table.unflatten(-1, (2, 16)).transpose(1, 2)).relu()
     weights = q @ k.transpose(2, 3)
     expected = weights / (weights.sum(-1, keepdim=True) + 1e-6) @ v
+    if by == "softmax":
+        expected[:, :, :2] = exact
     maps = v[:, :, 2:].transpose(2, 3).reshape(2, 32, 8, 8)
     expected[:, :, 2:] += attention.dwc(maps).unflatten(1, (2, 16)).flatten(3).transpose(2, 3)
     expected = attention.proj(expected.transpose(1, 2).flatten(2))
     assert_close(attention(x), expected, FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [lambda: vit(), lambda: vit(reg_tokens=2, qk_norm=True), lambda: stock("Dinov2"), lambda: eva()],
+    ids=["timm", "registers", "dinov2", "eva"],
+)
+def test_tokens_in_front_attend_as_they_did(model: Any) -> None:
+    teacher = model()
+    student = copy.deepcopy(teacher)
+    (name, *_) = sf.convert_attention_(student)
+    old, new = teacher.get_submodule(name), student.get_submodule(name)
+    rope = {"rope": student.rope.get_embed()} if hasattr(student, "rope") else {}
+    x, prefix = torch.randn(2, 64 + new.num_prefix_tokens, 32), new.num_prefix_tokens
+    with torch.no_grad():
+        ours, theirs = (tensors_of(each(x, **rope))[0] for each in (new, old))
+    assert_close(ours[:, :prefix], theirs[:, :prefix], FLOAT32)
+    assert not torch.allclose(ours[:, prefix:], theirs[:, prefix:], rtol=0.1)
+
+
+def test_tokens_in_front_see_no_padding() -> None:
+    model = vit()
+    sf.convert_attention_(model)
+    attention, x = model.blocks[0].attn, torch.randn(3, 65, 32)
+    mask = torch.rand(3, 65) < 0.7
+    mask[1], mask[2, :] = True, False
+    other = x.masked_fill(~mask[..., None], 9.0)
+    other[:, 0] = x[:, 0]
+    first, second = (attention(each, attn_mask=mask)[:, 0] for each in (x, other))
+    assert_close(first, second, FLOAT32)
+    assert_close(first[1], attention(x)[1, 0], FLOAT32)
+    assert_close(first[2], attention.proj(torch.zeros(32)), FLOAT32)  # nothing to attend to
 
 
 def test_alignment_brings_attention_near_its_teacher(aligned: Any) -> None:
@@ -274,7 +310,7 @@ def test_positions_and_norms_in_the_attention_convert_too(model: Any, places: An
 @pytest.mark.parametrize("rotary", ["half", "interleaved"])
 def test_queries_and_keys_are_turned_before_their_relu(rotary: Any) -> None:
     model = eva(rope_rotate_half=rotary == "half", attn_type="rope" if rotary == "half" else "eva", qk_norm=True)
-    sf.convert_attention_(model)
+    sf.convert_attention_(model, prefix_attention="linear")
     attention = model.blocks[0].attn
     assert attention.rotary == rotary
     nn.init.normal_(attention.dwc.weight)
@@ -345,7 +381,7 @@ def test_what_cannot_be_converted_or_aligned_is_said() -> None:
     teacher, student = vit(), vit()
     with pytest.raises(ValueError, match="no softmax attention of Linear to convert"):
         sf.convert_attention_(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"names 1 attentions that the model .* \(first: 'blocks.7.attn'\)"):
+    with pytest.raises(ValueError, match=r"names 1 attention that the model .* \(first: 'blocks.7.attn'\)"):
         sf.convert_attention_(student, plan=["blocks.7.attn"])
     assert type(student.blocks[0].attn).__name__ == "Attention"
     with pytest.raises(ValueError, match="no converted attention; call convert_attention_"):

@@ -16,6 +16,8 @@ from slabformer.settings import NonNegativeInt, PositiveInt, checked
 
 #: how rotary embeddings pair channels: the first half with the second, or neighbours
 Rotary = Literal["half", "interleaved"]
+#: what queries of prefix tokens attend by
+PrefixAttention = Literal["softmax", "linear"]
 
 
 class Place(NamedTuple):
@@ -34,8 +36,9 @@ class Place(NamedTuple):
 class ConvertedLinearAttention(LinearAttentionCore):
     """``out(relu(q) (relu(k + table)^T v) / normaliser + DWC(v))`` on an attention's projections (Guo et al. 2024).
 
-    Prefix tokens (class and register tokens) attend and are attended to like all others; the depthwise branch runs on
-    the patch tokens alone. It has a kernel for each channel, where the paper's heads share theirs: what heads of a
+    Prefix tokens (class and register tokens) attend by softmax, as they did: ``P`` queries over ``N`` keys are linear in
+    ``N`` too, and a class token may be all that a head reads. They are attended to like all others. The depthwise branch
+    runs on the patch tokens alone. It has a kernel for each channel, where the paper's heads share theirs: what heads of a
     trained model look at differs too much (docs/log.md). Projections keep their names, so that files of the original
     model load.
 
@@ -51,6 +54,7 @@ class ConvertedLinearAttention(LinearAttentionCore):
         num_heads: Heads of ``D = C / num_heads`` channels.
         grid_size: Grid ``(H, W)`` of the patch tokens that the position table is made for; others are resampled.
         num_prefix_tokens: Tokens in front of the patches, which have entries of their own in the table.
+        prefix_attention: "softmax", or "linear" for prefix tokens like all others.
         kernel_size: Of the depthwise convolution, odd.
         returns_weights: Whether the forward returns ``(output, None)``, where transformers' attentions return the
             attention matrix.
@@ -75,6 +79,7 @@ class ConvertedLinearAttention(LinearAttentionCore):
         *,
         grid_size: tuple[PositiveInt, PositiveInt],
         num_prefix_tokens: NonNegativeInt = 0,
+        prefix_attention: PrefixAttention = "softmax",
         kernel_size: PositiveInt = 5,
         returns_weights: bool = False,
         norms: Mapping[str, nn.Module] | None = None,
@@ -88,6 +93,7 @@ class ConvertedLinearAttention(LinearAttentionCore):
         super().__init__(dim, num_heads, grid_size=grid_size, **factory)
         self.prefix_encoding: nn.Parameter | None
         self.num_prefix_tokens, self.returns_weights = num_prefix_tokens, returns_weights
+        self.prefix_attention: PrefixAttention = prefix_attention
         self.rotary, self.ignored = rotary, frozenset(ignored)
         own = nn.Parameter(torch.zeros(1, num_prefix_tokens, dim, **factory)) if num_prefix_tokens else None
         self.register_parameter("prefix_encoding", own)  # an empty one would be a parameter without a gradient
@@ -157,9 +163,14 @@ class ConvertedLinearAttention(LinearAttentionCore):
         mask: Tensor | None = None,
         kernels: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
-        """The linear product of tokens ``(B, N, C)``, to the same; ``kernels`` as for :meth:`attend`."""
+        """Both products of tokens ``(B, N, C)``, to the same; ``kernels`` as for :meth:`attend`."""
         q, k, v = self.heads(q, k, v)
+        exact = self.num_prefix_tokens if self.prefix_attention == "softmax" else 0
+        first, q = q[:, :, :exact], q[:, :, exact:]
         out = self.attend(q, k, v, grid, mask, kernels, native=self.takes_kernel(q, k, v))
+        if exact:
+            valid = None if mask is None else (mask | ~mask.any(1, keepdim=True))[:, None, None]
+            out = torch.cat([F.scaled_dot_product_attention(first, k, v, valid), out], dim=2)
         return out.transpose(1, 2).flatten(2)
 
     def kernels(self) -> tuple[Tensor, Tensor | None]:
@@ -203,7 +214,8 @@ class ConvertedLinearAttention(LinearAttentionCore):
     def extra_repr(self) -> str:
         """Width, heads, grid and prefix tokens."""
         turned = "" if self.rotary is None else f", rotary={self.rotary!r}"
-        return f"{super().extra_repr()}, num_prefix_tokens={self.num_prefix_tokens}{turned}"
+        by = f", prefix_attention={self.prefix_attention!r}" if self.num_prefix_tokens else ""
+        return f"{super().extra_repr()}, num_prefix_tokens={self.num_prefix_tokens}{by}{turned}"
 
 
 #: arguments that hold a rotary embedding: timm's, sines and cosines side by side, and transformers', cosines and sines

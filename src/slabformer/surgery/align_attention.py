@@ -48,7 +48,8 @@ def align_attention_(
 
     Returns:
         For each attention the squared error of its output over the variance of the teacher's, on the batches of the
-        start; where training did not lower it, the attention keeps its start.
+        start; where there are class tokens or others in front, the mean of theirs and of the image's. Where training
+        did not lower it, the attention keeps its start.
 
     Raises:
         ValueError: If the model has no converted attention, the teacher has none under such a name, or there is no

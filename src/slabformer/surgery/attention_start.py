@@ -167,11 +167,21 @@ def mean_errors(pairs: Pairs, captures: Sequence[Mapping[str, Seen]]) -> dict[st
 
 
 def relative_error(student: ConvertedLinearAttention, teacher: nn.Module, seen: Seen) -> Tensor:
-    """Squared error of the output over the variance of the teacher's."""
+    """Squared error of the output over the variance of the teacher's.
+
+    Of prefix tokens and of the others each, and the mean of both where there are prefix tokens: a class token is one of
+    hundreds, and may be all that a head reads.
+    """
     output = student.outgoing(student.mixed(seen.x, place=seen.place))
     with torch.no_grad():
         target = seen.mixed
         for name in student._out:
             target = teacher.get_submodule(name)(target)
         target = target.float()
-    return (output.float() - target).square().mean() / target.var(correction=0).clamp(min=1e-12)
+    prefix = student.num_prefix_tokens
+    kinds = [slice(prefix), slice(prefix, None)] if prefix else [slice(None)]
+    errors = [
+        (output[:, kind].float() - target[:, kind]).square().mean() / target[:, kind].var(correction=0).clamp(min=1e-12)
+        for kind in kinds
+    ]
+    return torch.stack(errors).mean()

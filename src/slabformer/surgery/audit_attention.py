@@ -218,6 +218,7 @@ def _operations(linear: ConvertedLinearAttention, seen: Seen) -> tuple[int, int]
     """Multiply-adds of both products with softmax, and what the linear form saves, on all that was ``seen``."""
     B, N, _ = seen.x.shape  # windows count as samples do
     C, D, K = linear.dim, linear.dim // linear.num_heads, linear.dwc.kernel_size[0]
-    products = 2 * N * N * C
-    ours = min(2 * N * D * C, products) + (N - linear.num_prefix_tokens) * K * K * C
+    products, prefix = 2 * N * N * C, linear.num_prefix_tokens
+    exact = prefix if linear.prefix_attention == "softmax" else 0
+    ours = min(2 * (N - exact) * D * C + 2 * exact * N * C, products) + (N - prefix) * K * K * C
     return B * products, B * (products - ours)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from torch import nn
 
-from slabformer.nn.converted_attention import ConvertedLinearAttention
+from slabformer.nn.converted_attention import ConvertedLinearAttention, PrefixAttention
 from slabformer.nn.resample import Grid
 from slabformer.settings import NonNegativeInt, PositiveInt, checked
 from slabformer.surgery.conversion_plan import ConversionPlan, names_to_take
@@ -35,6 +35,7 @@ def convert_attention_(
     plan: ConversionPlan | Collection[str] | None = None,
     grid_size: tuple[PositiveInt, PositiveInt] | None = None,
     num_prefix_tokens: NonNegativeInt | None = None,
+    prefix_attention: PrefixAttention = "softmax",
     kernel_size: PositiveInt = 5,
 ) -> ConvertedModules:
     """Replace softmax self-attention of ``model`` in place by linear attention on the same projections.
@@ -52,6 +53,8 @@ def convert_attention_(
         plan: Names of those to convert, or what :func:`slabformer.audit_attention` recommends; the others stay.
         grid_size: Grid ``(H, W)`` of the patch tokens; read from each attention or from the model by default.
         num_prefix_tokens: Class and register tokens in front of them; the same.
+        prefix_attention: Whether those go on attending by "softmax", which is linear in the number of patches too and
+            exact, or are "linear" like all others.
         kernel_size: Of the depthwise convolution, odd.
 
     Returns:
@@ -71,7 +74,7 @@ def convert_attention_(
     for name in taken:
         old = model.get_submodule(name)
         if old not in made:
-            made[old] = linear_form(old, found[name], *places[name], kernel_size).train(old.training)
+            made[old] = linear_form(old, found[name], *places[name], kernel_size, prefix_attention).train(old.training)
         model.set_submodule(name, made[old])
     logger.info("converted %d attentions of %s", len(taken), type(model).__name__)
     for line in summary_of(left):
@@ -86,7 +89,12 @@ def no_attention(model: nn.Module, left: Iterable[LeftModule]) -> str:
 
 
 def linear_form(
-    old: nn.Module, form: AttentionForm, grid: Grid, num_prefix_tokens: int, kernel_size: int
+    old: nn.Module,
+    form: AttentionForm,
+    grid: Grid,
+    num_prefix_tokens: int,
+    kernel_size: int,
+    prefix_attention: PrefixAttention = "softmax",
 ) -> ConvertedLinearAttention:
     """Linear attention on the projections of ``old``, which it shares."""
     return ConvertedLinearAttention(
@@ -95,6 +103,7 @@ def linear_form(
         form.num_heads,
         grid_size=grid,
         num_prefix_tokens=num_prefix_tokens,
+        prefix_attention=prefix_attention,
         kernel_size=kernel_size,
         returns_weights=form.returns_weights,
         norms={name: old.get_submodule(name) for name in form.norms},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 import slabformer as sf
-from slabformer.nn.converted_attention import ConvertedLinearAttention
+from slabformer.nn.converted_attention import ConvertedLinearAttention, PrefixAttention
 from slabformer.settings import NonEmptyStr, NonNegativeInt, PositiveInt, check_fields
 
 
@@ -24,6 +24,8 @@ class AttentionConversion:
     """In front of the patch tokens."""
     kernel_size: PositiveInt
     """Of the depthwise convolution."""
+    prefix_attention: PrefixAttention = "linear"
+    """What those in front attend by; what was saved before there was a choice does not say it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid_size", tuple(self.grid_size))  # JSON has lists alone
@@ -32,14 +34,16 @@ class AttentionConversion:
 
 def describe_attentions(model: nn.Module) -> list[AttentionConversion]:
     """The conversions that make the linear attentions of ``model`` of what stood in their places."""
-    groups: dict[tuple[tuple[int, int], int, int], list[str]] = {}
+    groups: dict[tuple[tuple[int, int], int, int, PrefixAttention], list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, ConvertedLinearAttention):
-            settings = (module.grid_size, module.num_prefix_tokens, module.dwc.kernel_size[0])
+            settings = (module.grid_size, module.num_prefix_tokens, module.dwc.kernel_size[0], module.prefix_attention)
             groups.setdefault(settings, []).append(name)
     return [
-        AttentionConversion(names=names, grid_size=grid, num_prefix_tokens=prefix, kernel_size=kernel)
-        for (grid, prefix, kernel), names in groups.items()
+        AttentionConversion(
+            names=names, grid_size=grid, num_prefix_tokens=prefix, kernel_size=kernel, prefix_attention=by
+        )
+        for (grid, prefix, kernel, by), names in groups.items()
     ]
 
 
@@ -56,6 +60,7 @@ def convert_attentions_as_described_(model: nn.Module, conversions: Iterable[Att
                 plan=conversion.names,
                 grid_size=conversion.grid_size,
                 num_prefix_tokens=conversion.num_prefix_tokens,
+                prefix_attention=conversion.prefix_attention,
                 kernel_size=conversion.kernel_size,
             )
         except ValueError as error:

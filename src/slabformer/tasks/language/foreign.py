@@ -64,11 +64,13 @@ def load_foreign(folder: Path, dtype: torch.dtype) -> nn.Module:
     Raises:
         ValueError: If its weights are missing or damaged, or do not fit its configuration.
     """
+    attentions = _noted_attentions(folder)
+    build = fresh_model if attentions else _skeleton  # attentions are recognised by what they compute
     try:
-        skeleton = _skeleton(AutoConfig.from_pretrained(folder), dtype)
+        skeleton = build(AutoConfig.from_pretrained(folder), dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"no language model at {str(folder)!r}: {str(error).partition(chr(10))[0]}") from error
-    convert_attentions_as_described_(skeleton, _noted_attentions(folder), type(skeleton).__name__)
+    convert_attentions_as_described_(skeleton, attentions, type(skeleton).__name__)
     fused = folder / FUSED_WEIGHTS
     if fused.is_file():
         leave_pooler_out_(skeleton, _names(fused))
