@@ -36,11 +36,11 @@ class Place(NamedTuple):
 class ConvertedLinearAttention(LinearAttentionCore):
     """``out(relu(q) (relu(k + table)^T v) / normaliser + DWC(v))`` on an attention's projections (Guo et al. 2024).
 
-    Prefix tokens (class and register tokens) attend by softmax, as they did: ``P`` queries over ``N`` keys are linear in
-    ``N`` too, and a class token may be all that a head reads. They are attended to like all others. The depthwise branch
-    runs on the patch tokens alone. It has a kernel for each channel, where the paper's heads share theirs: what heads of a
-    trained model look at differs too much (docs/log.md). Projections keep their names, so that files of the original
-    model load.
+    Prefix tokens (class and register tokens) attend by softmax, as they did: ``P`` queries over ``N`` keys are linear
+    in ``N`` too, and a class token may be all that a head reads. They are attended to like all others. The depthwise
+    branch runs on the patch tokens alone. It has a kernel for each channel, where the paper's heads share theirs: what
+    heads of a trained model look at differs too much (docs/log.md). Projections keep their names, so that files of the
+    original model load.
 
     Norms of queries and keys come before the ReLU, and so do rotary embeddings, which turn patch tokens as they did.
     A bias of relative positions is a factor ``exp(b(i - j))`` in softmax, which a product of features does not have.
