@@ -29,6 +29,13 @@ class Rms(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
+class UnitLength(nn.Module):
+    """Vectors of length 1, as queries and keys of XCiT are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1)
+
+
 class Pooled(nn.Module):
     """A mean, a root of something else, and a weight's own norm: nothing of it normalises activations."""
 
@@ -44,6 +51,7 @@ class Pooled(nn.Module):
 CASES = {
     "by hand": (ByHand(), {DECOMPOSED}),
     "rms": (Rms(), {DECOMPOSED}),
+    "length": (UnitLength(), {DECOMPOSED}),
     "layer norm": (nn.LayerNorm(8), {"LayerNormalization"}),
     "group norm": (nn.GroupNorm(1, 3), {"GroupNormalization", "InstanceNormalization"}),
     "instance norm": (nn.InstanceNorm2d(3), {"InstanceNormalization"}),

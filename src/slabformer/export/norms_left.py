@@ -6,7 +6,7 @@ left = norms_in(onnx_operators(path))     # {"LayerNormalization": 2, "decompose
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ DECOMPOSED = "decomposed norm"
 ROOTS = {"Sqrt", "Rsqrt", "Pow", "Power"}
 STATISTICS = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"}
 #: what may stand between the two: an epsilon, a constant factor, a number of axes, a dtype
-BETWEEN = {"Add", "Mul", "Multiply", "Div", "Divide", "Max", "Maximum", "Clip", "Clamp", "Reciprocal"}
-BETWEEN |= {"Cast", "Convert", "Reshape", "Unsqueeze", "Squeeze", "Identity"}
+BETWEEN = {"Add", "Mul", "Multiply", "Div", "Divide", "Reciprocal"}
+SHAPED = {"Cast", "Convert", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Expand", "Broadcast"}
+BOUNDS = {"Max", "Maximum", "Min", "Minimum", "Clip", "Clamp"}
+BETWEEN |= SHAPED | BOUNDS
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,13 @@ def norms_in(operators: Sequence[Operator]) -> dict[str, int]:
     """Of a graph's operators those that normalise, with how many there are.
 
     A root of a mean of squares counts as a :data:`DECOMPOSED` one: RMSNorm, LayerNorm and GroupNorm written by hand, or
-    taken apart by an exporter, each have one. A mean that is not rooted is pooling, a root of weights is a constant.
+    taken apart by an exporter, each have one. So does a division by a vector's length. A mean that is not rooted is
+    pooling, a root of weights is a constant.
     """
     kinds = [each.kind for each in operators if each.kind in NORMS]
-    kinds += [DECOMPOSED for each in operators if each.kind in ROOTS and _is_of_a_statistic(each, operators)]
+    kinds += [DECOMPOSED for each in operators if each.kind in ROOTS and _reaches(each, operators, STATISTICS, BETWEEN)]
+    lengths = [each for each in operators if each.kind in ("Div", "Divide")]
+    kinds += [DECOMPOSED for each in lengths if _reaches(each, operators, {"ReduceL2"}, SHAPED | BOUNDS)]
     return dict(Counter(kinds))
 
 
@@ -91,13 +96,15 @@ def _nodes(graph: Any) -> Iterator[Any]:
                 yield from _nodes(inner)
 
 
-def _is_of_a_statistic(root: Operator, operators: Sequence[Operator]) -> bool:
-    """Whether what ``root`` reads is a mean or a sum over axes, but for an epsilon and the like."""
-    pending = list(root.reads)
+def _reaches(
+    operator: Operator, operators: Sequence[Operator], wanted: Collection[str], through: Collection[str]
+) -> bool:
+    """Whether what ``operator`` reads was made by one of ``wanted``, but for operators of ``through`` in between."""
+    pending = list(operator.reads)
     while pending:
         each = operators[pending.pop()]
-        if each.kind in STATISTICS:
+        if each.kind in wanted:
             return True
-        if each.kind in BETWEEN:
+        if each.kind in through:
             pending += each.reads
     return False
