@@ -59,7 +59,7 @@ def test_operations_are_those_at_the_size_of_the_images(report: AttentionAudit) 
     N, C, D = 65, 32, 16
     for cost in report.costs:
         assert cost.products == 2 * N * N * C
-        assert cost.saved == cost.products - 2 * (N - 1) * D * C - 2 * N * C - 64 * 25 * C
+        assert cost.saved == cost.products - 2 * N * D * C - 2 * N * C - 64 * 25 * C
     assert report.summary().endswith(
         f"it saves {sum(c.saved for c in report.costs) / 1e6:.1f} of 0.8 million "
         "multiply-adds of attention's products for each sample"

@@ -26,7 +26,7 @@ def parser() -> Parser:
         [
             "slab convert model.safetensors --data photos/ -o runs/convert",
             "slab convert vit.safetensors --data photos/ -o runs/linear --attention all",
-            "slab convert path/to/encoder --data sentences.txt -o runs/encoder --budget 0.01",
+            "slab convert encoder --data sentences.txt -o runs/encoder --budget 0.01",
         ],
     )
     made.add_argument(

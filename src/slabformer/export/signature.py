@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from slabformer.settings import NonEmptyStr, NotEmpty, PositiveInt
+from slabformer.settings import NonEmptyStr, NonNegativeInt, NotEmpty, PositiveInt
 from slabformer.surgery.outputs import tensors_by_place
 
 #: a tensor, positional arguments, or keyword arguments
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 #: names of axes of any length, by input
-Axes = Mapping[str, Mapping[int, str]]
+Axes = Mapping[str, Mapping[NonNegativeInt, str]]
 #: of a model with one input and one output
 INPUT, OUTPUT = "images", "logits"
 BATCH = "batch"

@@ -166,11 +166,11 @@ class ConvertedLinearAttention(LinearAttentionCore):
         """Both products of tokens ``(B, N, C)``, to the same; ``kernels`` as for :meth:`attend`."""
         q, k, v = self.heads(q, k, v)
         exact = self.num_prefix_tokens if self.prefix_attention == "softmax" else 0
-        first, q = q[:, :, :exact], q[:, :, exact:]
         out = self.attend(q, k, v, grid, mask, kernels, native=self.takes_kernel(q, k, v))
         if exact:
             valid = None if mask is None else (mask | ~mask.any(1, keepdim=True))[:, None, None]
-            out = torch.cat([F.scaled_dot_product_attention(first, k, v, valid), out], dim=2)
+            first = F.scaled_dot_product_attention(q[:, :, :exact], k, v, valid)
+            out = torch.cat([first, out[:, :, exact:]], dim=2)
         return out.transpose(1, 2).flatten(2)
 
     def kernels(self) -> tuple[Tensor, Tensor | None]:

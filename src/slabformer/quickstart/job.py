@@ -22,7 +22,7 @@ from slabformer.measure.timing import num_threads
 from slabformer.quickstart.beside import training_beside
 from slabformer.quickstart.report import write_report
 from slabformer.quickstart.result import QuickstartConfig, QuickstartResult
-from slabformer.tasks.classification.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig
+from slabformer.tasks.classification.config import AugmentConfig, DataConfig, GammaConfig, ModelConfig, TrainConfig
 from slabformer.tasks.classification.data import create_loader
 from slabformer.tasks.classification.train import TrainResult, train
 from slabformer.tasks.engine.config import LrConfig, OptimizerConfig
@@ -52,6 +52,7 @@ def recipe(model: str, config: QuickstartConfig) -> TrainConfig:
         augment=AugmentConfig(policy="light", mixup=0.0, cutmix=0.0, label_smoothing=0.1),
         optimizer=OptimizerConfig(lr=3e-3, lr_base_batch=None),
         lr_schedule=LrConfig(warmup_epochs=min(4, config.epochs / 4), warmup_lr=1e-5, min_lr=1e-5),
+        gamma=GammaConfig(fade=0.8),
         epochs=config.epochs,
         batch_size=128,
         seed=config.seed,

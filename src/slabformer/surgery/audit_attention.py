@@ -220,5 +220,5 @@ def _operations(linear: ConvertedLinearAttention, seen: Seen) -> tuple[int, int]
     C, D, K = linear.dim, linear.dim // linear.num_heads, linear.dwc.kernel_size[0]
     products, prefix = 2 * N * N * C, linear.num_prefix_tokens
     exact = prefix if linear.prefix_attention == "softmax" else 0
-    ours = min(2 * (N - exact) * D * C + 2 * exact * N * C, products) + (N - prefix) * K * K * C
+    ours = min(2 * N * D * C + 2 * exact * N * C, products) + (N - prefix) * K * K * C
     return B * products, B * (products - ours)
