@@ -114,6 +114,21 @@ def test_blocks_that_are_alike_share_a_class_and_a_loop() -> None:
     assert "blocks.0 to blocks.3" in source
 
 
+def test_a_loop_over_modules_that_are_called_by_a_number_names_one_of_them() -> None:
+    stages = [nn.Sequential(*(Residual() for _ in range(3))) for _ in range(2)]
+    written = assert_written(nn.Sequential(nn.Linear(6, 6), nn.Sequential(*stages)), torch.randn(2, 6))
+    assert "for cell in self" in written.source
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x)
+
+
 def test_rates_of_stochastic_depth_are_settings_of_a_class() -> None:
     model = timm.create_model("slab_deit_micro", drop_path_rate=0.3).eval()
     source = write_model(model, torch.randn(2, 3, 32, 32)).source

@@ -552,7 +552,7 @@ def _named(statements: Sequence[_Statement], live: dict[int, str], results: Sequ
 def _member_name(expression: str) -> str:
     name = re.findall(r"\w+", expression)[-1]
     single = name.removesuffix("s") if name.endswith("s") and not name.endswith("ss") else f"{name}_item"
-    return single if not single.isdigit() and single not in _VARIABLES else "cell"
+    return single if not single[0].isdigit() and single not in _VARIABLES else "cell"
 
 
 def _fresh(taken: set[str]) -> str:

@@ -155,6 +155,15 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tens
     return x * ops.reshape(scale, shape) + ops.reshape(shift, shape)
 
 
+def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """GroupNorm: groups of channels on axis 1, each with all that follows."""
+    grouped = ops.reshape(x, (x.shape[0], groups, -1))
+    y = ops.reshape(layer_norm(grouped, None, None, eps), x.shape)
+    shape = (1, -1) + (1,) * (x.ndim - 2)
+    y = y if weight is None else y * ops.reshape(weight, shape)
+    return y if bias is None else y + ops.reshape(bias, shape)
+
+
 def mean_pool(x: Tensor, window: tuple[int, int]) -> Tensor:
     """Means over windows that tile maps ``(B, C, H, W)``."""
     grid = (x.shape[2] // window[0], x.shape[3] // window[1])

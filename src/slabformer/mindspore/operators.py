@@ -445,10 +445,16 @@ def _full(value: float | None) -> Write:
     return write
 
 
+def _group_normed(c: Operation) -> str:
+    groups, weight, bias, eps = c.arg(1), c.arg(2), c.arg(3), c.arg(4, default=1e-5)
+    return f"functions.group_norm({c.x}, {groups}, {c.text(weight)}, {c.text(bias)}, {eps!r})"
+
+
 def _counted(c: Operation) -> str:
-    if len(c.node.args) > 1 or any(isinstance(arg, Node) for arg in c.node.args):
-        raise c.refusal("it counts from a start, or to what depends on the batch")
-    return f"ops.arange(0, {c.arg(0)}, 1, dtype={c.dtype(c.value.dtype)})"
+    if any(isinstance(arg, Node) for arg in c.node.args):
+        raise c.refusal("it counts to what depends on the batch")
+    start, end, step = (0, *c.node.args, 1) if len(c.node.args) == 1 else (*c.node.args, 1)[:3]
+    return f"ops.arange({start}, {end}, {step}, dtype={c.dtype(c.value.dtype)})"
 
 
 #: every operator that can be written; a new one is one row, and its example becomes its test
@@ -616,6 +622,11 @@ OPERATORS: list[Operator] = [
         (aten.layer_norm.default,), _layer_normed, lambda x: torch.nn.functional.layer_norm(x, (6,), x[0, 0], x[0, 1])
     ),
     Operator(
+        (aten.group_norm.default,),
+        _group_normed,
+        lambda x: torch.nn.functional.group_norm(x, 2, x[0, :, 0], x[0, :, 1]),
+    ),
+    Operator(
         (aten.batch_norm.default,),
         _batch_normed,
         lambda x: torch.nn.functional.batch_norm(x, x[0, :, 0], x[0, :, 1] ** 2, x[0, :, 2], x[0, :, 3]),
@@ -654,6 +665,11 @@ OPERATORS: list[Operator] = [
     Operator((aten.eq.Scalar, aten.eq.Tensor), _infix("=="), lambda x: (x == x[:, :1]).float()),
     Operator((aten.ne.Scalar, aten.ne.Tensor), _infix("!="), lambda x: (x != x[:, :1]).float()),
     Operator((aten.arange.default,), _counted, lambda x: x * torch.arange(6)),
+    Operator(
+        (aten.arange.start, aten.arange.start_step),
+        _counted,
+        lambda x: x * torch.arange(2, 8) + torch.arange(1, 13, 2),
+    ),
     Operator(
         (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default),
         _full(0),
