@@ -27,12 +27,19 @@ def require() -> ModuleType:
 
 @contextmanager
 def graph_mode(device: str = "auto") -> Iterator[None]:
-    """In this block cells are compiled, which is not MindSpore's default; ``device`` "cpu" keeps off an accelerator."""
+    """In this block cells are compiled, which is not MindSpore's default; ``device`` "cpu" keeps off an accelerator.
+
+    Raises:
+        ValueError: If MindSpore has run on an accelerator in this process, which it cannot leave again.
+    """
     mindspore = require()
+    if device == "cpu" and mindspore.get_context("device_target") != "CPU":
+        try:
+            mindspore.set_device("CPU")
+        except RuntimeError as error:
+            raise ValueError("MindSpore already runs on another device in this process; start a new one") from error
     before = mindspore.get_context("mode")
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
-    if device == "cpu":
-        mindspore.set_device("CPU")
     try:
         yield
     finally:
