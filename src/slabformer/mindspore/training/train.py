@@ -19,7 +19,7 @@ from slabformer.mindspore.runtime import graph_mode, require
 from slabformer.mindspore.training.data import TrainingBatches, training_dataset, whole_batches
 from slabformer.mindspore.training.recipe import check_recipe
 from slabformer.nn.controls import repbn_modules
-from slabformer.tasks.classification.build import build_model, check_model
+from slabformer.tasks.classification.build import build_model, check_model, info_of
 from slabformer.tasks.classification.config import TrainConfig
 from slabformer.tasks.classification.data import Loader, create_loader
 from slabformer.tasks.classification.evaluate import evaluate
@@ -39,7 +39,7 @@ from slabformer.tasks.engine.process import leaves_the_process_alone
 from slabformer.tasks.engine.seeds import reseed
 from slabformer.tasks.engine.session import open_folder
 from slabformer.tasks.engine.signals import StopSignals
-from slabformer.tasks.saved_model import ModelInfo, save_model
+from slabformer.tasks.saved_model import save_model
 
 if TYPE_CHECKING:
     from slabformer.mindspore.training.callbacks import RunCallback
@@ -319,17 +319,7 @@ class _Run:
 
     def _save_torch(self, name: str) -> None:
         self.model.load_state_dict(state_of(self.parts.cell))
-        data = self.config.data
-        info = ModelInfo(
-            model=self.config.model.name,
-            model_args=self.model_args,
-            class_names=self.class_names,
-            input_size=(3, data.image_size, data.image_size),
-            mean=data.mean,
-            std=data.std,
-            interpolation=data.interpolation,
-            crop_pct=data.crop_pct,
-        )
+        info = info_of(self.config, self.model_args, self.class_names)
         self.folder.record(f"{name}.safetensors")
         save_model(self.model, self.folder.path / f"{name}.safetensors", info)
 

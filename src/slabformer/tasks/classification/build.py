@@ -12,7 +12,7 @@ from slabformer._extras import require
 from slabformer.models.arguments import check_arguments
 from slabformer.models.registry import is_ours
 from slabformer.models.weights.hub import weights_file
-from slabformer.tasks.classification.config import ModelConfig
+from slabformer.tasks.classification.config import ModelConfig, TrainConfig
 from slabformer.tasks.conversion import apply_norms_, norm_arguments
 from slabformer.tasks.saved_file import check_saved
 from slabformer.tasks.saved_model import ModelInfo, create_model, load_model
@@ -82,3 +82,18 @@ def _load(config: ModelConfig, path: str, num_classes: int, image_size: int) -> 
         logger.info("new head: %s has %d classes, the data %d", path, len(info.class_names), num_classes)
         model.reset_classifier(num_classes)  # type: ignore[operator]
     return model.train(), {**info.model_args, "num_classes": num_classes}
+
+
+def info_of(config: TrainConfig, model_args: dict[str, Any], class_names: list[str]) -> ModelInfo:
+    """What the file of a trained model says of it, so that it can be built and fed again."""
+    data = config.data
+    return ModelInfo(
+        model=config.model.name,
+        model_args=model_args,
+        class_names=class_names,
+        input_size=(3, data.image_size, data.image_size),
+        mean=data.mean,
+        std=data.std,
+        interpolation=data.interpolation,
+        crop_pct=data.crop_pct,
+    )

@@ -11,7 +11,7 @@ from torch import nn
 
 import slabformer as sf
 from slabformer.nn.controls import repbn_modules
-from slabformer.tasks.classification.build import build_model, check_model, model_arguments
+from slabformer.tasks.classification.build import build_model, check_model, info_of, model_arguments
 from slabformer.tasks.classification.config import TrainConfig
 from slabformer.tasks.classification.data import Batch, Loader, create_loader
 from slabformer.tasks.classification.evaluate import evaluate
@@ -44,7 +44,7 @@ from slabformer.tasks.engine.process import leaves_the_process_alone
 from slabformer.tasks.engine.seeds import reseed
 from slabformer.tasks.engine.session import open_folder, recalibrate_after, train_and_finish
 from slabformer.tasks.rounding import check_torchao, fold, round_linears_, without_rounding
-from slabformer.tasks.saved_model import ModelInfo, save_model
+from slabformer.tasks.saved_model import save_model
 
 logger = logging.getLogger(__name__)
 
@@ -230,16 +230,6 @@ class _Run:
         return without_rounding(model) if self.config.qat.enabled else model
 
     def _save(self, model: nn.Module, name: str) -> None:
-        data = self.config.data
-        info = ModelInfo(
-            model=self.config.model.name,
-            model_args=self.model_args,
-            class_names=self.class_names,
-            input_size=(3, data.image_size, data.image_size),
-            mean=data.mean,
-            std=data.std,
-            interpolation=data.interpolation,
-            crop_pct=data.crop_pct,
-        )
+        info = info_of(self.config, self.model_args, self.class_names)
         self.folder.record(f"{name}.safetensors")
         save_model(self._shipped(model), self.folder.path / f"{name}.safetensors", info)
